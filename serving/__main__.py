@@ -1,0 +1,102 @@
+"""`python -m serving`: the service's work from the command line, without a server."""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from serving.errors import RequestError, StartError
+from serving.model import Model
+from serving.settings import Settings
+from serving.submission import read_submission
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status is 0, or 1 after one line about what went wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        submit(options.pickle, options.csv, options.model)
+    except (StartError, RequestError, OSError) as error:
+        print(f"python -m serving: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("python -m serving: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
+    """Label the images of a competition pickle; the CSV has the bytes that /submission answers.
+
+    The file is written beside its place and renamed, so it is either whole or not there.
+    """
+    settings = Settings.from_environment()
+    with pickle.open("rb") as file:
+        submission = read_submission(file, settings.max_rows)
+    model = Model(model_file or settings.model, settings.provider, settings.threads)
+    labels: list[int] = []
+    with Progress(
+        "[progress.description]{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        task = progress.add_task(f"{model.name} {model.version}", total=len(submission))
+        for start in range(0, len(submission), settings.max_batch_size):
+            chunk = submission.images[start : start + settings.max_batch_size]
+            labels.extend(model.logits(chunk).argmax(axis=1).tolist())
+            progress.advance(task, len(chunk))
+    _write(csv, submission.csv(labels))
+    print(f"{len(submission)} labels in {csv}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.chmod(file.name, 0o644)  # noqa: PTH101 (a temporary file is for its owner only)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m serving",
+        description="Use the model from the command line; settings are the service's "
+        "(SERVING_* environment variables).",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "submit",
+        help="label the images of a pickle and write the competition's CSV",
+        description="Label the images of a competition pickle and write the CSV with the header "
+        "ID,Labels: the same bytes as POST /submission answers.",
+        epilog="example: python -m serving submit cifar_test_nolabel.pkl submission.csv",
+    )
+    command.add_argument(
+        "pickle",
+        type=Path,
+        metavar="PICKLE",
+        help="a pickled dict with data: uint8 [N, 32, 32, 3], [N, 3, 32, 32] or [N, 3072], "
+        "and optionally ids: N different integers",
+    )
+    command.add_argument("csv", type=Path, metavar="CSV", help="the file to write")
+    command.add_argument(
+        "--model",
+        type=Path,
+        metavar="ONNX",
+        help="the model file (default: SERVING_MODEL, else the bundled model)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Concurrent requests share runs of the engine.
+
+BentoML's own `batchable=True` is not used: it polls instead of waking up, its queue has no bound,
+it counts requests rather than images, takes one argument only, and one bad item fails its batch.
+Here a run takes whatever waits at that moment, so an idle service answers at once and a busy one
+fills its batches, with no delay to tune.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from serving.errors import OverloadedError
+
+Images = npt.NDArray[np.uint8]
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass
+class _Job:
+    images: Images
+    logits: asyncio.Future[Logits]
+
+
+class Batcher:
+    """Runs the engine in one thread, with turns between single images and chunks of bulk work.
+
+    Single images are run up to `max_batch_size` at a time. Bulk work is cut into chunks of that
+    size and takes every other turn while single images wait, so neither can hold up the other.
+    """
+
+    def __init__(
+        self, run: Callable[[Images], Logits], *, max_batch_size: int, max_waiting: int
+    ) -> None:
+        """
+        Args:
+            run: uint8 [N, 32, 32, 3] to float32 [N, classes]; called in one thread.
+            max_batch_size: images in one call of `run`.
+            max_waiting: requests under way, single or bulk, before new ones are refused.
+        """
+        self._run = run
+        self._max_batch_size = max_batch_size
+        self._max_waiting = max_waiting
+        self._waiting = 0
+        self._singles: deque[_Job] = deque()
+        self._chunks: deque[_Job] = deque()
+        self._work = asyncio.Event()
+        self._engine = ThreadPoolExecutor(1, "engine")
+        self._turns: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to take turns; needs a running event loop."""
+        self._turns = asyncio.get_running_loop().create_task(self._take_turns())
+
+    async def stop(self) -> None:
+        """Stop taking turns and wait for the run under way."""
+        if self._turns is not None:
+            self._turns.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._turns
+        self._engine.shutdown()
+
+    async def one(self, image: Images) -> Logits:
+        """Logits float32 [classes] of one image uint8 [32, 32, 3].
+
+        Raises:
+            OverloadedError: too many requests wait already.
+        """
+        with self._admitted():
+            logits: Logits = (await self._result(self._singles, image[np.newaxis]))[0]
+            return logits
+
+    async def many(self, images: Images) -> AsyncIterator[Logits]:
+        """Logits of images uint8 [N, 32, 32, 3], in order, as float32 [n, classes] a chunk.
+
+        Raises:
+            OverloadedError: too many requests wait already.
+        """
+        with self._admitted():
+            for start in range(0, len(images), self._max_batch_size):
+                chunk = images[start : start + self._max_batch_size]
+                yield await self._result(self._chunks, chunk)
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._waiting >= self._max_waiting:
+            raise OverloadedError(
+                f"{self._waiting} requests wait already, which is the limit; try again shortly."
+            )
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    async def _result(self, queue: deque[_Job], images: Images) -> Logits:
+        job = _Job(images, asyncio.get_running_loop().create_future())
+        queue.append(job)
+        self._work.set()
+        return await job.logits
+
+    async def _take_turns(self) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            while self._singles or self._chunks:
+                await self._turn(self._taken(self._singles, self._max_batch_size))
+                await self._turn(self._taken(self._chunks, 1))
+
+    @staticmethod
+    def _taken(queue: deque[_Job], count: int) -> list[_Job]:
+        """Up to `count` jobs that somebody still waits for."""
+        jobs: list[_Job] = []
+        while queue and len(jobs) < count:
+            job = queue.popleft()
+            if not job.logits.done():
+                jobs.append(job)
+        return jobs
+
+    async def _turn(self, jobs: list[_Job]) -> None:
+        """One run; its failure is the failure of these jobs only."""
+        if not jobs:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            batch = jobs[0].images if len(jobs) == 1 else np.concatenate([j.images for j in jobs])
+            logits = await loop.run_in_executor(self._engine, self._run, batch)
+        except Exception as error:
+            for job in jobs:
+                if not job.logits.done():
+                    job.logits.set_exception(error)
+            return
+        start = 0
+        for job in jobs:
+            if not job.logits.done():
+                job.logits.set_result(logits[start : start + len(job.images)])
+            start += len(job.images)

@@ -1,0 +1,85 @@
+"""What can go wrong, as exceptions with the HTTP status and the stable code a client sees.
+
+Every message says what was wrong and what would be right, and never holds a path, a traceback or
+a value that the client did not send itself.
+"""
+
+from http import HTTPStatus
+from typing import ClassVar
+
+
+class StartError(Exception):
+    """The service cannot start: its settings, model file or provider are not usable."""
+
+
+class SettingsError(StartError):
+    """An environment variable is unknown or has an unusable value."""
+
+
+class ModelError(StartError):
+    """The model file is missing, is not ONNX or does not keep the contract."""
+
+
+class ProviderError(StartError):
+    """The execution provider that was asked for by name is not usable here."""
+
+
+class RequestError(Exception):
+    """A request that gets an error answer; other requests do not notice."""
+
+    status: ClassVar[HTTPStatus] = HTTPStatus.BAD_REQUEST
+    code: ClassVar[str] = "bad_request"
+
+
+class ImageError(RequestError):
+    """Bytes that are no readable image."""
+
+    code = "bad_image"
+
+
+class PickleError(RequestError):
+    """A pickle that is damaged, or holds anything but plain data and arrays of numbers."""
+
+    code = "bad_pickle"
+
+
+class TooLargeError(RequestError):
+    """More bytes, pixels, images or rows than the settings allow."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "too_large"
+
+
+class MediaTypeError(RequestError):
+    """A Content-Type that the endpoint does not read."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    code = "unsupported_media_type"
+
+
+class FieldError(RequestError):
+    """A form field or parameter that is missing, unknown or has an unusable value."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid_field"
+
+
+class OverloadedError(RequestError):
+    """Too many requests wait already; the client should come again."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "overloaded"
+
+
+class RequestTimeoutError(RequestError):
+    """The request took longer than the settings allow."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    code = "timeout"
+
+
+class InternalError(RequestError):
+    """A fault of ours; the log has the details, the client does not."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    code = "internal_error"

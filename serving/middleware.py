@@ -1,0 +1,108 @@
+"""Around every request: the limit of its body, and one shape for every error.
+
+Both are plain ASGI and raise nothing before the answer starts: BentoML would let such a request
+hang until its timeout.
+"""
+
+import logging
+from http import HTTPStatus
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.errors import InternalError, TooLargeError
+from serving.responses import ErrorBody, error_body, error_response
+
+logger = logging.getLogger("serving")
+
+
+class BodyLimit:
+    """Refuses bodies of more than `max_bytes`: by Content-Length at once, else while they come."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        error = TooLargeError(f"The body is too large; the limit is {self.max_bytes} bytes.")
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length) > self.max_bytes:
+            await error_response(error)(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise error  # to the endpoint that is reading, which answers with it
+            return message
+
+        await self.app(scope, counted, send)
+
+
+class ErrorShape:
+    """Gives the errors of routing and of BentoML (404, 405, 500, ...) the shape of ours."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start: Message | None = None  # of an error whose body is still coming
+        body = b""
+        started = False
+
+        async def shaped(message: Message) -> None:
+            nonlocal start, body, started
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                start = message
+            elif start is None:
+                started = True
+                await send(message)
+            else:
+                body += message.get("body", b"")
+                if not message.get("more_body", False):
+                    started = True
+                    await _send_shaped(scope, receive, send, start, body)
+
+        try:
+            await self.app(scope, receive, shaped)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            if started:
+                raise
+            await error_response(InternalError("The service failed; its log says why."))(
+                scope, receive, send
+            )
+
+
+async def _send_shaped(
+    scope: Scope, receive: Receive, send: Send, start: Message, body: bytes
+) -> None:
+    """Send an error as it is when it has our shape, else with a body of our shape."""
+    try:
+        ErrorBody.model_validate_json(body, extra="forbid")
+    except ValueError:
+        status = HTTPStatus(start["status"])
+        message = {
+            HTTPStatus.NOT_FOUND: f"There is nothing at {scope['path']}; see / for what there is.",
+            HTTPStatus.METHOD_NOT_ALLOWED: f"{scope['method']} is not a method of {scope['path']}.",
+        }.get(status, status.description or status.phrase)
+        response = JSONResponse(
+            error_body(status.phrase.lower().replace(" ", "_"), message), status
+        )
+        allow = Headers(raw=start["headers"]).get("allow")
+        if allow:
+            response.headers["Allow"] = allow
+        await response(scope, receive, send)
+    else:
+        await send(start)
+        await send({"type": "http.response.body", "body": body})

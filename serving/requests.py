@@ -1,0 +1,133 @@
+"""Reading requests: forms with files, raw images, and the parameter `top_k`.
+
+BentoML's stock parsing is replaced: for a file field it fetches a URL that the client names, it
+answers a bad image with 500, and its errors are not ours. The classes here describe each form to
+BentoML (its schema.json, and with that its client), and hand the request itself to the endpoint.
+"""
+
+# BentoML ships without types: its base classes are Any.
+# mypy: disable-error-code="misc"
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from bentoml import IODescriptor
+from pydantic import ConfigDict, Field, WithJsonSchema
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from serving.errors import FieldError, MediaTypeError, RequestError, TooLargeError
+
+File = Annotated[bytes, WithJsonSchema({"type": "file", "format": "binary"})]
+TopK = Annotated[int, Field(ge=1, le=10, description="How many classes to answer with.")]
+DEFAULT_TOP_K = 5
+MAX_FIELDS = 16  # besides files; more are not a form of ours
+
+
+class _Received(IODescriptor):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    request: Request
+
+
+class Form(IODescriptor):
+    """A form that BentoML describes and the endpoint reads."""
+
+    @classmethod
+    async def from_http_request(cls, request: Request, serde: Any) -> IODescriptor:
+        return _Received.model_construct(request=request)
+
+
+class ClassifyForm(Form):
+    image: File
+    top_k: TopK = DEFAULT_TOP_K
+
+
+class ClassifyBatchForm(Form):
+    images: list[File]
+    top_k: TopK = DEFAULT_TOP_K
+
+
+class SubmissionForm(Form):
+    file: File
+
+
+async def read_image(request: Request) -> tuple[bytes, int]:
+    """The image's bytes and `top_k`, from a form or from a body that is the image."""
+    if _media_type(request).startswith("image/"):
+        return await request.body(), _top_k(request, FormData())
+    async with _form(request, ClassifyForm, max_files=1) as form:
+        (image,) = _files(form, "image")
+        return await image.read(), _top_k(request, form)
+
+
+async def read_images(request: Request, max_images: int) -> tuple[list[bytes], int]:
+    """The bytes of each image in the order of the form, and `top_k`."""
+    async with _form(request, ClassifyBatchForm, max_files=max_images) as form:
+        images = _files(form, "images")
+        return [await image.read() for image in images], _top_k(request, form)
+
+
+@asynccontextmanager
+async def read_file(request: Request) -> AsyncIterator[UploadFile]:
+    """The uploaded file, which lies on disk when it is large and is gone afterwards."""
+    async with _form(request, SubmissionForm, max_files=1) as form:
+        (file,) = _files(form, "file")
+        yield file
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+@asynccontextmanager
+async def _form(request: Request, spec: type[Form], max_files: int) -> AsyncIterator[FormData]:
+    """Read a multipart form that has no fields but those of `spec`."""
+    media_type = _media_type(request)
+    if media_type != "multipart/form-data":
+        also = " or, as a raw body, image/*" if spec is ClassifyForm else ""
+        raise MediaTypeError(
+            f"The Content-Type is {media_type[:100] or 'not set'!r}; "
+            f"right would be multipart/form-data{also}."
+        )
+    try:
+        form = await request.form(max_files=max_files, max_fields=MAX_FIELDS)
+    except HTTPException as error:
+        if "Too many files" in error.detail:
+            if max_files == 1:
+                raise FieldError("The form has several files; right would be one.") from None
+            raise TooLargeError(f"The form has too many files; the limit is {max_files}.") from None
+        raise RequestError(f"The multipart form cannot be read: {error.detail}") from None
+    try:
+        unknown = sorted(set(form) - set(spec.model_fields))
+        if unknown:
+            raise FieldError(
+                f"The form has the unknown field {unknown[0][:100]!r}; "
+                f"its fields are {', '.join(spec.model_fields)}."
+            )
+        yield form
+    finally:
+        await form.close()
+
+
+def _files(form: FormData, name: str) -> list[UploadFile]:
+    values = form.getlist(name)
+    if not values:
+        raise FieldError(f"The form lacks the file field {name!r}, as in `curl -F {name}=@FILE`.")
+    files = [value for value in values if isinstance(value, UploadFile)]
+    if len(files) < len(values):
+        raise FieldError(
+            f"The field {name!r} holds text; it must be a file, as in `curl -F {name}=@FILE` "
+            "(URLs are not fetched)."
+        )
+    return files
+
+
+def _top_k(request: Request, form: FormData) -> int:
+    value = form.get("top_k", request.query_params.get("top_k", str(DEFAULT_TOP_K)))
+    if not isinstance(value, str) or not re.fullmatch("[1-9]|10", value):
+        shown = repr(value[:20]) if isinstance(value, str) else "a file"
+        raise FieldError(f"top_k is {shown}; right would be a whole number from 1 to 10.")
+    return int(value)

@@ -1,0 +1,52 @@
+"""The bodies of answers: models for the schema and the document, and the one shape of errors."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field, RootModel
+from starlette.responses import JSONResponse
+
+from serving.errors import OverloadedError, RequestError
+
+
+class Prediction(BaseModel):
+    label: str = Field(examples=["cat"])
+    index: int = Field(examples=[3])
+    probability: float = Field(ge=0, le=1, examples=[0.97])
+
+
+class ModelName(BaseModel):
+    name: str = Field(examples=["fast"])
+    version: str = Field(examples=["0123456789ab"])
+
+
+class Classification(BaseModel):
+    predictions: list[Prediction]
+    model: ModelName
+
+
+class Csv(RootModel[str]):
+    """A header and a line per image."""
+
+
+class ErrorDetail(BaseModel):
+    code: str = Field(examples=["bad_image"])
+    message: str = Field(examples=["The image is empty (0 bytes)."])
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class Answers(RootModel[list[Classification | ErrorBody]]):
+    """An answer, or an error, for each image of a batch."""
+
+
+def error_body(code: str, message: str) -> dict[str, Any]:
+    """The one shape of an error, as `ErrorBody` describes it."""
+    return {"error": {"code": code, "message": message}}
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """The answer to a request that failed."""
+    headers = {"Retry-After": "1"} if isinstance(error, OverloadedError) else None
+    return JSONResponse(error_body(error.code, str(error)), error.status, headers)

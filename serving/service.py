@@ -1,0 +1,194 @@
+"""The HTTP endpoints."""
+
+# BentoML ships without types: its decorators and base classes are Any.
+# mypy: disable-error-code="untyped-decorator"
+
+import asyncio
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, TypeVarTuple
+
+import bentoml
+import numpy as np
+import numpy.typing as npt
+from bentoml.exceptions import BentoMLConfigException
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from serving.batching import Batcher
+from serving.errors import (
+    ImageError,
+    InternalError,
+    RequestError,
+    RequestTimeoutError,
+    SettingsError,
+    StartError,
+    TooLargeError,
+)
+from serving.images import decode
+from serving.middleware import BodyLimit, ErrorShape
+from serving.model import Model
+from serving.openapi import openapi_document
+from serving.predictions import top_predictions
+from serving.requests import (
+    ClassifyBatchForm,
+    ClassifyForm,
+    SubmissionForm,
+    read_file,
+    read_image,
+    read_images,
+)
+from serving.responses import Answers, Classification, Csv, error_body, error_response
+from serving.settings import Settings
+from serving.submission import read_submission
+
+logger = logging.getLogger("serving")
+
+try:
+    SETTINGS = Settings.from_environment()
+except SettingsError as error:
+    raise BentoMLConfigException(str(error)) from None
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
+Endpoint = Callable[["Classifier", Request], Awaitable[Response]]
+
+
+def answering(endpoint: Endpoint) -> Endpoint:
+    """Turn whatever an endpoint raises into an answer of the one error shape."""
+
+    @functools.wraps(endpoint)
+    async def answer(self: "Classifier", request: Request) -> Response:
+        try:
+            async with asyncio.timeout(SETTINGS.request_timeout):
+                return await endpoint(self, request)
+        except RequestError as error:
+            return error_response(error)
+        except TimeoutError:
+            return error_response(
+                RequestTimeoutError(f"The request took over {SETTINGS.request_timeout:g} seconds.")
+            )
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody is there to read it
+        except Exception:
+            logger.exception("%s failed", request.url.path)
+            return error_response(InternalError("The service failed; its log says why."))
+
+    return answer
+
+
+async def get_model(request: Request) -> JSONResponse:
+    """The model's metadata, and the execution provider that runs it."""
+    model: Model = request.app.state.model
+    return JSONResponse({**model.metadata, "provider": model.provider})
+
+
+async def get_openapi(_: Request) -> JSONResponse:
+    """The document behind the page at /."""
+    return JSONResponse(openapi_document(service.openapi_spec.asdict()))
+
+
+# BentoML's own endpoints are all POST, so these are mounted beside them.
+pages = Starlette(routes=[Route("/model", get_model), Route("/docs.json", get_openapi)])
+
+
+@bentoml.service(
+    name="cifar10",
+    # A little later than our own limit, which answers in our shape.
+    traffic={"timeout": SETTINGS.request_timeout + 5},
+    logging={"access": {"enabled": SETTINGS.access_log}},
+)
+class Classifier:
+    """Classifies images into the classes of CIFAR-10."""
+
+    def __init__(self) -> None:
+        self.model = Model(SETTINGS.model, SETTINGS.provider, SETTINGS.threads)
+        pages.state.model = self.model
+        self.batcher = Batcher(
+            self.model.logits,
+            max_batch_size=SETTINGS.max_batch_size,
+            max_waiting=SETTINGS.max_waiting,
+        )
+        self.readers = ThreadPoolExecutor(SETTINGS.threads, "reader")
+
+    @bentoml.on_deployment
+    @staticmethod
+    def check() -> None:
+        """Before any worker starts: an unusable model ends `bentoml serve` with its reason."""
+        try:
+            Model(SETTINGS.model, SETTINGS.provider, SETTINGS.threads)
+        except StartError as error:
+            raise BentoMLConfigException(str(error)) from None
+
+    @bentoml.on_startup
+    async def start(self) -> None:
+        self.batcher.start()
+
+    @bentoml.on_shutdown
+    async def stop(self) -> None:
+        await self.batcher.stop()
+        self.readers.shutdown()
+
+    @bentoml.api(input_spec=ClassifyForm, output_spec=Classification)
+    @answering
+    async def classify(self, request: Request) -> Response:
+        """Classify one image."""
+        content, top_k = await read_image(request)
+        image = await self._in_reader(decode, content, SETTINGS.max_image_pixels)
+        return JSONResponse(self._classification(await self.batcher.one(image), top_k))
+
+    @bentoml.api(input_spec=ClassifyBatchForm, output_spec=Answers)
+    @answering
+    async def classify_batch(self, request: Request) -> Response:
+        """Classify several images; the answer to a bad one is its error."""
+        contents, top_k = await read_images(request, SETTINGS.max_batch_images)
+        decoded = await asyncio.gather(
+            *(self._in_reader(decode, content, SETTINGS.max_image_pixels) for content in contents),
+            return_exceptions=True,
+        )
+        images = [image for image in decoded if not isinstance(image, BaseException)]
+        logits = iter(await self._bulk(np.stack(images)) if images else ())
+        answers: list[dict[str, Any]] = []
+        for image in decoded:
+            if isinstance(image, ImageError | TooLargeError):
+                answers.append(error_body(image.code, str(image)))
+            elif isinstance(image, BaseException):
+                raise image
+            else:
+                answers.append(self._classification(next(logits), top_k))
+        return JSONResponse(answers)
+
+    @bentoml.api(input_spec=SubmissionForm, output_spec=Csv)
+    @answering
+    async def submission(self, request: Request) -> Response:
+        """Label a pickle of images."""
+        async with read_file(request) as upload:
+            submission = await self._in_reader(read_submission, upload.file, SETTINGS.max_rows)
+        labels = (await self._bulk(submission.images)).argmax(axis=1)
+        return Response(submission.csv(labels.tolist()), media_type="text/csv")
+
+    async def _in_reader(
+        self, function: Callable[[*Arguments], Result], *arguments: *Arguments
+    ) -> Result:
+        """Run what reads a client's bytes off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.readers, function, *arguments)
+
+    async def _bulk(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        return np.concatenate([logits async for logits in self.batcher.many(images)])
+
+    def _classification(self, logits: npt.NDArray[np.float32], top_k: int) -> dict[str, Any]:
+        return {
+            "predictions": top_predictions(logits, self.model.classes, top_k),
+            "model": {"name": self.model.name, "version": self.model.version},
+        }
+
+
+service: Any = Classifier  # the decorator has made a BentoML service of the class
+service.mount_asgi_app(pages)
+service.add_asgi_middleware(ErrorShape)
+service.add_asgi_middleware(BodyLimit, max_bytes=SETTINGS.max_body_bytes)

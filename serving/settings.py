@@ -1,0 +1,76 @@
+"""Settings from `SERVING_*` environment variables, validated in one place."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from serving.errors import SettingsError
+
+PREFIX = "SERVING_"
+
+# Found beside the package, not in the working directory: a built Bento starts from anywhere.
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "default.onnx"
+
+Provider = Literal["auto", "cpu", "cuda"]
+
+
+def available_cores() -> int:
+    """Cores that this process may use; `taskset` makes them fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Settings(BaseModel):
+    """One field per variable; the field `max_rows` is the variable `SERVING_MAX_ROWS`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Path = Field(BUNDLED_MODEL, description="The ONNX model file.")
+    provider: Provider = Field(
+        "auto", description="auto (CUDA where a GPU is usable, else CPU), cpu or cuda."
+    )
+    threads: PositiveInt = Field(
+        default_factory=available_cores,
+        description="Threads of the engine on the CPU, and threads that decode images.",
+    )
+    max_batch_size: PositiveInt = Field(64, description="Images the engine takes in one run.")
+    max_waiting: PositiveInt = Field(
+        512, description="Requests that wait for the engine before new ones get 503."
+    )
+    max_body_bytes: PositiveInt = Field(64 * 2**20, description="Bytes of a request body.")
+    max_image_pixels: PositiveInt = Field(50_000_000, description="Width times height of an image.")
+    max_batch_images: PositiveInt = Field(256, description="Images of a /classify_batch request.")
+    max_rows: PositiveInt = Field(20_000, description="Images of a submission pickle.")
+    request_timeout: PositiveFloat = Field(
+        300, description="Seconds until a request is given up with 504."
+    )
+    access_log: bool = Field(False, description="Log a line per request.")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
+        """Read every `SERVING_*` variable.
+
+        Raises:
+            SettingsError: a variable is unknown (a typo must not pass silently) or unusable.
+        """
+        values = {
+            name.removeprefix(PREFIX).lower(): value
+            for name, value in environment.items()
+            if name.startswith(PREFIX)
+        }
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            known = ", ".join(PREFIX + name.upper() for name in cls.model_fields)
+            lines = []
+            for item in error.errors():
+                name = PREFIX + str(item["loc"][0]).upper()
+                if item["type"] == "extra_forbidden":
+                    lines.append(f"{name} is not a setting; the settings are {known}.")
+                else:
+                    lines.append(f"{name}={item['input']!r}: {item['msg']}.")
+            raise SettingsError("\n".join(lines)) from None

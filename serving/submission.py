@@ -1,0 +1,109 @@
+"""The competition's files: images and ids in as a pickle, labels out as CSV."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serving.errors import PickleError, TooLargeError
+from serving.pickles import read_pickle
+
+IDS = range(-(2**63), 2**64)  # what an int64 or a uint64 can hold
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Images to label.
+
+    Attributes:
+        images: uint8 [N, 32, 32, 3], RGB, N at least 1; a view of the file's bytes in any strides.
+        ids: the id of each image, all different.
+    """
+
+    images: npt.NDArray[np.uint8]
+    ids: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def csv(self, labels: Sequence[int]) -> bytes:
+        """The submission file: a header and a line per image in file order, LF line ends."""
+        rows = zip(self.ids, labels, strict=True)
+        return "".join(["ID,Labels\n", *(f"{id_},{label}\n" for id_, label in rows)]).encode()
+
+
+def read_submission(file: IO[bytes], max_rows: int) -> Submission:
+    """Read a pickled dict with `data`, and `ids` if there are any; other keys are ignored.
+
+    `data` is uint8 [N, 32, 32, 3], [N, 3, 32, 32] or [N, 3072] (the three colour planes one after
+    the other, as in CIFAR-10's own batches). Without `ids` the images are numbered from 0.
+
+    Raises:
+        PickleError: the file is no such pickle.
+        TooLargeError: it has more than `max_rows` images.
+    """
+    content = read_pickle(file)
+    if not isinstance(content, dict):
+        raise PickleError(
+            f"The pickle holds a {type(content).__name__}; "
+            "right would be a dict with the keys data and, optionally, ids."
+        )
+    data = _value(content, "data")
+    if data is None:
+        raise PickleError(
+            "The pickle's dict has no key data; right would be data: uint8 [N, 32, 32, 3]."
+        )
+    images = _images(data)
+    if len(images) > max_rows:
+        raise TooLargeError(f"The pickle has {len(images)} images; the limit is {max_rows}.")
+    ids = _value(content, "ids")
+    return Submission(images, range(len(images)) if ids is None else _ids(ids, len(images)))
+
+
+def _value(content: dict[Any, Any], key: str) -> Any:
+    """The value of a key that may be str or, from Python 2, bytes."""
+    if key in content and key.encode() in content:
+        raise PickleError(f"The pickle has {key} twice, as str and as bytes; once would be right.")
+    return content.get(key, content.get(key.encode()))
+
+
+def _images(data: Any) -> npt.NDArray[np.uint8]:
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
+        found = f"{data.dtype} array" if isinstance(data, np.ndarray) else type(data).__name__
+        raise PickleError(f"data is a {found}; right would be a NumPy array of uint8.")
+    match data.shape:
+        case (0, *_):
+            raise PickleError("data has no images (its first extent is 0).")
+        case (_, 32, 32, 3):
+            return data
+        case (_, 3, 32, 32):
+            return data.transpose(0, 2, 3, 1)
+        case (count, 3072):
+            return data.reshape(count, 3, 32, 32).transpose(0, 2, 3, 1)
+    raise PickleError(
+        f"data has the shape {list(data.shape)}; "
+        "right would be [N, 32, 32, 3], [N, 3, 32, 32] or [N, 3072]."
+    )
+
+
+def _ids(ids: Any, count: int) -> list[int]:
+    if isinstance(ids, np.ndarray):
+        if ids.dtype.kind not in "iu" or ids.ndim != 1:
+            raise PickleError(
+                f"ids is a {ids.dtype} array of shape {list(ids.shape)}; "
+                "right would be integers of shape [N]."
+            )
+        ids = ids.tolist()
+    if not isinstance(ids, list | tuple) or any(
+        type(id_) is not int or id_ not in IDS for id_ in ids
+    ):
+        raise PickleError("ids must be a NumPy array or a list of 64-bit integers.")
+    if len(ids) != count:
+        raise PickleError(f"There are {len(ids)} ids for {count} images; one an image is right.")
+    if len(set(ids)) != count:
+        raise PickleError(
+            f"{count - len(set(ids))} of the {count} ids occur again; all must be different."
+        )
+    return list(ids)
