@@ -1,0 +1,38 @@
+# Everything runs in .venv, which each target fills with what it needs; calling again installs nothing.
+PYTHON ?= python3
+PORT ?= 3000
+RECIPE ?= fast
+RUN ?= runs/$(RECIPE)-seed0
+OUT ?= models/default.onnx
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint train export
+
+help:  ## show this help
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+serve: .venv/.serve  ## start the service with the bundled model (PORT=3000)
+	.venv/bin/bentoml serve --port $(PORT)
+
+test: lint  ## run ruff, the type checker and all tests
+	.venv/bin/pytest
+
+lint: .venv/.dev  ## run ruff and the type checker
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+train: .venv/.train  ## train a recipe (RECIPE=fast), which adds its row to training/results.csv
+	.venv/bin/python -m training run $(RECIPE)
+
+export: .venv/.export  ## turn a run's checkpoint into a model file (RUN=runs/fast-seed0 OUT=models/default.onnx)
+	.venv/bin/python -m export $(RUN)/checkpoint.pt $(OUT)
+
+# One stamp for each extra of pyproject.toml; a change of either file installs again.
+.venv/.%: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,1 @@
+"""Checkpoints to model files: one ONNX file that holds all that serving needs."""

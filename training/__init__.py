@@ -1,0 +1,1 @@
+"""Train every report's network by its own recipe, and better ones of ours."""

@@ -1,0 +1,173 @@
+"""Command line of the training job: ``python -m training run | resume | list``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from training import data, recipe, results, train
+from training.checkpoint import CheckpointError, load
+from training.model import build, parameter_count
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code (1 for an error, 128 + N for signal N)."""
+    options = _parser().parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        match options.command:
+            case "list":
+                _list(console, options.markdown)
+                return 0
+            case "run":
+                folder = _create(options)
+            case _:
+                folder = options.run
+                load(folder / train.CHECKPOINT)  # before the data set is looked for
+        return _train(folder, console, errors)
+    except (recipe.RecipeError, data.DataError, CheckpointError, train.TrainingError) as error:
+        errors.print(f"error: {error}", markup=False)
+        return 1
+
+
+def _create(options: argparse.Namespace) -> Path:
+    overrides = list(options.set)
+    if options.epochs is not None:
+        overrides.append(f"epochs={options.epochs}")
+    chosen = recipe.load(options.recipe, overrides)
+    name = Path(options.recipe).stem
+    folder = options.out or _free_folder(Path("runs") / f"{name}-seed{options.seed}")
+    complete = not overrides
+    train.create(folder, chosen, name, options.seed, data.load(), options.limit, complete)
+    return Path(folder)
+
+
+def _train(folder: Path, console: Console, errors: Console) -> int:
+    console.print(f"run folder: {folder}", markup=False)
+    try:
+        result = train.resume(folder, data.load(), console)
+    except train.Interrupted as interrupted:
+        errors.print(
+            f"stopped by {interrupted}; go on with: python -m training resume {folder}",
+            markup=False,
+        )
+        return 128 + interrupted.signum
+    views = "" if result.views == "none" else f", {100 * result.single_view_accuracy:.2f} % without"
+    console.print(
+        f"test accuracy {100 * result.accuracy:.2f} % (views: {result.views}{views}) on "
+        f"{result.test_images} images after {result.seconds:.0f} s; {folder / train.CHECKPOINT}",
+        markup=False,
+    )
+    return 0
+
+
+def _free_folder(folder: Path) -> Path:
+    """The folder, or the first of ``folder-2``, ``folder-3``, ... that holds no run."""
+    free, number = folder, 1
+    while (free / train.CHECKPOINT).exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+def _list(console: Console, markdown: bool) -> None:
+    rows = table_rows()
+    if markdown:
+        console.print(markdown_table(rows), markup=False)
+        return
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def table_rows() -> list[list[str]]:
+    """The registry as rows of texts, a header first: each recipe, its report and what we reached."""
+    reached = results.read()
+    rows = [["recipe", "report", "parameters", "reported", "reached on test"]]
+    for name in recipe.names():
+        chosen = recipe.load(name)
+        report = chosen.report
+        rows.append(
+            [
+                name,
+                report.system if report else "ours",
+                f"{parameter_count(build(chosen.model)):,}",
+                f"{100 * report.accuracy:.2f} % ({report.measured})" if report else "",
+                results.summary(reached, name),
+            ]
+        )
+    return rows
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of texts, the first a header, as a Markdown table; the README holds this one."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training",
+        description="Train the networks of the reports, and better ones, on CIFAR-10.",
+        epilog="CIFAR10_ROOT names the folder that holds cifar-10-batches-py; without it the data "
+        "set is downloaded to ~/.cache/cifar10 once.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="train a recipe to its end",
+        description="Train a recipe. The run's folder gets recipe.toml (as resolved), metrics.jsonl "
+        "(a line an epoch) and checkpoint.pt. Ctrl-C or SIGTERM leaves a checkpoint to resume from. "
+        "A finished run of an unchanged recipe on all images adds its row to training/results.csv.",
+    )
+    run.add_argument("recipe", metavar="RECIPE", help="a name from 'list', or a .toml file")
+    run.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE-seedN)")
+    run.add_argument("--seed", type=_natural, default=0, help="default: %(default)s")
+    run.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
+    run.add_argument(
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="for trials: train, validate and test on the first N images only",
+    )
+    run.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace values of the recipe, as optimizer.lr=0.1 or augment.0.padding=2",
+    )
+
+    resume = commands.add_parser("resume", help="go on with an interrupted run")
+    resume.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+
+    listing = commands.add_parser(
+        "list", help="the recipes: report, parameters, reported and reached accuracy"
+    )
+    listing.add_argument("--markdown", action="store_true", help="as the README's table")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""CIFAR-10 as uint8 tensors: the official files by way of torchvision, or a small sample file."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+ROOT_VARIABLE = "CIFAR10_ROOT"
+SAMPLE = Path(__file__).parent / "cifar10_sample.npz"
+FOLDER = "cifar-10-batches-py"
+VALIDATION_SEED = 10  # one split for all runs, whatever their seed, so that runs can be compared
+
+
+class DataError(RuntimeError):
+    """The data set is missing or damaged; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images: ``pixels`` uint8 [N, 32, 32, 3] RGB, ``labels`` int64 [N] in 0..9."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int | None) -> "Images":
+        """The first ``count`` images, all where it is None."""
+        return self if count is None else Images(self.pixels[:count], self.labels[:count])
+
+    def to(self, device: torch.device) -> "Images":
+        """The same images on ``device``."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Training and test images; ``source`` is ``cifar10`` or ``sample``."""
+
+    train: Images
+    test: Images
+    source: str
+
+
+def load() -> DataSet:
+    """The data set that ``CIFAR10_ROOT`` names, else the one in the user's cache folder.
+
+    ``CIFAR10_ROOT`` is a folder that holds the official ``cifar-10-batches-py`` (it is only read), or
+    a sample file (``.npz``) like the bundled ``training/cifar10_sample.npz``. Without the variable
+    torchvision downloads the files (170 MB, once). Their MD5 sums are checked in either case.
+
+    Raises:
+        DataError: missing, damaged, or the download failed.
+    """
+    named = os.environ.get(ROOT_VARIABLE)
+    if named and named.endswith(".npz"):
+        return load_sample(Path(named))
+    root = Path(named) if named else _cache_folder()
+    try:
+        parts = [
+            torchvision.datasets.CIFAR10(root, train=train, download=not named)
+            for train in (True, False)
+        ]
+    except (URLError, OSError) as error:
+        raise DataError(
+            f"could not download CIFAR-10 to {root}: {error}. Fetch cifar-10-python.tar.gz by other "
+            f"means, unpack it, and set {ROOT_VARIABLE} to the folder with {FOLDER} in it"
+        ) from error
+    except RuntimeError as error:
+        found = (root / FOLDER).is_dir()
+        problem = "is damaged (an MD5 sum differs or a file is missing)" if found else "is not there"
+        raise DataError(
+            f"CIFAR-10 {problem}: {root / FOLDER}. Put the official files there, set "
+            f"{ROOT_VARIABLE} to a folder that has them, or unset it to download them"
+        ) from error
+    train, test = (Images(torch.from_numpy(p.data), torch.tensor(p.targets)) for p in parts)
+    return DataSet(train, test, "cifar10")
+
+
+def present() -> bool:
+    """Whether ``load`` would find something without downloading it (perhaps damaged)."""
+    return bool(os.environ.get(ROOT_VARIABLE)) or (_cache_folder() / FOLDER).is_dir()
+
+
+def load_sample(path: Path = SAMPLE) -> DataSet:
+    """A sample file: ``train_images``, ``train_labels``, ``test_images`` and ``test_labels``.
+
+    Raises:
+        DataError: missing, not such a file, or arrays of other shapes or types.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            train, test = (_sample_part(arrays, part) for part in ("train", "test"))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path}: not a sample of CIFAR-10 as training/data.py describes: {error}"
+        ) from error
+    return DataSet(train, test, "sample")
+
+
+def split(train: Images, fraction: float) -> tuple[Images, Images]:
+    """Training images without, and with only, a held-out ``fraction``: the ``val`` images.
+
+    The split is random but always the same one; both parts keep the order of the data set.
+    """
+    count = round(len(train) * fraction)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(VALIDATION_SEED))
+    val, rest = order[:count].sort().values, order[count:].sort().values
+    return (
+        Images(train.pixels[rest], train.labels[rest]),
+        Images(train.pixels[val], train.labels[val]),
+    )
+
+
+def _cache_folder() -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path.home() / ".cache") / "cifar10"
+
+
+def _sample_part(arrays: "np.lib.npyio.NpzFile", part: str) -> Images:
+    pixels, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (32, 32, 3) or len(pixels) != len(labels):
+        raise ValueError(f"{part}_images is {pixels.dtype} {pixels.shape}, not uint8 [N, 32, 32, 3]")
+    if labels.dtype != np.int64 or labels.ndim != 1 or not ((labels >= 0) & (labels < 10)).all():
+        raise ValueError(f"{part}_labels is not int64 [N] in 0..9")
+    return Images(torch.from_numpy(pixels), torch.from_numpy(labels))

@@ -1,0 +1,63 @@
+"""The training device: which one, at what precision, and how its memory is handled."""
+
+import ctypes
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from training.recipe import Recipe
+
+
+def choose() -> torch.device:
+    """The first CUDA GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def precision(amp: str, device: torch.device) -> torch.dtype:
+    """The dtype of a recipe's ``amp`` on ``device``.
+
+    A GPU takes what the recipe says. A CPU takes bf16 for either half type where it multiplies bf16
+    natively (AMX or AVX512-BF16), and float32 where bf16 would only be emulated.
+    """
+    if amp == "off":
+        return torch.float32
+    if device.type == "cuda":
+        return torch.float16 if amp == "fp16" else torch.bfloat16
+    abilities = torch.cpu.get_capabilities()
+    native = abilities.get("amx_bf16") or abilities.get("avx512_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for results: a GPU's name, or the processor's with its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def prepare(recipe: Recipe, device: torch.device) -> None:
+    """Set the process up for fast training on ``device``.
+
+    On a CPU with glibc, large activations would be mapped and unmapped anew in every step, and most
+    of the time goes into page faults. Keeping freed memory in the heap made a step of ``fast`` up to
+    1.4x as fast.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not recipe.resolution
+    elif sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        mmap_max, trim_threshold, top_pad = -4, -1, -2  # M_* of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 256 * 2**20)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

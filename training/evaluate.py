@@ -1,0 +1,65 @@
+"""Predictions and accuracy of a network on uint8 images, always in float32."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.augment import Normalize
+from training.data import Images
+from training.recipe import Recipe
+
+
+class Classifier(nn.Module):
+    """A network with all that a recipe puts around it: normalisation and the averaged views.
+
+    This module is what ``export`` turns into a model file.
+
+    Args:
+        model: logits from normalised images.
+        recipe: gives mean, std and the ``views`` whose logits are averaged.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.normalize = Normalize(recipe.data.mean, recipe.data.std)
+        self.model = model
+        self.views = recipe.views
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, float32 [N, 10], of RGB ``images``, uint8 [N, 32, 32, 3]."""
+        x = self.normalize(images.permute(0, 3, 1, 2))
+        if self.views == "flip":
+            logits: Tensor = self.model(torch.cat([x, x.flip(-1)]))
+            count = x.shape[0]  # not len(x), which an export would fix to the example's
+            return (logits[:count] + logits[count:]) / 2
+        logits = self.model(x)
+        return logits
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``accuracy`` as a fraction and mean cross-entropy ``loss`` over ``images`` images."""
+
+    accuracy: float
+    loss: float
+    images: int
+
+
+@torch.no_grad()
+def logits(classifier: Classifier, pixels: Tensor, batch_size: int = 500) -> Tensor:
+    """Logits, float32 [N, 10], of ``pixels``, uint8 [N, 32, 32, 3], in evaluation mode."""
+    classifier.eval()
+    return torch.cat([classifier(batch) for batch in pixels.split(batch_size)])
+
+
+def evaluate(model: nn.Module, recipe: Recipe, images: Images) -> Evaluation:
+    """Accuracy and loss of ``model`` under a recipe's views; ``images`` lie on the model's device."""
+    classifier = Classifier(model, recipe).to(images.pixels.device)
+    predicted = logits(classifier, images.pixels)
+    return Evaluation(
+        accuracy=(predicted.argmax(1) == images.labels).double().mean().item(),
+        loss=F.cross_entropy(predicted, images.labels).item(),
+        images=len(images),
+    )

@@ -1,0 +1,109 @@
+"""Optimizers of the recipes; each parameter group keeps its recipe's rate as ``base_lr``."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training import recipe
+from training.model import WhitenedResNet
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by a Newton-Schulz iteration, for convolution filters.
+
+    K. Jordan et al., 2024 (kellerjordan.github.io/posts/muon), in the form of airbench94: each filter
+    bank is rescaled to norm sqrt(output channels) before its step, so ``lr`` is a relative rate.
+    torch's own Muon takes matrices only and does not rescale.
+
+    Args:
+        params: float tensors [out, in, height, width].
+        lr: the rate. momentum: Nesterov momentum in 0..1.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient; ``closure`` is not supported."""
+        if closure is not None:
+            raise ValueError("Muon takes no closure")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
+                direction = parameter.grad.add(momentum, alpha=group["momentum"])
+                update = orthogonalise(direction.flatten(1)).view_as(parameter)
+                parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+                parameter.add_(update, alpha=-group["lr"])
+
+
+def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
+    """The matrix [M, N] with its singular values brought near 1 by Newton-Schulz steps.
+
+    The quintic's coefficients, from the Muon post, are steepest at zero and leave the values within
+    about 0.5 to 1.5.
+    """
+    x: Tensor = matrix / (matrix.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """The optimizers of a recipe for ``model``: one, or Muon and the SGD beside it.
+
+    Raises:
+        RecipeError: Muon for a network that has more than filters, biases and one head.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizers: list[torch.optim.Optimizer]
+    match config:
+        case recipe.SGD():
+            optimizers = [
+                torch.optim.SGD(
+                    trained,
+                    lr=config.lr,
+                    momentum=config.momentum,
+                    nesterov=config.nesterov,
+                    weight_decay=config.weight_decay,
+                )
+            ]
+        case recipe.Adam():
+            optimizers = [torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)]
+        case recipe.AdamW():
+            optimizers = [torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)]
+        case recipe.Muon():
+            optimizers = _muon_and_sgd(config, model, trained)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def _muon_and_sgd(
+    config: recipe.Muon, model: nn.Module, trained: list[nn.Parameter]
+) -> list[torch.optim.Optimizer]:
+    if not isinstance(model, WhitenedResNet):
+        raise recipe.RecipeError("optimizer muon: its rates are defined for a whitened_resnet only")
+    # A rate here is for the mean loss over a batch; weight decay is a fraction lost a step at that
+    # rate whatever the rate is, as airbench has it.
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim == 1], "lr": config.bias_lr},
+        {"params": [model.head.weight], "lr": config.head_lr},
+    ]
+    for group in groups:
+        group["weight_decay"] = config.weight_decay / group["lr"]
+    return [
+        torch.optim.SGD(groups, lr=config.bias_lr, momentum=config.sgd_momentum, nesterov=True),
+        Muon([p for p in trained if p.ndim == 4], config.lr, config.momentum),
+    ]

@@ -1,0 +1,411 @@
+"""Recipes: complete run specifications, one TOML file each, validated on load.
+
+The folder ``training/recipes`` is the registry: a recipe's name is its file's name. Every key that a
+part has must be there; an unknown, missing or ill-typed key is an error that names the file and the key.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Triple = tuple[float, float, float]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the file and each offending key."""
+
+
+class Part(BaseModel):
+    """A table of a recipe: no unknown keys, no conversions from other types, no changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Report(Part):
+    """The published claim that a recipe reproduces."""
+
+    id: str
+    system: str
+    accuracy: Fraction
+    measured: str
+
+
+class Data(Part):
+    """Normalisation (of pixels in 0..1) and the share of the training images held out as ``val``."""
+
+    mean: Triple
+    std: Triple
+    validation: Annotated[float, Field(ge=0, lt=1)]
+
+
+# -- networks ---------------------------------------------------------------------------------------
+
+
+class BasicCNN(Part):
+    """The two-convolution network of the PyTorch tutorial."""
+
+    kind: Literal["basic_cnn"]
+
+
+class ResNet(Part):
+    """3x3 stem, stages of BasicBlocks (stride 2 from the second stage on), average pool, head."""
+
+    kind: Literal["resnet"]
+    blocks: Annotated[tuple[Count, ...], Field(min_length=1)]
+    widths: Annotated[tuple[Count, ...], Field(min_length=1)]
+    activation: Literal["relu", "leaky_relu"]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    init: Literal["default", "kaiming_fan_out"]
+
+    @model_validator(mode="after")
+    def _one_width_a_stage(self) -> "ResNet":
+        if len(self.blocks) != len(self.widths):
+            raise ValueError(f"{len(self.blocks)} stages in blocks but {len(self.widths)} in widths")
+        return self
+
+
+class WhitenedResNet(Part):
+    """Whitening stem, stages of conv-pool plus a residual branch of ``depths`` convolutions."""
+
+    kind: Literal["whitened_resnet"]
+    widths: Annotated[tuple[Count, ...], Field(min_length=1)]
+    depths: Annotated[tuple[Count, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one_depth_a_stage(self) -> "WhitenedResNet":
+        if len(self.depths) != len(self.widths):
+            raise ValueError(f"{len(self.depths)} stages in depths but {len(self.widths)} in widths")
+        return self
+
+
+Model = Annotated[BasicCNN | ResNet | WhitenedResNet, Field(discriminator="kind")]
+
+# -- augmentations, applied in the order of the file ------------------------------------------------
+
+
+class RandomCrop(Part):
+    """Shift by up to ``padding`` pixels each way; the border is black or mirrored."""
+
+    op: Literal["random_crop"]
+    padding: Annotated[int, Field(ge=1, le=31)]
+    border: Literal["black", "reflect"]
+
+
+class HorizontalFlip(Part):
+    """Mirror each image with probability ``p``."""
+
+    op: Literal["horizontal_flip"]
+    p: Fraction
+
+
+class AlternatingFlip(Part):
+    """Mirror a random half of the images in even epochs and the other half in odd ones."""
+
+    op: Literal["alternating_flip"]
+
+
+class ColorJitter(Part):
+    """Random brightness, contrast and saturation factors in 1 +- x, hue shift in +- hue turns."""
+
+    op: Literal["color_jitter"]
+    brightness: NonNegative
+    contrast: NonNegative
+    saturation: NonNegative
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+
+
+class Rotation(Part):
+    """Rotate by an angle in +- ``degrees``, nearest pixel, black corners."""
+
+    op: Literal["rotation"]
+    degrees: NonNegative
+
+
+class Translate(Part):
+    """Shift each axis by up to ``fraction`` of its length, black border."""
+
+    op: Literal["translate"]
+    fraction: Fraction
+
+
+class Sharpness(Part):
+    """Adjust sharpness by ``factor`` (1 leaves the image as it is) with probability ``p``."""
+
+    op: Literal["sharpness"]
+    factor: NonNegative
+    p: Fraction
+
+
+class AutoAugment(Part):
+    """AutoAugment with its CIFAR-10 policy (Cubuk et al., 2019)."""
+
+    op: Literal["auto_augment"]
+
+
+class RandomErasing(Part):
+    """Overwrite a rectangle of the normalised image (Zhong et al., 2017); it comes last."""
+
+    op: Literal["random_erasing"]
+    p: Fraction
+    scale: tuple[Fraction, Fraction]
+    ratio: tuple[Positive, Positive]
+    value: float
+
+
+Augmentation = Annotated[
+    RandomCrop
+    | HorizontalFlip
+    | AlternatingFlip
+    | ColorJitter
+    | Rotation
+    | Translate
+    | Sharpness
+    | AutoAugment
+    | RandomErasing,
+    Field(discriminator="op"),
+]
+
+# -- optimizers and schedules -----------------------------------------------------------------------
+
+
+class SGD(Part):
+    """Stochastic gradient descent; weight decay on all parameters."""
+
+    kind: Literal["sgd"]
+    lr: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    nesterov: bool
+    weight_decay: NonNegative
+
+
+class Adam(Part):
+    """Adam with L2 weight decay in the gradient (not AdamW)."""
+
+    kind: Literal["adam"]
+    lr: Positive
+    weight_decay: NonNegative
+
+
+class AdamW(Part):
+    """Adam with decoupled weight decay."""
+
+    kind: Literal["adamw"]
+    lr: Positive
+    weight_decay: NonNegative
+
+
+class Muon(Part):
+    """Muon for convolution filters, Nesterov SGD for biases and head; see ``training.optimizer``."""
+
+    kind: Literal["muon"]
+    lr: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    bias_lr: Positive
+    head_lr: Positive
+    sgd_momentum: Annotated[float, Field(gt=0, lt=1)]
+    weight_decay: NonNegative
+
+
+Optimizer = Annotated[SGD | Adam | AdamW | Muon, Field(discriminator="kind")]
+
+
+class Constant(Part):
+    """The same learning rate throughout."""
+
+    kind: Literal["constant"]
+
+
+class Linear(Part):
+    """Falls with every step, from the optimizer's rate to 0 after the last one."""
+
+    kind: Literal["linear"]
+
+
+class Cosine(Part):
+    """Cosine annealing per epoch from the optimizer's rate to ``min_lr`` after the last epoch."""
+
+    kind: Literal["cosine"]
+    min_lr: NonNegative
+
+
+class ShiftedWarmupCosine(Part):
+    """E1's schedule: a warm-up that starts at 2/5, then a cosine shifted by one epoch."""
+
+    kind: Literal["shifted_warmup_cosine"]
+    warmup_epochs: Count
+    min_lr: NonNegative
+
+
+class Step(Part):
+    """Multiply by ``gamma`` every ``step_epochs`` epochs."""
+
+    kind: Literal["step"]
+    step_epochs: Count
+    gamma: Positive
+
+
+class MultiStep(Part):
+    """Multiply by ``gamma`` at each epoch in ``milestones``."""
+
+    kind: Literal["multi_step"]
+    milestones: tuple[Count, ...]
+    gamma: Positive
+
+
+class Plateau(Part):
+    """Multiply by ``factor`` after more than ``patience`` epochs without a lower ``val`` loss."""
+
+    kind: Literal["plateau"]
+    factor: Annotated[float, Field(gt=0, lt=1)]
+    patience: Annotated[int, Field(ge=0)]
+
+
+Schedule = Annotated[
+    Constant | Linear | Cosine | ShiftedWarmupCosine | Step | MultiStep | Plateau,
+    Field(discriminator="kind"),
+]
+
+
+class Resolution(Part):
+    """From epoch ``from_epoch`` (0 is the first) on, training images are scaled to ``size`` pixels."""
+
+    from_epoch: Annotated[int, Field(ge=0)]
+    size: Annotated[int, Field(ge=8, le=32)]
+
+
+class Recipe(Part):
+    """A complete run specification: network, data, augmentation, optimizer and schedule.
+
+    ``amp`` is the precision of training where the device computes it natively (``off`` is fp32);
+    ``views`` are the views averaged for a prediction (``flip``: the image and its mirror image).
+    """
+
+    title: str
+    report: Report | None = None
+    epochs: Count
+    batch_size: Count
+    drop_last: bool
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    amp: Literal["off", "fp16", "bf16"]
+    views: Literal["none", "flip"]
+    data: Data
+    model: Model
+    optimizer: Optimizer
+    schedule: Schedule
+    augment: tuple[Augmentation, ...] = ()
+    resolution: tuple[Resolution, ...] = ()
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "Recipe":
+        if any(part.op == "random_erasing" for part in self.augment[:-1]):
+            raise ValueError("augment: random_erasing works on normalised pixels and must be last")
+        if self.schedule.kind == "plateau" and self.data.validation == 0:
+            raise ValueError("schedule: plateau needs held-out images: data.validation above 0")
+        if self.schedule.kind == "shifted_warmup_cosine" and self.optimizer.kind == "muon":
+            raise ValueError("schedule: shifted_warmup_cosine is defined for one learning rate")
+        if isinstance(self.optimizer, SGD) and self.optimizer.nesterov and not self.optimizer.momentum:
+            raise ValueError("optimizer: nesterov needs a momentum above 0")
+        return self
+
+    def to_toml(self) -> str:
+        """The recipe as a TOML document that loads to an equal recipe."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def names() -> list[str]:
+    """The names of all recipes in the registry, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe by its registry name or its file's path; ``overrides`` are ``key=value`` texts.
+
+    Raises:
+        RecipeError: no such recipe, not TOML, or an unknown, missing or ill-typed key.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = RECIPES / f"{name_or_path}.toml"
+    if not path.is_file():
+        raise RecipeError(f"no recipe {str(name_or_path)!r}; there are: {', '.join(names())}")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a TOML file: {error}") from error
+    for override in overrides:
+        _override(data, override)
+    return parse(data, str(path))
+
+
+def parse(data: Mapping[str, Any], source: str) -> Recipe:
+    """Validate a recipe's data; ``source`` (a file's name) begins every line of an error.
+
+    Raises:
+        RecipeError: an unknown, missing or ill-typed key.
+    """
+    try:
+        # By way of JSON: there a strict list is a tuple, which in Python's own strict mode it is not.
+        return Recipe.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        lines = [f"{source}: {_describe(details, data)}" for details in error.errors()]
+        raise RecipeError("\n".join(lines)) from error
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set {override}: write key=value, for example optimizer.lr=0.1")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: amp=bf16
+    *parents, last = key.split(".")
+    place: Any = data
+    for name in parents:
+        place = _child(place, name, override)
+    if isinstance(place, list):
+        _child(place, last, override)
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value  # an unknown name is found by the validation that follows
+    else:
+        raise RecipeError(f"--set {override}: {'.'.join(parents)} has no keys")
+
+
+def _child(place: Any, name: str, override: str) -> Any:
+    if isinstance(place, dict) and name in place:
+        return place[name]
+    if isinstance(place, list) and name.isdecimal() and int(name) < len(place):
+        return place[int(name)]
+    raise RecipeError(f"--set {override}: the recipe has no {name!r} there")
+
+
+def _describe(details: ErrorDetails, data: Any) -> str:
+    keys: list[str] = []
+    for name in details["loc"]:
+        if isinstance(data, dict) and name not in data and name != details["loc"][-1]:
+            continue  # the tag of a union ("resnet"), which is not a key of the file
+        if isinstance(data, list | dict):
+            data = data[int(name)] if isinstance(data, list) else data.get(name)
+        keys.append(str(name))
+    key = ".".join(keys)
+    match details["type"]:
+        case "missing":
+            return f"missing key {key}"
+        case "extra_forbidden":
+            return f"unknown key {key}"
+        case _ if key:
+            return f"key {key}: {details['msg']}, got {details['input']!r}"
+    return details["msg"]

@@ -1,0 +1,67 @@
+"""Learning rates as a pure function of the recipe, the place in the run and the ``val`` losses."""
+
+import math
+from collections.abc import Sequence
+
+from training import recipe
+
+
+def learning_rate(
+    schedule: recipe.Schedule,
+    base_lr: float,
+    epoch: float,
+    epochs: int,
+    val_losses: Sequence[float] = (),
+) -> float:
+    """The learning rate of one step.
+
+    Args:
+        schedule: the recipe's schedule.
+        base_lr: the optimizer's (or one parameter group's) rate in the recipe.
+        epoch: epochs done, with the fraction of the current one (0.5: in the middle of the first).
+            All schedules but ``linear`` look at whole epochs only.
+        epochs: of the whole run.
+        val_losses: of the epochs done, for ``plateau``.
+    """
+    whole = math.floor(epoch)
+    match schedule:
+        case recipe.Constant():
+            return base_lr
+        case recipe.Linear():
+            return base_lr * (1 - epoch / epochs)
+        case recipe.Cosine():
+            # torch's CosineAnnealingLR with T_max = epochs.
+            return _cosine(base_lr, schedule.min_lr, whole / epochs)
+        case recipe.ShiftedWarmupCosine():
+            if whole < schedule.warmup_epochs:
+                return base_lr * min(1.0, (whole + 2) / schedule.warmup_epochs)
+            shifted = whole - schedule.warmup_epochs + 1
+            return _cosine(base_lr, schedule.min_lr, shifted / epochs)
+        case recipe.Step():
+            return base_lr * schedule.gamma ** (whole // schedule.step_epochs)
+        case recipe.MultiStep():
+            passed = sum(whole >= milestone for milestone in schedule.milestones)
+            return base_lr * schedule.gamma**passed
+        case recipe.Plateau():
+            return base_lr * schedule.factor ** plateaus(val_losses, schedule.patience)
+
+
+def plateaus(losses: Sequence[float], patience: int, threshold: float = 1e-4) -> int:
+    """How often torch's ReduceLROnPlateau (mode ``min``) would have reduced after these ``losses``.
+
+    An epoch is better when its loss is below the best by a relative ``threshold``; more than
+    ``patience`` epochs in a row that are not better are a plateau, and the count begins again.
+    """
+    best, waited, count = math.inf, 0, 0
+    for loss in losses:
+        if loss < best * (1 - threshold):
+            best, waited = loss, 0
+        else:
+            waited += 1
+        if waited > patience:
+            waited, count = 0, count + 1
+    return count
+
+
+def _cosine(high: float, low: float, progress: float) -> float:
+    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
