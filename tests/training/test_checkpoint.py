@@ -1,0 +1,76 @@
+import pickle
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import checkpoint, recipe
+from training.checkpoint import Checkpoint, CheckpointError
+from training.model import CLASSES, build
+
+
+@pytest.fixture
+def state() -> Checkpoint:
+    loaded = recipe.load("A1")
+    return Checkpoint(
+        recipe=loaded.model_dump(mode="json", exclude_none=True),
+        recipe_name="A1",
+        classes=list(CLASSES),
+        run={"seed": 0},
+        model=build(loaded.model).state_dict(),
+        optimizers=[],
+        scaler={},
+    )
+
+
+def test_saved_checkpoint_loads_equal(state: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(state, path)
+    loaded = checkpoint.load(path)
+    for part in fields(Checkpoint):
+        if part.name != "model":
+            assert getattr(loaded, part.name) == getattr(state, part.name)
+    assert all(torch.equal(loaded.model[key], state.model[key]) for key in state.model)
+    assert loaded.parsed_recipe() == recipe.load("A1")
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_checkpoint_executes_nothing(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "executed",)
+
+    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        path = tmp_path / "checkpoint.pt"
+        write({"format": 1, "payload": Payload()}, path)
+        with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
+            checkpoint.load(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, -1])
+def test_truncated_checkpoint_is_recognised(state: Checkpoint, tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(state, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: damaged"):
+        checkpoint.load(path)
+
+
+def test_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
+        checkpoint.load(path)
+    torch.save({"format": 1, "model": {}}, path)
+    with pytest.raises(CheckpointError, match="has the keys"):
+        checkpoint.load(path)
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        checkpoint.load(tmp_path / "absent.pt")
+
+
+def test_weights_of_another_network_are_refused(state: Checkpoint) -> None:
+    state.model = build(recipe.load("fast").model).state_dict()
+    with pytest.raises(CheckpointError, match="do not fit recipe A1"):
+        state.network()

@@ -1,0 +1,89 @@
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training import data
+
+ROOT = os.environ.get(data.ROOT_VARIABLE, "")
+needs_cifar10 = pytest.mark.skipif(
+    not (Path(ROOT) / data.FOLDER).is_dir() or not ROOT,
+    reason="CIFAR10_ROOT is not set to a folder",
+)
+
+
+def test_sample_has_real_images_of_all_classes() -> None:
+    sample = data.load_sample()
+    assert (len(sample.train), len(sample.test), sample.source) == (500, 1000, "sample")
+    assert sample.test.pixels.shape == (1000, 32, 32, 3)
+    assert sample.test.pixels.dtype == torch.uint8
+    assert set(sample.train.labels.tolist()) == set(sample.test.labels.tolist()) == set(range(10))
+
+
+@needs_cifar10
+def test_sample_is_the_beginning_of_the_data_set() -> None:
+    sample, whole = data.load_sample(), data.load()
+    assert (len(whole.train), len(whole.test), whole.source) == (50000, 10000, "cifar10")
+    for part, all_images in ((sample.train, whole.train), (sample.test, whole.test)):
+        assert torch.equal(part.pixels, all_images.pixels[: len(part)])
+        assert torch.equal(part.labels, all_images.labels[: len(part)])
+
+
+def test_split_parts_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = data.load_sample().train
+    rest, val = data.split(train, 0.2)
+    assert (len(rest), len(val)) == (400, 100)
+    seen = {image.numpy().tobytes() for image in torch.cat([rest.pixels, val.pixels])}
+    assert seen == {image.numpy().tobytes() for image in train.pixels}
+    again = data.split(train, 0.2)[1]
+    assert torch.equal(again.pixels, val.pixels)
+    assert len(data.split(train, 0.0)[1]) == 0
+
+
+def test_missing_data_set_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(tmp_path))
+    with pytest.raises(data.DataError, match=r"is not there.*CIFAR10_ROOT.*unset it to download"):
+        data.load()
+
+
+@needs_cifar10
+def test_damaged_data_set_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(Path(ROOT) / data.FOLDER, tmp_path / data.FOLDER)
+    batch = tmp_path / data.FOLDER / "data_batch_3"
+    batch.chmod(0o644)
+    with batch.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\0\0\0\0")
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(tmp_path))
+    with pytest.raises(data.DataError, match="damaged"):
+        data.load()
+
+
+def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # A real attempt, through a proxy that refuses every connection.
+    monkeypatch.delenv(data.ROOT_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(data.DataError, match=r"could not download CIFAR-10.*CIFAR10_ROOT"):
+        data.load()
+
+
+@pytest.mark.parametrize("damage", ["not a file of arrays", "shape", "labels"])
+def test_wrong_sample_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
+) -> None:
+    path = tmp_path / "sample.npz"
+    arrays = dict(np.load(data.SAMPLE, allow_pickle=False))
+    if damage == "shape":
+        arrays["test_images"] = arrays["test_images"].reshape(1000, -1)
+    elif damage == "labels":
+        arrays["train_labels"] = arrays["train_labels"] + 1
+    np.savez(path, **arrays)
+    if damage == "not a file of arrays":
+        path.write_bytes(b"not a file of arrays")
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(path))
+    with pytest.raises(data.DataError, match="not a sample of CIFAR-10"):
+        data.load()

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+
+from training import results
+from training.results import Result
+
+
+def result(recipe: str, seed: int, accuracy: float, val_accuracy: float | None = None) -> Result:
+    return Result(
+        date="2026-01-01T00:00:00+00:00",
+        recipe=recipe,
+        seed=seed,
+        accuracy=accuracy,
+        single_view_accuracy=accuracy,
+        val_accuracy=val_accuracy,
+        views="none",
+        test_images=10000,
+        train_images=50000,
+        parameters=1,
+        epochs=2,
+        seconds=3.5,
+        device="a processor, 2 threads",
+        precision="float32",
+        python="3.11.0",
+        torch="2",
+        commit="abc",
+    )
+
+
+def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    assert results.read(path) == []
+    rows = [result("A1", 0, 0.5), result("A1", 1, 0.6, 0.61)]
+    for row in rows:
+        results.append(row, path)
+    assert results.read(path) == rows
+    assert path.read_text().count("\n") == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "text"),
+    [
+        ([], "not run yet"),
+        ([0.9412], "94.12 % (n=1)"),
+        ([0.94, 0.95, 0.96], "95.00 ± 1.00 % (n=3)"),
+    ],
+)
+def test_summary(accuracies: list[float], text: str) -> None:
+    rows = [result("fast", seed, accuracy) for seed, accuracy in enumerate(accuracies)]
+    assert results.summary([*rows, result("A1", 0, 0.1)], "fast") == text
+
+
+def test_committed_results_are_readable() -> None:
+    assert all(0 < row.accuracy <= 1 and row.test_images == 10000 for row in results.read())
