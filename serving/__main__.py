@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-import tempfile
+from errno import ENOTDIR
 from pathlib import Path
 
 from rich.console import Console
@@ -20,13 +20,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         submit(options.pickle, options.csv, options.model)
-    except (StartError, RequestError, OSError) as error:
-        print(f"python -m serving: error: {error}", file=sys.stderr)
-        return 1
+    except (StartError, RequestError) as error:
+        return _failed(str(error))
+    except OSError as error:
+        return _failed(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
-        print("python -m serving: interrupted; nothing was written", file=sys.stderr)
+        _failed("interrupted; nothing was written")
         return 130
     return 0
+
+
+def _failed(message: str) -> int:
+    print(f"python -m serving: error: {message}", file=sys.stderr)
+    return 1
 
 
 def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
@@ -35,6 +41,8 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
     The file is written beside its place and renamed, so it is either whole or not there.
     """
     settings = Settings.from_environment()
+    if not csv.parent.is_dir():
+        raise NotADirectoryError(ENOTDIR, "not a folder to write into", str(csv.parent))
     with pickle.open("rb") as file:
         submission = read_submission(file, settings.max_rows)
     model = Model(model_file or settings.model, settings.provider, settings.threads)
@@ -56,15 +64,12 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
-            os.chmod(file.name, 0o644)  # noqa: PTH101 (a temporary file is for its owner only)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ class BodyLimit:
         self.max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, counting its bytes."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -53,6 +54,7 @@ class ErrorShape:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and hold an error back until its shape is known."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -84,9 +86,7 @@ class ErrorShape:
             )
 
 
-async def _send_shaped(
-    scope: Scope, receive: Receive, send: Send, start: Message, body: bytes
-) -> None:
+async def _send_shaped(scope: Scope, receive: Receive, send: Send, start: Message, body: bytes) -> None:
     """Send an error as it is when it has our shape, else with a body of our shape."""
     try:
         ErrorBody.model_validate_json(body, extra="forbid")
@@ -96,9 +96,7 @@ async def _send_shaped(
             HTTPStatus.NOT_FOUND: f"There is nothing at {scope['path']}; see / for what there is.",
             HTTPStatus.METHOD_NOT_ALLOWED: f"{scope['method']} is not a method of {scope['path']}.",
         }.get(status, status.description or status.phrase)
-        response = JSONResponse(
-            error_body(status.phrase.lower().replace(" ", "_"), message), status
-        )
+        response = JSONResponse(error_body(status.phrase.lower().replace(" ", "_"), message), status)
         allow = Headers(raw=start["headers"]).get("allow")
         if allow:
             response.headers["Allow"] = allow

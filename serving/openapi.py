@@ -33,8 +33,7 @@ CLASSIFICATION_EXAMPLE: Json = {
 ERROR_EXAMPLE: Json = {
     "error": {
         "code": "bad_image",
-        "message": "The bytes are not a PNG, JPEG, WebP, GIF or BMP image; "
-        "send one of these formats.",
+        "message": "The bytes are not a PNG, JPEG, WebP, GIF or BMP image; send one of these formats.",
     }
 }
 ERRORS = {
@@ -134,9 +133,7 @@ def _paths() -> Json:
 def _operation(
     name: str, summary: str, description: str, request: Json, answer: Json, parameters: list[Json]
 ) -> Json:
-    error = {
-        "application/json": _content({"$ref": "#/components/schemas/ErrorBody"}, ERROR_EXAMPLE)
-    }
+    error = {"application/json": _content({"$ref": "#/components/schemas/ErrorBody"}, ERROR_EXAMPLE)}
     return {
         "tags": ["Service APIs"],
         "operationId": name,
@@ -146,10 +143,7 @@ def _operation(
         "requestBody": {"required": True, "content": request},
         "responses": {
             "200": {"description": "The answer.", "content": answer},
-            **{
-                str(status): {"description": text, "content": error}
-                for status, text in ERRORS.items()
-            },
+            **{str(status): {"description": text, "content": error} for status, text in ERRORS.items()},
         },
     }
 

@@ -62,9 +62,10 @@ class _DType:
 
 
 class _Empty:
-    """What `_reconstruct` makes: an array that its state fills in place, so it may be shared."""
+    """What `_reconstruct` makes; BUILD puts the array in its place on the stack and in the memo."""
 
-    array: npt.NDArray[Any] | None = None
+    def __init__(self) -> None:
+        self.memo_indices: list[int] = []
 
 
 _MARK = object()
@@ -187,7 +188,7 @@ class _Machine:
         return self._stack[-1]
 
     def append(self, values: list[Any]) -> None:
-        self.top(list).extend(values)
+        self.top(list).extend(map(_finished, values))
 
     def set_items(self, values: list[Any]) -> None:
         if len(values) % 2:
@@ -198,15 +199,17 @@ class _Machine:
                 raise PickleError(
                     f"A dict key is a {type(key).__name__}; keys must be str, bytes or small ints."
                 )
-            target[key] = value.array if isinstance(value, _Empty) else value
+            target[key] = _finished(value)
 
     def stop(self) -> None:
-        self.result = self.pop()
+        self.result = _finished(self.pop())
 
     # The memo
 
     def remember(self, index: int) -> None:
         value = self.pop()
+        if isinstance(value, _Empty):
+            value.memo_indices.append(index)
         self._memo[index] = value
         self.push(value)
 
@@ -260,12 +263,21 @@ class _Machine:
 
     def build(self) -> None:
         match self.pop(), self._stack[-1] if self._stack else None:
-            case (1, shape, _DType() as dtype, fortran, buffer), _Empty(array=None) as empty:
-                empty.array = _array(buffer, dtype, shape, "F" if fortran is True else "C")
+            case (1, shape, _DType() as dtype, fortran, buffer), _Empty() as empty:
+                array = _array(buffer, dtype, shape, "F" if fortran is True else "C")
+                self._stack[-1] = array
+                self._memo.update(dict.fromkeys(empty.memo_indices, array))
             case (3 | 4, str() | bytes() as order, None, None, None, *_), _DType() as dtype:
                 dtype.byte_order = _byte_order(order)
             case _:
                 raise PickleError("The pickle sets the state of something that is not an array.")
+
+
+def _finished(value: Any) -> Any:
+    """A value as it may stay in the result: not a part that an array was to be made of."""
+    if isinstance(value, _Symbol | _DType | _Empty):
+        raise PickleError("The pickle holds a name, a dtype or an unfinished array as a value.")
+    return value
 
 
 def _dtype(kind: str | bytes) -> _DType:

@@ -37,20 +37,27 @@ class Form(IODescriptor):
 
     @classmethod
     async def from_http_request(cls, request: Request, serde: Any) -> IODescriptor:
+        """Hand the request on unread, so that what is wrong with it is answered in our shape."""
         return _Received.model_construct(request=request)
 
 
 class ClassifyForm(Form):
+    """One image."""
+
     image: File
     top_k: TopK = DEFAULT_TOP_K
 
 
 class ClassifyBatchForm(Form):
+    """Several images, as fields of one name."""
+
     images: list[File]
     top_k: TopK = DEFAULT_TOP_K
 
 
 class SubmissionForm(Form):
+    """A pickle of images."""
+
     file: File
 
 

@@ -9,17 +9,23 @@ from serving.errors import OverloadedError, RequestError
 
 
 class Prediction(BaseModel):
+    """A class and how probable it is."""
+
     label: str = Field(examples=["cat"])
     index: int = Field(examples=[3])
     probability: float = Field(ge=0, le=1, examples=[0.97])
 
 
 class ModelName(BaseModel):
+    """The model that answered."""
+
     name: str = Field(examples=["fast"])
     version: str = Field(examples=["0123456789ab"])
 
 
 class Classification(BaseModel):
+    """The most probable classes of an image, most probable first."""
+
     predictions: list[Prediction]
     model: ModelName
 
@@ -29,11 +35,15 @@ class Csv(RootModel[str]):
 
 
 class ErrorDetail(BaseModel):
+    """A stable code for programs and a message for people."""
+
     code: str = Field(examples=["bad_image"])
     message: str = Field(examples=["The image is empty (0 bytes)."])
 
 
 class ErrorBody(BaseModel):
+    """The one shape of every error."""
+
     error: ErrorDetail
 
 

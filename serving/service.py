@@ -126,10 +126,12 @@ class Classifier:
 
     @bentoml.on_startup
     async def start(self) -> None:
+        """Begin to take turns, before the first request."""
         self.batcher.start()
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
+        """After the last request."""
         await self.batcher.stop()
         self.readers.shutdown()
 

@@ -96,9 +96,7 @@ def _ids(ids: Any, count: int) -> list[int]:
                 "right would be integers of shape [N]."
             )
         ids = ids.tolist()
-    if not isinstance(ids, list | tuple) or any(
-        type(id_) is not int or id_ not in IDS for id_ in ids
-    ):
+    if not isinstance(ids, list | tuple) or any(type(id_) is not int or id_ not in IDS for id_ in ids):
         raise PickleError("ids must be a NumPy array or a list of 64-bit integers.")
     if len(ids) != count:
         raise PickleError(f"There are {len(ids)} ids for {count} images; one an image is right.")

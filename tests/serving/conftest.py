@@ -1,0 +1,90 @@
+"""Real images, small model files, and one `bentoml serve` process for the session."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.serving.server import ROOT, serving
+
+CLASSES = [
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+]
+METADATA = {
+    "contract": "1",
+    "name": "tiny",
+    "version": "12e456789012",
+    "classes": json.dumps(CLASSES),
+    "precision": "fp32",
+    "parameters": "30720",
+    "parity": json.dumps({"images": 1000, "top1_agreement": 1.0}),
+}
+
+
+@pytest.fixture(scope="session")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a service with the bundled model and limits that tests can reach."""
+    with serving(
+        tmp_path_factory.mktemp("serve"),
+        SERVING_MAX_BODY_BYTES="4000000",
+        SERVING_MAX_IMAGE_PIXELS="1000000",
+        SERVING_MAX_BATCH_IMAGES="40",
+        SERVING_MAX_ROWS="1000",
+    ) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def images() -> npt.NDArray[np.uint8]:
+    """uint8 [1000, 32, 32, 3]: CIFAR-10 test images."""
+    with np.load(ROOT / "training" / "cifar10_sample.npz", allow_pickle=False) as sample:
+        images: npt.NDArray[np.uint8] = sample["test_images"]
+        return images
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small linear model that keeps the contract, but for what the caller changes."""
+
+    def write(
+        metadata: dict[str, str] | None = None,
+        *,
+        input_name: str = "images",
+        input_type: int = TensorProto.UINT8,
+        input_shape: tuple[Any, ...] = ("N", 32, 32, 3),
+        outputs: int = 10,
+        name: str = "tiny.onnx",
+    ) -> Path:
+        weights = np.random.default_rng(0).normal(size=(3072, outputs)).astype(np.float32) / 255
+        graph = helper.make_graph(
+            [
+                helper.make_node("Cast", [input_name], ["floats"], to=TensorProto.FLOAT),
+                helper.make_node("Flatten", ["floats"], ["rows"]),
+                helper.make_node("MatMul", ["rows", "weights"], ["logits"]),
+            ],
+            "tiny",
+            [helper.make_tensor_value_info(input_name, input_type, input_shape)],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, (input_shape[0], outputs))],
+            [numpy_helper.from_array(weights, "weights")],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        helper.set_model_props(model, METADATA if metadata is None else metadata)
+        path = tmp_path / name
+        onnx.save(model, path)
+        return path
+
+    return write

@@ -1,0 +1,138 @@
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from serving.batching import Batcher, Logits
+from serving.errors import OverloadedError
+
+
+def image(value: int) -> npt.NDArray[np.uint8]:
+    return np.full((32, 32, 3), value, np.uint8)
+
+
+def values(images: npt.NDArray[np.uint8]) -> Logits:
+    """A stand-in for the engine's work: each image's first pixel as its only logit."""
+    return images[:, 0, 0, :1].astype(np.float32)
+
+
+class Engine:
+    """Runs `values`, but each run waits for its permission, so that a test decides the order."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.running = threading.Semaphore(0)
+        self.permission = threading.Semaphore(0)
+
+    def __call__(self, images: npt.NDArray[np.uint8]) -> Logits:
+        self.batches.append(values(images)[:, 0].astype(int).tolist())
+        self.running.release()
+        self.permission.acquire()
+        if 255 in self.batches[-1]:
+            raise ValueError("a batch that fails")
+        return values(images)
+
+    async def started(self) -> None:
+        await asyncio.to_thread(self.running.acquire)
+
+
+def run(test: Callable[[Engine, Batcher], Awaitable[None]], max_waiting: int = 100) -> Engine:
+    engine = Engine()
+
+    async def main() -> None:
+        batcher = Batcher(engine, max_batch_size=4, max_waiting=max_waiting)
+        batcher.start()
+        try:
+            await asyncio.wait_for(test(engine, batcher), 60)
+        finally:
+            engine.permission.release(1000)
+            await batcher.stop()
+
+    asyncio.run(main())
+    return engine
+
+
+async def collected(batcher: Batcher, *numbers: int) -> list[int]:
+    images = np.stack([image(number) for number in numbers])
+    return [int(row[0]) async for logits in batcher.many(images) for row in logits]
+
+
+async def requested(batcher: Batcher, *numbers: int) -> list["asyncio.Task[Logits]"]:
+    """Requests that have reached the queue."""
+    tasks = [asyncio.create_task(batcher.one(image(number))) for number in numbers]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_what_waits_is_taken_together_and_answers_are_not_mixed_up() -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        first = await requested(batcher, 0)
+        await engine.started()
+        rest = await requested(batcher, *range(1, 7))
+        engine.permission.release(100)
+        logits = await asyncio.gather(*first, *rest)
+        assert [int(row[0]) for row in logits] == list(range(7))
+
+    assert run(test).batches == [[0], [1, 2, 3, 4], [5, 6]]
+
+
+def test_single_images_and_bulk_work_take_turns() -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        bulk = asyncio.create_task(collected(batcher, *range(100, 112)))
+        await engine.started()
+        singles = await requested(batcher, *range(6))
+        engine.permission.release(100)
+        assert await bulk == list(range(100, 112))
+        await asyncio.gather(*singles)
+
+    assert run(test).batches == [
+        [100, 101, 102, 103],
+        [0, 1, 2, 3],
+        [104, 105, 106, 107],
+        [4, 5],
+        [108, 109, 110, 111],
+    ]
+
+
+def test_a_failing_batch_harms_no_other() -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        first = await requested(batcher, 0)
+        await engine.started()
+        failing = await requested(batcher, 255, 1, 2, 3)
+        later = await requested(batcher, 4)
+        engine.permission.release(100)
+        for task in failing:
+            with pytest.raises(ValueError, match="a batch that fails"):
+                await task
+        assert [int((await task)[0]) for task in first + later] == [0, 4]
+
+    run(test)
+
+
+def test_what_nobody_waits_for_is_not_run() -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        first = await requested(batcher, 0)
+        await engine.started()
+        cancelled, kept = await requested(batcher, 1, 2)
+        cancelled.cancel()
+        engine.permission.release(100)
+        await asyncio.gather(*first, kept)
+
+    assert run(test).batches == [[0], [2]]
+
+
+def test_a_full_queue_refuses_at_once_and_recovers() -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        waiting = await requested(batcher, 0, 1)
+        with pytest.raises(OverloadedError, match="2 requests wait already"):
+            await batcher.one(image(2))
+        with pytest.raises(OverloadedError):
+            await collected(batcher, 3)
+        engine.permission.release(100)
+        await asyncio.gather(*waiting)
+        assert await collected(batcher, 4) == [4]
+
+    run(test, max_waiting=2)

@@ -1,0 +1,57 @@
+"""Starting and packing: `bentoml serve` with bad settings, and a Bento that serves elsewhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.serving.samples import encoded
+from tests.serving.server import ROOT, service_environment, serving
+
+
+def bento(folder: Path, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "bentoml", *arguments],
+        cwd=ROOT,
+        env=service_environment(folder, **settings),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SERVING_MODEL", "none.onnx", "no model file at none.onnx"),
+        ("SERVING_MODEL", "bentofile.yaml", "bentofile.yaml is not an ONNX model"),
+        ("SERVING_MODLE", "a.onnx", "SERVING_MODLE is not a setting"),
+        ("SERVING_PROVIDER", "gpu", "SERVING_PROVIDER='gpu'"),
+    ],
+)
+def test_a_service_that_cannot_start_says_why_and_ends(
+    tmp_path: Path, name: str, value: str, message: str
+) -> None:
+    result = bento(tmp_path, "serve", "--port", "0", **{name: value})
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_built_bento_serves_from_another_folder(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
+    result = bento(tmp_path, "build")
+    assert result.returncode == 0, result.stderr
+    (source,) = (tmp_path / "bentoml" / "bentos" / "cifar10").glob("*/src")
+    packed = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    modules = {f"serving/{path.name}" for path in (ROOT / "serving").glob("*.py")}
+    assert packed == modules | {"models/default.onnx", "bentofile.yaml"}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with serving(tmp_path, "cifar10:latest", cwd=elsewhere) as url:
+        response = httpx.post(f"{url}/classify", files={"image": encoded(images[0])}, timeout=60)
+        assert len(response.json()["predictions"]) == 5

@@ -1,0 +1,81 @@
+"""Faults while the service runs: an engine that fails, a request that takes too long."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from serving.errors import ImageError, OverloadedError
+from serving.responses import error_response
+from tests.serving.conftest import METADATA
+from tests.serving.samples import encoded
+from tests.serving.server import serving
+
+DARK = encoded(np.full((32, 32, 3), 100, np.uint8))
+BRIGHT = encoded(np.full((32, 32, 3), 200, np.uint8))
+
+
+@pytest.fixture(scope="module")
+def fragile_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service whose model looks the brightest pixel up in a table that ends at 127."""
+    folder = tmp_path_factory.mktemp("fragile")
+    table = np.random.default_rng(0).normal(size=(128, 10)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["images"], ["integers"], to=TensorProto.INT64),
+            helper.make_node("ReduceMax", ["integers"], ["index"], axes=[1, 2, 3], keepdims=0),
+            helper.make_node("Gather", ["table", "index"], ["logits"]),
+        ],
+        "fragile",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 32, 32, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 10])],
+        [numpy_helper.from_array(table, "table")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    helper.set_model_props(model, METADATA)
+    onnx.save(model, folder / "fragile.onnx")
+    with serving(folder, SERVING_MODEL=str(folder / "fragile.onnx")) as address:
+        yield address
+
+
+def test_a_failing_engine_is_a_500_without_details_and_the_service_lives_on(fragile_url: str) -> None:
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=fragile_url, timeout=60) as client:
+            return [
+                await client.post("/classify", files={"image": DARK}),
+                *await asyncio.gather(
+                    *(client.post("/classify", files={"image": BRIGHT}) for _ in range(20))
+                ),
+                await client.post("/classify", files={"image": DARK}),
+            ]
+
+    first, *failed, last = asyncio.run(ask())
+    assert first.status_code == last.status_code == 200
+    for response in failed:
+        assert response.status_code == 500
+        assert response.json() == {
+            "error": {"code": "internal_error", "message": "The service failed; its log says why."}
+        }
+
+
+def test_a_request_that_takes_too_long(tmp_path: Path) -> None:
+    with serving(tmp_path, SERVING_REQUEST_TIMEOUT="0.000001") as url:
+        response = httpx.post(f"{url}/classify", files={"image": DARK})
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "timeout"
+        assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+def test_overload_says_when_to_come_again() -> None:
+    response = error_response(OverloadedError("5 requests wait already."))
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert json.loads(bytes(response.body)) == {
+        "error": {"code": "overloaded", "message": "5 requests wait already."}
+    }
+    assert "retry-after" not in error_response(ImageError("No image.")).headers

@@ -1,0 +1,169 @@
+import io
+import zlib
+from contextlib import suppress
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from serving.errors import ImageError, TooLargeError
+from serving.images import decode
+from tests.serving.samples import encoded
+
+LIMIT = 10**6
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def plain(colour: tuple[int, int, int], size: tuple[int, int] = (32, 32)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP"])
+def test_lossless_32x32_comes_through_pixel_by_pixel(images: npt.NDArray[np.uint8], kind: str) -> None:
+    for pixels in images[:50]:
+        np.testing.assert_array_equal(decode(encoded(pixels, kind), LIMIT), pixels)
+
+
+def test_lossless_webp_comes_through_pixel_by_pixel(images: npt.NDArray[np.uint8]) -> None:
+    content = encoded(images[0], "WEBP", lossless=True)
+    np.testing.assert_array_equal(decode(content, LIMIT), images[0])
+
+
+def test_jpeg_is_what_pillow_decodes(images: npt.NDArray[np.uint8]) -> None:
+    content = encoded(images[0], "JPEG", quality=95)
+    np.testing.assert_array_equal(decode(content, LIMIT), np.asarray(Image.open(io.BytesIO(content))))
+
+
+def test_photograph_of_an_object_shrinks_back_to_it(images: npt.NDArray[np.uint8]) -> None:
+    """A 24x enlargement, as JPEG, comes back as nearly the image that it was."""
+    large = np.asarray(Image.fromarray(images[0]).resize((768, 768), Image.Resampling.BICUBIC))
+    small = decode(encoded(large, "JPEG", quality=95), LIMIT)
+    assert np.abs(small.astype(int) - images[0].astype(int)).mean() < 4
+
+
+def test_wide_image_is_cropped_in_the_middle() -> None:
+    image = plain((255, 0, 0), (96, 32))
+    image.paste((0, 0, 255), (32, 0, 64, 32))
+    assert (decode(saved(image, "PNG"), LIMIT) == [0, 0, 255]).all()
+
+
+def test_reduction_is_antialiased() -> None:
+    stripes = np.zeros((320, 320, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert abs(decode(encoded(stripes), LIMIT).astype(int) - 127).max() <= 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(images: npt.NDArray[np.uint8], orientation: int) -> None:
+    image = Image.fromarray(images[1])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = Image.open(io.BytesIO(saved(image, "PNG", exif=exif)))
+    expected = np.asarray(ImageOps.exif_transpose(upright))
+    result = decode(saved(image, "PNG", exif=exif), LIMIT)
+    np.testing.assert_array_equal(result, expected)
+    assert (orientation == 1) == np.array_equal(result, images[1])
+
+
+GREY = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (saved(Image.new("L", (32, 32), 200), "PNG"), (200, 200, 200)),
+        (saved(Image.new("1", (32, 32), 1), "PNG"), (255, 255, 255)),
+        (saved(plain((10, 20, 30)).quantize(4), "PNG"), (10, 20, 30)),
+        (saved(plain((10, 20, 30)).quantize(4), "GIF"), (10, 20, 30)),
+        (saved(plain((10, 20, 30)).convert("CMYK"), "JPEG", quality=100), (10, 20, 30)),
+        (saved(Image.new("RGBA", (32, 32), (10, 20, 30, 0)), "PNG"), (255, 255, 255)),
+        (saved(Image.new("RGBA", (32, 32), (0, 0, 0, 51)), "PNG"), (204, 204, 204)),
+        (saved(Image.new("LA", (32, 32), (0, 51)), "PNG"), (204, 204, 204)),
+        (saved(Image.new("RGBA", (32, 32), (0, 0, 0, 0)), "WEBP", lossless=True), (255,) * 3),
+        (saved(plain((10, 20, 30)), "PNG", transparency=(10, 20, 30)), (255, 255, 255)),
+        (saved(plain((9, 8, 7)).quantize(4), "GIF", transparency=0), (255, 255, 255)),
+    ],
+    ids=[
+        *("grey", "1-bit", "palette", "gif", "cmyk", "transparent", "half transparent"),
+        *("grey alpha", "webp alpha", "rgb colour key", "gif colour key"),
+    ],
+)
+def test_modes(content: bytes, expected: tuple[int, int, int]) -> None:
+    np.testing.assert_allclose(
+        decode(content, LIMIT).astype(int), np.broadcast_to(expected, (32, 32, 3)), atol=3
+    )
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
+    result = decode(saved(Image.fromarray(GREY), "PNG"), LIMIT)
+    np.testing.assert_array_equal(result[..., 0], GREY // 257)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_first_frame_of_an_animation(kind: str) -> None:
+    frames = [plain((200, 0, 0)), plain((0, 200, 0))]
+    content = saved(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+    np.testing.assert_allclose(decode(content, LIMIT)[0, 0].astype(int), (200, 0, 0), atol=3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 32), (65500, 1), (33, 31), (7, 3)])
+def test_any_size(size: tuple[int, int]) -> None:
+    assert (decode(saved(plain((1, 2, 3), size), "PNG"), LIMIT) == [1, 2, 3]).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_truncated_file_is_an_error(images: npt.NDArray[np.uint8], kind: str) -> None:
+    large = np.asarray(Image.fromarray(images[0]).resize((256, 256)))
+    content = encoded(large, kind)
+    with pytest.raises(ImageError):
+        decode(content[: len(content) // 2], LIMIT)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        saved(plain((0, 0, 0)), "TIFF"),
+        saved(plain((0, 0, 0)), "ICO"),
+    ],
+    ids=["empty", "text", "svg", "tiff", "ico"],
+)
+def test_other_formats_are_refused(content: bytes) -> None:
+    with pytest.raises(ImageError, match="PNG, JPEG, WebP, GIF or BMP"):
+        decode(content, LIMIT)
+
+
+def test_too_many_pixels_are_refused_from_the_header() -> None:
+    """A PNG that claims 60000x60000 pixels and has none: nothing is decoded to find out."""
+    content = bytearray(saved(plain((0, 0, 0)), "PNG"))
+    content[16:24] = (60000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    with pytest.raises(TooLargeError, match="60000x60000 pixels; the limit is 1000000"):
+        decode(bytes(content), LIMIT)
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes_only_raise_our_error(content: bytes) -> None:
+    with pytest.raises(ImageError):
+        decode(content, LIMIT)
+
+
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP"]), st.data())
+def test_damaged_files_decode_or_raise_our_error(kind: str, data: st.DataObject) -> None:
+    content = bytearray(encoded(np.full((40, 50, 3), 99, np.uint8), kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(ImageError, TooLargeError):  # and no other
+        result = decode(bytes(content), LIMIT)
+        assert result.shape == (32, 32, 3)
+        assert result.dtype == np.uint8

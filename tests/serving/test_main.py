@@ -1,0 +1,89 @@
+"""`python -m serving` as a process."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.serving.samples import pickled
+from tests.serving.server import ROOT, service_environment
+
+
+def submit(folder: Path, *arguments: object, **settings: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "serving", "submit", *map(str, arguments)],
+        cwd=ROOT,
+        env=service_environment(folder, **settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def test_pickle(tmp_path: Path, images: npt.NDArray[np.uint8]) -> Path:
+    path = tmp_path / "test.pkl"
+    ids = np.random.default_rng(1).permutation(len(images))
+    path.write_bytes(pickled({b"data": images, b"ids": ids}, 4, old=True))
+    return path
+
+
+def test_same_bytes_as_the_endpoint(client: httpx.Client, test_pickle: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "submission.csv"
+    result = submit(tmp_path, test_pickle, csv)
+    assert (result.returncode, result.stdout) == (0, f"1000 labels in {csv}\n")
+    assert "1000/1000" in result.stderr
+    response = client.post("/submission", files={"file": test_pickle.read_bytes()})
+    assert csv.read_bytes() == response.content
+    assert csv.read_bytes().startswith(b"ID,Labels\n")
+
+
+def test_replaces_a_file(test_pickle: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "submission.csv"
+    csv.write_text("old")
+    assert submit(tmp_path, test_pickle, csv).returncode == 0
+    assert csv.read_text().startswith("ID,Labels\n")
+    assert not list(tmp_path.glob(".submission*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.pkl", "none.pkl: No such file"),
+        ("text.pkl", "not a pickle of protocol 2 to 5"),
+        ("empty.pkl", "data has no images"),
+    ],
+)
+def test_a_bad_file_is_one_clean_line(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "text.pkl").write_text("hello")
+    (tmp_path / "empty.pkl").write_bytes(pickle.dumps({"data": np.zeros((0, 3072), np.uint8)}))
+    csv = tmp_path / "submission.csv"
+    csv.write_text("old")
+    result = submit(tmp_path, tmp_path / name, csv)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert result.stderr.startswith("python -m serving: error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert csv.read_text() == "old"
+
+
+def test_a_missing_model_and_an_unknown_setting(test_pickle: Path, tmp_path: Path) -> None:
+    result = submit(tmp_path, test_pickle, tmp_path / "a.csv", "--model", "none.onnx")
+    assert result.returncode == 1
+    assert "no model file at none.onnx" in result.stderr
+    result = submit(tmp_path, test_pickle, tmp_path / "a.csv", SERVING_MODLE="x")
+    assert result.returncode == 1
+    assert "SERVING_MODLE is not a setting" in result.stderr
+
+
+def test_a_missing_folder_is_found_before_the_work(test_pickle: Path, tmp_path: Path) -> None:
+    result = submit(tmp_path, test_pickle, tmp_path / "none" / "a.csv")
+    assert result.returncode == 1
+    assert "none: not a folder to write into" in result.stderr
+    assert "1000/1000" not in result.stderr

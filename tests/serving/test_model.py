@@ -1,0 +1,101 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from onnx import TensorProto
+
+from serving.errors import ModelError, ProviderError
+from serving.model import Model
+from serving.settings import BUNDLED_MODEL
+from tests.serving.conftest import CLASSES, METADATA
+
+ModelFile = Callable[..., Path]
+
+
+def load(path: Path) -> Model:
+    return Model(path, "cpu", 1)
+
+
+def test_bundled_model(images: npt.NDArray[np.uint8]) -> None:
+    model = load(BUNDLED_MODEL)
+    assert model.classes == tuple(CLASSES)
+    logits = model.logits(images[:7])
+    assert logits.shape == (7, 10)
+    assert logits.dtype == np.float32
+    one_by_one = np.concatenate([model.logits(image[np.newaxis]) for image in images[:7]])
+    np.testing.assert_allclose(logits, one_by_one, atol=1e-3)
+
+
+def test_takes_views_in_any_strides(model_file: ModelFile, images: npt.NDArray[np.uint8]) -> None:
+    model = load(model_file())
+    planes = np.ascontiguousarray(images[:3].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(model.logits(planes.transpose(0, 2, 3, 1)), model.logits(images[:3]))
+
+
+def test_metadata_is_decoded_but_texts_stay_texts(model_file: ModelFile) -> None:
+    model = load(model_file())
+    assert model.version == "12e456789012"
+    assert model.metadata["parameters"] == 30720
+    assert model.metadata["parity"] == {"images": 1000, "top1_agreement": 1.0}
+    assert model.provider == "CPUExecutionProvider"
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no model file at .*none\.onnx; set SERVING_MODEL"):
+        load(tmp_path / "none.onnx")
+
+
+def test_not_onnx(tmp_path: Path) -> None:
+    path = tmp_path / "text.onnx"
+    path.write_text("hello")
+    with pytest.raises(ModelError, match=r"text\.onnx is not an ONNX model"):
+        load(path)
+
+
+@pytest.mark.parametrize("key", ["contract", "name", "version", "classes", "precision"])
+def test_missing_metadata_is_named(model_file: ModelFile, key: str) -> None:
+    metadata = {name: value for name, value in METADATA.items() if name != key}
+    with pytest.raises(ModelError, match=f"lacks the metadata {key}"):
+        load(model_file(metadata))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("contract", "2", "contract '2'; this service reads contract 1"),
+        ("classes", "airplane", "JSON list"),
+        ("classes", "{}", "JSON list"),
+        ("classes", json.dumps(["a"] * 10), "JSON list of different names"),
+        ("classes", json.dumps(CLASSES[:9]), r"one output, logits float32 \[N, 9\]"),
+    ],
+)
+def test_unusable_metadata(model_file: ModelFile, key: str, value: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(model_file({**METADATA, key: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_name": "input"}, r"one input, images uint8 \[N, 32, 32, 3\]"),
+        ({"input_type": TensorProto.FLOAT}, r"one input, images uint8 \[N, 32, 32, 3\]"),
+        ({"input_shape": ("N", 3, 32, 32)}, r"one input, images uint8 \[N, 32, 32, 3\]"),
+        ({"input_shape": (1, 32, 32, 3)}, "the batch must be dynamic"),
+        ({"outputs": 100}, r"one output, logits float32 \[N, 10\]"),
+    ],
+)
+def test_wrong_graph(model_file: ModelFile, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(model_file(**changes))
+
+
+def test_a_provider_asked_for_by_name_is_there_or_an_error(model_file: ModelFile) -> None:
+    """On a machine with CUDA it runs there; on any other it says what to do."""
+    if Model(BUNDLED_MODEL, "auto", 1).provider == "CUDAExecutionProvider":
+        assert Model(model_file(), "cuda", 1).provider == "CUDAExecutionProvider"
+    else:
+        with pytest.raises(ProviderError, match="SERVING_PROVIDER=cpu"):
+            Model(model_file(), "cuda", 1)

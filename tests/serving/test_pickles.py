@@ -1,0 +1,280 @@
+import collections
+import datetime
+import io
+import os
+import pickle
+import pickletools
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.errors import PickleError
+from serving.pickles import MAX_OPCODES, read_pickle
+from tests.serving.samples import pickled
+
+PROTOCOLS = (2, 3, 4, 5)
+
+PLAIN = {
+    b"bytes": b"\x00\xff" * 200,
+    "text": "\u00e9\u20ac" * 200,
+    "empty": [b"", "", [], {}, ()],
+    "numbers": [0, -1, 255, 2**16, -(2**31), 2**70, 1.5, True, False, None],
+    "nested": {"a": [(1, 2), (1, 2, 3, 4), {3: b"c"}]},
+}
+ARRAYS = {
+    "C": np.arange(24, dtype=np.uint8).reshape(2, 3, 4),
+    "F": np.asfortranarray(np.arange(24, dtype=np.int16).reshape(2, 3, 4)),
+    "transposed": np.arange(24).reshape(2, 3, 4).transpose(2, 0, 1),
+    "strided": np.arange(100)[::-7],
+    "big endian": np.arange(5, dtype=">i4"),
+    "float": np.linspace(0, 1, 7, dtype=np.float32),
+    "bool": np.array([True, False]),
+    "scalar array": np.array(7),
+    "empty": np.zeros((0, 3), np.uint8),
+}
+
+
+def read(content: bytes) -> Any:
+    return read_pickle(io.BytesIO(content))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal with equal types, arrays included."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        native = [array.dtype.newbyteorder("=") for array in (a, b)]  # as NumPy itself converts
+        return native[0] == native[1] and np.array_equal(a, b)
+    if isinstance(a, dict):
+        return same(list(a.items()), list(b.items()))
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("old", [False, True], ids=["numpy2", "numpy1"])
+def test_reads_what_pickle_reads(protocol: int, old: bool) -> None:
+    content = pickled({**PLAIN, **ARRAYS, "again": [ARRAYS["C"], ARRAYS["C"]]}, protocol, old=old)
+    assert same(read(content), pickle.loads(content))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_numbers_of_numpy(protocol: int) -> None:
+    content = pickled([np.int64(3), np.uint8(200), np.float32(0.5), np.bool_(True)], protocol)
+    assert same(read(content), [3, 200, 0.5, True])
+
+
+def test_python_2() -> None:
+    content = pickled({b"data": ARRAYS["C"], b"labels": [1, 2], b"long": b"x" * 300}, 2, python2=True)
+    assert same(read(content), {b"data": ARRAYS["C"], b"labels": [1, 2], b"long": b"x" * 300})
+
+
+def test_array_is_a_view_and_not_writable() -> None:
+    array = read(pickled(np.arange(10), 5))
+    assert not array.flags.owndata
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 1
+
+
+# What must not be read. If anything of these ran, a file `ran` would appear.
+
+
+class Payload:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class Stateful:
+    def __init__(self) -> None:
+        self.x = 1
+
+
+COMMAND = "touch ran"
+EVIL = {
+    "os.system": pickle.dumps(Payload(os.system, COMMAND)),
+    "os.system, protocol 2": pickle.dumps(Payload(os.system, COMMAND), 2),
+    "eval": pickle.dumps(Payload(eval, f"__import__('os').system({COMMAND!r})")),
+    "inside data": pickle.dumps({"data": [Payload(os.system, COMMAND)]}),
+    "instance": pickle.dumps(Stateful()),
+    "Path": pickle.dumps(Path("ran")),
+    "date": pickle.dumps(datetime.date(2020, 1, 1)),
+    "set": pickle.dumps({1, 2}),
+    "ordered dict": pickle.dumps(collections.OrderedDict(a=1)),
+    "defaultdict": pickle.dumps(collections.defaultdict(list)),
+    "object array": pickle.dumps(np.array([Payload(os.system, COMMAND)], object)),
+    "text array": pickle.dumps(np.array(["a", "b"])),
+    "structured array": pickle.dumps(np.zeros(2, [("a", "u1"), ("b", "i8")])),
+    "masked array": pickle.dumps(np.ma.masked_array([1, 2], [False, True])),
+    "datetime array": pickle.dumps(np.array(["2020-01-01"], "M8[D]")),
+    "complex array": pickle.dumps(np.zeros(2, complex)),
+    "nested global": b"\x80\x04\x8c\x05numpy\x8c\x10ndarray.tofile.x\x93.",
+    "dtype attribute": b"\x80\x04\x8c\x05numpy\x8c\x0bdtype.mro\x93.",
+    "INST": b"\x80\x02(X\x09\x00\x00\x00touch ranios\nsystem\n.",
+    "OBJ": b"\x80\x02(cos\nsystem\nX\x09\x00\x00\x00touch rano.",
+    "NEWOBJ": b"\x80\x02cnumpy\nndarray\n(K\x02t\x81.",
+    "NEWOBJ_EX": b"\x80\x04\x8c\x05numpy\x8c\x07ndarray\x93(K\x02t}\x92.",
+    "PERSID": b"\x80\x02Pran\n.",
+    "BINPERSID": b"\x80\x02X\x03\x00\x00\x00ranQ.",
+    "EXT1": b"\x80\x02\x82\x01.",
+    "EXT4": b"\x80\x02\x84\x01\x00\x00\x00.",
+    "out-of-band buffer": b"\x80\x05\x97.",
+    "BUILD on a dict": b"\x80\x02}}b.",
+    "BUILD on a global": b"\x80\x02cnumpy\nndarray\n}b.",
+    "BUILD with a slot state": b"\x80\x02cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R}}\x86b.",
+    "REDUCE of a string": b"\x80\x02X\x01\x00\x00\x00a)R.",
+    "REDUCE of a result": b"\x80\x02cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R)R.",
+    "REDUCE of ndarray": b"\x80\x02cnumpy\nndarray\nK\x02\x85R.",
+    "encode with another codec": b"\x80\x02c_codecs\nencode\n"
+    b"X\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R.",
+    "bytes of a number": b"\x80\x02c__builtin__\nbytes\nJ\xff\xff\xff\x7f\x85R.",
+    "subclass for reconstruct": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n"
+    b"cnumpy\ndtype\nK\x00\x85C\x01b\x87R.",
+}
+
+
+@pytest.mark.parametrize("content", EVIL.values(), ids=EVIL.keys())
+def test_anything_but_data_is_refused_and_nothing_runs(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PickleError) as refused:
+        read(content)
+    assert len(str(refused.value)) < 400
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_payload_is_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own pickle runs what the reader refuses."""
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(EVIL["os.system"])
+    assert [path.name for path in tmp_path.iterdir()] == ["ran"]
+
+
+def header(shape: bytes, payload: bytes = b"C\x01\x00") -> bytes:
+    """A uint8 array of one byte that claims a shape."""
+    return (
+        b"\x80\x04\x8c\x16numpy._core.multiarray\x8c\x0c_reconstruct\x93"
+        b"\x8c\x05numpy\x8c\x07ndarray\x93K\x00\x85C\x01b\x87R(K\x01"
+        + shape
+        + b"\x8c\x05numpy\x8c\x05dtype\x93\x8c\x02u1\x89\x88\x87R(K\x03\x8c\x01|NNN"
+        + b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        + payload
+        + b"tb."
+    )
+
+
+PETABYTE = b"(" + b"J\x00\x00\x10\x00" * 3 + b"t"
+BOMBS = {
+    "petabyte array": header(PETABYTE),
+    "negative extent": header(b"J\xff\xff\xff\xff\x85"),
+    "float extent": header(b"G\x3f\xf0\x00\x00\x00\x00\x00\x00\x85"),
+    "list as shape": header(b"]"),
+    "list as contents": header(b"K\x01\x85", b"]"),
+    "33 dimensions": header(b"(" + b"K\x01" * 33 + b"t"),
+    "long bytes": b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"abc.",
+    "long bytearray": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"abc.",
+    "long text": b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b"abc.",
+    "long int": b"\x80\x02\x8b\xff\xff\xff\x7fabc.",
+    "long line": b"\x80\x02c" + b"a" * 10**6 + b"\nb\n.",
+    "many opcodes": b"\x80\x02" + b"]" * (MAX_OPCODES + 1) + b".",
+    "copies of a text": b"\x80\x02c_codecs\nencode\nq\x00X\x00\x01\x00\x00"
+    + b"a" * 256
+    + b"X\x06\x00\x00\x00latin1\x86q\x01"
+    + b"h\x00h\x01R" * 1000
+    + b".",
+}
+
+
+@pytest.mark.parametrize("content", BOMBS.values(), ids=BOMBS.keys())
+def test_claims_are_checked_before_memory_is_spent(content: bytes) -> None:
+    with pytest.raises(PickleError):
+        read(content)
+
+
+def test_the_header_of_the_bombs_is_a_real_one() -> None:
+    assert same(read(header(b"K\x01\x85")), np.zeros(1, np.uint8))
+
+
+@pytest.mark.parametrize("index", [0, 255, 2**31 - 1, 2**32 - 1])
+def test_memo_index_costs_no_memory(index: int) -> None:
+    four = index.to_bytes(4, "little")
+    assert read(b"\x80\x02K\x07r" + four + b"\x85j" + four + b"\x86.") == ((7,), 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"\x1f\x8b\x08\x00", "gzip"),
+        (pickle.dumps([1], 0), "protocol 2 to 5"),
+        (pickle.dumps([1], 1), "protocol 2 to 5"),
+        (b"\x80\x06K\x01.", "protocol 2 to 5"),
+        (b"PK\x03\x04", "protocol 2 to 5"),
+        (pickled(b"x" * 1000)[:500], "truncated"),
+        (b"\x80\x02.", "empty stack"),
+        (b"\x80\x02(.", "empty stack"),
+        (b"\x80\x02t.", "MARK"),
+        (b"\x80\x02h\x05.", "has not stored"),
+        (b"\x80\x02}(K\x01u.", "key without a value"),
+        (b"\x80\x02}]K\x01s.", "keys must be"),
+        (b"\x80\x02K\x01K\x01a.", "not a list"),
+        (b"\x80\x02\xff.", "damaged"),
+        (pickle.dumps(Payload(os.system, "true")), r"'posix.system'; only NumPy arrays"),
+    ],
+)
+def test_message_says_what_was_wrong(content: bytes, message: str) -> None:
+    with pytest.raises(PickleError, match=message):
+        read(content)
+
+
+def only_our_error(content: bytes) -> None:
+    """Read it, or be refused with a message that can be sent."""
+    message = ""
+    try:
+        read(content)
+    except PickleError as error:
+        message = str(error)
+    assert len(message.encode("utf-8")) < 1000
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_only_raise_our_error(content: bytes) -> None:
+    for start in (b"", b"\x80\x02", b"\x80\x04"):
+        only_our_error(start + content)
+
+
+OPCODES = [ord(opcode.code) for opcode in pickletools.opcodes]
+ORIGINALS = [
+    pickled({b"data": ARRAYS["C"], b"ids": np.arange(2), "more": [PLAIN]}, protocol, old=old)
+    for protocol in PROTOCOLS
+    for old in (False, True)
+]
+
+
+@given(st.sampled_from(ORIGINALS), st.randoms(use_true_random=False), st.integers(1, 5))
+def test_damaged_pickles_only_raise_our_error(
+    original: bytes, chance: random.Random, changes: int
+) -> None:
+    content = bytearray(original)
+    for _ in range(changes):
+        start = chance.randrange(len(content))
+        match chance.randrange(4):
+            case 0:
+                content[start] = chance.randrange(256)
+            case 1:
+                del content[start : start + chance.randrange(1, 20)]
+            case 2:
+                source = chance.randrange(len(content))
+                content[start:start] = content[source : source + chance.randrange(1, 40)]
+            case 3:
+                content[start:start] = bytes([chance.choice(OPCODES)])
+    only_our_error(bytes(content))

@@ -1,0 +1,356 @@
+"""The service over HTTP: a real process, real images, the bundled model."""
+
+import asyncio
+import http.server
+import json
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bentoml
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from serving.model import Model
+from serving.predictions import top_predictions
+from serving.settings import BUNDLED_MODEL
+from tests.serving.conftest import CLASSES
+from tests.serving.samples import encoded, pickled
+from tests.serving.test_pickles import EVIL
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(BUNDLED_MODEL, "cpu", 1)
+
+
+def expected(model: Model, pixels: npt.NDArray[np.uint8], top_k: int = 5) -> list[dict[str, object]]:
+    predictions = top_predictions(model.logits(pixels[np.newaxis])[0], model.classes, top_k)
+    # A batch of another size may differ in the last bits.
+    return [{**p, "probability": pytest.approx(p["probability"], abs=1e-4)} for p in predictions]
+
+
+def at(place: str, **values: str) -> dict[str, Any]:
+    """Values as form fields ("data") or in the query ("params")."""
+    return {place: values}
+
+
+def error_of(response: httpx.Response) -> tuple[int, str, str]:
+    """Status, code and message of an error, which has no other form than this."""
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"code", "message"}
+    assert "Traceback" not in response.text
+    return response.status_code, body["error"]["code"], body["error"]["message"]
+
+
+def test_classify_a_form(client: httpx.Client, model: Model, images: npt.NDArray[np.uint8]) -> None:
+    response = client.post("/classify", files={"image": ("a.png", encoded(images[0]))})
+    assert response.status_code == 200
+    assert response.json() == {
+        "predictions": expected(model, images[0]),
+        "model": {"name": model.name, "version": model.version},
+    }
+
+
+@pytest.mark.parametrize("top_k", [1, 10])
+@pytest.mark.parametrize("place", ["data", "params"])
+def test_top_k_as_field_or_parameter(
+    client: httpx.Client, model: Model, images: npt.NDArray[np.uint8], top_k: int, place: str
+) -> None:
+    response = client.post(
+        "/classify",
+        files={"image": ("a.png", encoded(images[1]))},
+        **at(place, top_k=str(top_k)),
+    )
+    assert response.json()["predictions"] == expected(model, images[1], top_k)
+
+
+def test_all_ten_probabilities_sum_to_one(client: httpx.Client, images: npt.NDArray[np.uint8]) -> None:
+    response = client.post(
+        "/classify", files={"image": ("a.png", encoded(images[2]))}, params={"top_k": "10"}
+    )
+    predictions = response.json()["predictions"]
+    assert sum(p["probability"] for p in predictions) == pytest.approx(1, abs=1e-9)
+    assert sorted(p["index"] for p in predictions) == list(range(10))
+    assert all(p["label"] == CLASSES[p["index"]] for p in predictions)
+    probabilities = [p["probability"] for p in predictions]
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+@pytest.mark.parametrize("media_type", ["image/png", "image/jpeg", "image/anything; a=b"])
+def test_classify_a_raw_body(
+    client: httpx.Client, model: Model, images: npt.NDArray[np.uint8], media_type: str
+) -> None:
+    """The content decides the format, whatever the header says."""
+    response = client.post("/classify", content=encoded(images[3]), headers={"Content-Type": media_type})
+    assert response.json()["predictions"] == expected(model, images[3])
+
+
+def test_classify_batch_answers_in_order_and_keeps_bad_ones_apart(
+    client: httpx.Client, model: Model, images: npt.NDArray[np.uint8]
+) -> None:
+    contents = [encoded(images[0]), b"no image", encoded(np.zeros((2000, 1000, 3), np.uint8))]
+    contents += [encoded(image) for image in images[1:30]]
+    response = client.post(
+        "/classify_batch",
+        files=[("images", (f"{i}.png", content)) for i, content in enumerate(contents)],
+        data={"top_k": "2"},
+    )
+    assert response.status_code == 200
+    answers = response.json()
+    assert [answer.get("error", {}).get("code") for answer in answers] == [
+        None,
+        "bad_image",
+        "too_large",
+        *[None] * 29,
+    ]
+    good = [answer["predictions"] for answer in answers if "predictions" in answer]
+    assert good == [expected(model, image, 2) for image in images[:30]]
+
+
+def test_concurrent_requests_get_their_own_answers(
+    url: str, model: Model, images: npt.NDArray[np.uint8]
+) -> None:
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            return await asyncio.gather(
+                *(
+                    client.post("/classify", files={"image": ("a.png", encoded(image))})
+                    for image in images[:60]
+                )
+            )
+
+    for response, image in zip(asyncio.run(ask()), images[:60], strict=True):
+        assert response.json()["predictions"] == expected(model, image)
+
+
+def test_submission(client: httpx.Client, model: Model, images: npt.NDArray[np.uint8]) -> None:
+    ids = np.random.default_rng(0).permutation(len(images))
+    content = pickled({b"data": images, b"ids": ids}, 4, old=True)
+    response = client.post("/submission", files={"file": ("test.pkl", content)})
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/csv")
+    labels = model.logits(images).argmax(axis=1)
+    rows = [f"{id_},{label}" for id_, label in zip(ids, labels, strict=True)]
+    assert response.text == "\n".join(["ID,Labels", *rows, ""])
+
+
+def test_model(client: httpx.Client, model: Model) -> None:
+    assert client.get("/model").json() == {**model.metadata, "provider": model.provider}
+
+
+def test_bentomls_own_client(
+    url: str, model: Model, images: npt.NDArray[np.uint8], tmp_path: Path
+) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, image in zip(paths, images, strict=False):
+        path.write_bytes(encoded(image))
+    (tmp_path / "test.pkl").write_bytes(pickle.dumps({"data": images[:9]}))
+    with bentoml.SyncHTTPClient(url) as client:
+        answer = client.classify(image=paths[0], top_k=3)
+        assert answer["predictions"] == expected(model, images[0], 3)
+        answers = client.classify_batch(images=paths)
+        assert [a["predictions"] for a in answers] == [expected(model, i) for i in images[:3]]
+        csv = client.submission(file=tmp_path / "test.pkl")
+        assert csv.splitlines()[0] == "ID,Labels"
+        assert len(csv.splitlines()) == 10
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/livez", "/readyz", "/metrics", "/"])
+def test_pages_of_bentoml(client: httpx.Client, path: str) -> None:
+    assert client.get(path).status_code == 200
+
+
+PNG = encoded(np.zeros((4, 4, 3), np.uint8))
+NOISE = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+
+
+@pytest.mark.parametrize(
+    ("path", "request_", "status", "code", "message"),
+    [
+        ("/classify", {"files": {"image": b"hello"}}, 400, "bad_image", "not a PNG, JPEG"),
+        (
+            "/classify",
+            {"files": {"image": NOISE[: len(NOISE) // 2]}},
+            400,
+            "bad_image",
+            "truncated",
+        ),
+        ("/classify", {"files": {"image": b""}}, 400, "bad_image", "0 bytes"),
+        ("/classify", {"files": {"picture": PNG}}, 422, "invalid_field", "unknown field 'picture'"),
+        ("/classify", {"files": {"top_k": (None, "3")}}, 422, "invalid_field", "-F image=@FILE"),
+        ("/classify", {"files": [("image", PNG)] * 2}, 422, "invalid_field", "one"),
+        ("/classify", {"files": {"image": (None, "a.png")}}, 422, "invalid_field", "holds text"),
+        ("/classify", {"json": {"image": "a.png"}}, 415, "unsupported_media_type", "image/*"),
+        ("/classify", {"content": PNG}, 415, "unsupported_media_type", "multipart/form-data"),
+        ("/classify", {"content": b"x", "headers": FORM}, 400, "bad_request", "multipart"),
+        (
+            "/classify",
+            {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}},
+            400,
+            "bad_request",
+            "boundary",
+        ),
+        (
+            "/classify",
+            {"content": b"x", "headers": {"Content-Type": "application/vnd.bentoml+pickle"}},
+            415,
+            "unsupported_media_type",
+            "",
+        ),
+        (
+            "/classify",
+            {"files": {"image": encoded(np.zeros((2000, 1000, 3), np.uint8))}},
+            413,
+            "too_large",
+            "1000x2000 pixels",
+        ),
+        ("/classify_batch", {"files": {"image": PNG}}, 422, "invalid_field", "'image'"),
+        ("/classify_batch", {"files": [("images", PNG)] * 41}, 413, "too_large", "limit is 40"),
+        (
+            "/classify_batch",
+            {"content": PNG, "headers": {"Content-Type": "image/png"}},
+            415,
+            "unsupported_media_type",
+            "",
+        ),
+        ("/submission", {"files": {"file": b"hello"}}, 400, "bad_pickle", "not a pickle"),
+        ("/submission", {"files": {"data": b"hello"}}, 422, "invalid_field", "unknown field"),
+        (
+            "/submission",
+            {"files": {"file": pickle.dumps({"data": np.zeros((1001, 3072), np.uint8)})}},
+            413,
+            "too_large",
+            "1001 images; the limit is 1000",
+        ),
+        ("/nothing", {}, 404, "not_found", "nothing at /nothing"),
+        ("/model", {}, 405, "method_not_allowed", "POST is not a method of /model"),
+    ],
+)
+def test_errors(
+    client: httpx.Client,
+    path: str,
+    request_: dict[str, Any],
+    status: int,
+    code: str,
+    message: str,
+) -> None:
+    response = client.post(path, **request_)
+    found = error_of(response)
+    assert found[:2] == (status, code)
+    assert message in found[2]
+    assert client.post("/classify", files={"image": PNG}).status_code == 200
+
+
+@pytest.mark.parametrize("top_k", ["0", "11", "-1", "2.0", "x", "", " 3", "1e0", "\u0663"])
+def test_top_k_out_of_range(client: httpx.Client, top_k: str) -> None:
+    for place in ("params", "data"):
+        response = client.post("/classify", files={"image": PNG}, **at(place, top_k=top_k))
+        assert error_of(response)[:2] == (422, "invalid_field")
+
+
+def test_wrong_method(client: httpx.Client) -> None:
+    response = client.get("/classify")
+    assert error_of(response)[:2] == (405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("content", EVIL.values(), ids=EVIL.keys())
+def test_hostile_pickles(client: httpx.Client, content: bytes) -> None:
+    response = client.post("/submission", files={"file": ("a.pkl", content)})
+    assert error_of(response)[:2] == (400, "bad_pickle")
+    assert not Path("ran").exists()
+
+
+TOO_MANY_BYTES = 5_000_000
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/classify", "image/png"),
+        ("/classify", "multipart/form-data; boundary=x"),
+        ("/classify_batch", "multipart/form-data; boundary=x"),
+        ("/submission", "multipart/form-data; boundary=x"),
+    ],
+)
+def test_too_many_bytes(client: httpx.Client, path: str, kind: str, chunked: bool) -> None:
+    """Also a body that does not say how long it is; it is refused while it comes."""
+
+    def parts() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        for _ in range(TOO_MANY_BYTES // 100_000):
+            yield bytes(100_000)
+
+    content = parts() if chunked else b"".join(parts())
+    response = client.post(path, content=content, headers={"Content-Type": kind})
+    assert error_of(response)[:2] == (413, "too_large")
+
+
+def test_a_url_is_never_fetched(client: httpx.Client) -> None:
+    """BentoML's own parsing would fetch it; here a server counts that nobody comes."""
+    visits: list[str] = []
+
+    class Counter(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            visits.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(PNG)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counter) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/a.png"
+        for path, name in [
+            ("/classify", "image"),
+            ("/classify_batch", "images"),
+            ("/submission", "file"),
+        ]:
+            as_field = client.post(path, files={name: (None, address)})
+            assert error_of(as_field)[:2] == (422, "invalid_field")
+            for request in (
+                {"data": {name: address}},
+                {"json": {name: address}},
+                {"content": address, "headers": {"Content-Type": "text/plain"}},
+            ):
+                assert error_of(client.post(path, **request))[0] == 415
+        as_image = client.post("/classify", content=address, headers={"Content-Type": "image/png"})
+        assert error_of(as_image)[:2] == (400, "bad_image")
+        assert visits == []
+        assert httpx.get(address).status_code == 200  # it would have been seen
+        assert visits == ["/a.png"]
+        server.shutdown()
+
+
+def test_the_document_describes_the_endpoints(client: httpx.Client) -> None:
+    document = client.get("/docs.json").json()
+    assert document["openapi"].startswith("3.")
+    operations = {
+        path: next(iter(item.values()))
+        for path, item in document["paths"].items()
+        if path in ("/classify", "/classify_batch", "/submission", "/model")
+    }
+    assert len(operations) == 4
+    for operation in operations.values():
+        (content,) = operation["responses"]["200"]["content"].values()
+        assert content["example"]
+    form = operations["/classify"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form["properties"]["image"] == {"type": "string", "format": "binary"}
+    assert form["required"] == ["image"]
+    references = {
+        line.split('"')[-2] for line in json.dumps(document, indent=0).splitlines() if "$ref" in line
+    }
+    known = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+    assert references <= known
+    assert "/readyz" in document["paths"]

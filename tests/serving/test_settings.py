@@ -1,0 +1,39 @@
+import os
+
+import pytest
+
+from serving.errors import SettingsError
+from serving.settings import BUNDLED_MODEL, Settings
+
+
+def test_defaults_without_variables() -> None:
+    settings = Settings.from_environment({"PATH": "/bin"})
+    assert settings.model == BUNDLED_MODEL
+    assert settings.provider == "auto"
+    assert 1 <= settings.threads <= (os.cpu_count() or 1)
+
+
+def test_variables_are_read() -> None:
+    settings = Settings.from_environment(
+        {"SERVING_MODEL": "a.onnx", "SERVING_MAX_ROWS": "7", "SERVING_ACCESS_LOG": "true"}
+    )
+    assert (settings.model.name, settings.max_rows, settings.access_log) == ("a.onnx", 7, True)
+
+
+def test_unknown_variable_is_named() -> None:
+    with pytest.raises(SettingsError, match=r"SERVING_MAX_ROW is not a setting.*SERVING_MAX_ROWS"):
+        Settings.from_environment({"SERVING_MAX_ROW": "7"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SERVING_PROVIDER", "gpu"),
+        ("SERVING_MAX_ROWS", "0"),
+        ("SERVING_MAX_ROWS", "many"),
+        ("SERVING_REQUEST_TIMEOUT", "-1"),
+    ],
+)
+def test_unusable_value_is_named(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}='{value}'"):
+        Settings.from_environment({name: value})
