@@ -1,0 +1,30 @@
+# docker build -t cifar10 .                     docker run -p 3000:3000 cifar10
+# docker build -t cifar10 --build-arg GPU=1 .   docker run -p 3000:3000 --gpus all cifar10
+FROM python:3.12-slim
+
+ARG GPU=0
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 BENTOML_DO_NOT_TRACK=True
+WORKDIR /app
+
+# What serving needs, in a layer that changes only with the requirements. The extra installs
+# onnxruntime-gpu, which runs on CPUs too, but plain onnxruntime is 270 MB smaller.
+COPY pyproject.toml constraints.txt ./
+RUN mkdir training export serving && touch README.md LICENSE \
+    && pip install --no-cache-dir --constraint constraints.txt ".[serve]" \
+    && if [ "$GPU" = 1 ]; then \
+        pip install --no-cache-dir --constraint constraints.txt "onnxruntime-gpu[cuda,cudnn]"; \
+    else \
+        pip uninstall --yes onnxruntime-gpu \
+        && pip install --no-cache-dir --constraint constraints.txt --no-deps --force-reinstall onnxruntime; \
+    fi
+
+COPY bentofile.yaml ./
+COPY models/default.onnx models/
+COPY serving serving/
+
+RUN useradd --create-home cifar10
+USER cifar10
+EXPOSE 3000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://localhost:3000/readyz', timeout=2)"]
+CMD ["bentoml", "serve", "--host", "0.0.0.0", "--port", "3000", "--timeout-graceful-shutdown", "30"]
