@@ -1,5 +1,7 @@
 """Starting and packing: `bentoml serve` with bad settings, and a Bento that serves elsewhere."""
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +57,19 @@ def test_a_built_bento_serves_from_another_folder(tmp_path: Path, images: npt.ND
     with serving(tmp_path, "cifar10:latest", cwd=elsewhere) as url:
         response = httpx.post(f"{url}/classify", files={"image": encoded(images[0])}, timeout=60)
         assert len(response.json()["predictions"]) == 5
+
+
+def test_a_bento_installs_what_serving_imports() -> None:
+    packages = re.findall(r'^    - "([\w-]+)', (ROOT / "bentofile.yaml").read_text(), re.MULTILINE)
+    named = {"bentoml"} | {name.removesuffix("-gpu") for name in packages}
+    imported: set[str] = set()
+    for path in (ROOT / "serving").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"serving"}
+    assert {"pillow" if name == "PIL" else name for name in foreign} <= named
+    # Not imported: what makes the HTTP server fast.
+    assert named - foreign == {"httptools", "pillow", "uvloop"}
