@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from serving.errors import PickleError
 
-MAX_OPCODES = 1_000_000
+MAX_OPCODES = 400_000  # twenty for each of the most rows that the settings allow by default
 MAX_LINE = 512  # of an opcode whose argument is a line: the module or the name of a global
 MAX_DIMENSIONS = 32
 INT_KEYS = range(-(2**31), 2**31)  # larger ones could be chosen to collide in a dict
@@ -224,8 +224,10 @@ class _Machine:
     # Arrays
 
     def name(self, module: Any, name: Any) -> None:
-        known = isinstance(module, str) and isinstance(name, str)
-        symbol = SYMBOLS.get((module, name)) if known else None
+        # Never printed if it is anything else: a small pickle can nest tuples whose text is endless.
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise PickleError("The pickle names something by values that are not text.")
+        symbol = SYMBOLS.get((module, name))
         if symbol is None:
             shown = f"{module}.{name}"[:100]
             raise PickleError(
@@ -263,10 +265,11 @@ class _Machine:
 
     def build(self) -> None:
         match self.pop(), self._stack[-1] if self._stack else None:
-            case (1, shape, _DType() as dtype, fortran, buffer), _Empty() as empty:
-                array = _array(buffer, dtype, shape, "F" if fortran is True else "C")
+            case (1, shape, _DType() as dtype, bool() as fortran, buffer), _Empty() as empty:
+                array = _array(buffer, dtype, shape, "F" if fortran else "C")
                 self._stack[-1] = array
                 self._memo.update(dict.fromkeys(empty.memo_indices, array))
+                empty.memo_indices.clear()
             case (3 | 4, str() | bytes() as order, None, None, None, *_), _DType() as dtype:
                 dtype.byte_order = _byte_order(order)
             case _:

@@ -186,6 +186,7 @@ BOMBS = {
     "long int": b"\x80\x02\x8b\xff\xff\xff\x7fabc.",
     "long line": b"\x80\x02c" + b"a" * 10**6 + b"\nb\n.",
     "many opcodes": b"\x80\x02" + b"]" * (MAX_OPCODES + 1) + b".",
+    "endless text as a name": b"\x80\x04)" + b"q\x00h\x00\x86" * 200 + b")\x93.",
     "copies of a text": b"\x80\x02c_codecs\nencode\nq\x00X\x00\x01\x00\x00"
     + b"a" * 256
     + b"X\x06\x00\x00\x00latin1\x86q\x01"
@@ -202,6 +203,14 @@ def test_claims_are_checked_before_memory_is_spent(content: bytes) -> None:
 
 def test_the_header_of_the_bombs_is_a_real_one() -> None:
     assert same(read(header(b"K\x01\x85")), np.zeros(1, np.uint8))
+
+
+def test_nesting_of_any_depth_does_no_harm() -> None:
+    depth = MAX_OPCODES // 3
+    deep = b"]" * depth + b"a" * (depth - 1)
+    doubled = b")" + b"q\x00h\x00\x86" * 1000
+    content = b"\x80\x02}(X\x01\x00\x00\x00a" + deep + b"X\x01\x00\x00\x00b" + doubled
+    assert list(read(content + b"X\x01\x00\x00\x00cK\x07u.")) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("index", [0, 255, 2**31 - 1, 2**32 - 1])
