@@ -16,7 +16,7 @@ REPORTED = {
     "D1": 4662098,
     "E1": 4918602,
 }
-OURS = {"fast": 2562848}
+OURS = {"fast": 2563104}
 
 
 def test_registry_holds_the_reports_and_ours() -> None:
