@@ -6,6 +6,7 @@
 import asyncio
 import functools
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, TypeVarTuple
@@ -123,6 +124,8 @@ class Classifier:
             Model(SETTINGS.model, SETTINGS.provider, SETTINGS.threads)
         except StartError as error:
             raise BentoMLConfigException(str(error)) from None
+        # The workers of a Bento start in its folder, not in the one that the path is relative to.
+        os.environ["SERVING_MODEL"] = str(SETTINGS.model.absolute())
 
     @bentoml.on_startup
     async def start(self) -> None:

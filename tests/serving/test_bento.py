@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -45,7 +46,9 @@ def test_a_service_that_cannot_start_says_why_and_ends(
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_a_built_bento_serves_from_another_folder(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
+def test_a_built_bento_serves_from_another_folder(
+    tmp_path: Path, images: npt.NDArray[np.uint8], model_file: Callable[..., Path]
+) -> None:
     result = bento(tmp_path, "build")
     assert result.returncode == 0, result.stderr
     (source,) = (tmp_path / "bentoml" / "bentos" / "cifar10").glob("*/src")
@@ -57,6 +60,9 @@ def test_a_built_bento_serves_from_another_folder(tmp_path: Path, images: npt.ND
     with serving(tmp_path, "cifar10:latest", cwd=elsewhere) as url:
         response = httpx.post(f"{url}/classify", files={"image": encoded(images[0])}, timeout=60)
         assert len(response.json()["predictions"]) == 5
+    own = model_file(name="own.onnx").rename(elsewhere / "own.onnx")
+    with serving(tmp_path, "cifar10:latest", cwd=elsewhere, SERVING_MODEL=own.name) as url:
+        assert httpx.get(f"{url}/model").json()["name"] == "tiny"
 
 
 def test_a_bento_installs_what_serving_imports() -> None:
