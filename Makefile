@@ -4,9 +4,10 @@ PORT ?= 3000
 RECIPE ?= fast
 RUN ?= runs/$(RECIPE)-seed0
 OUT ?= models/default.onnx
+GPU ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint train export
+.PHONY: help serve test lint train export image
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -27,6 +28,9 @@ train: .venv/.train  ## train a recipe (RECIPE=fast), which adds its row to trai
 
 export: .venv/.export  ## turn a run's checkpoint into a model file (RUN=runs/fast-seed0 OUT=models/default.onnx)
 	.venv/bin/python -m export $(RUN)/checkpoint.pt $(OUT)
+
+image:  ## build the Docker image (GPU=1 for CUDA)
+	docker build --tag cifar10 --build-arg GPU=$(GPU) .
 
 # One stamp for each extra of pyproject.toml; a change of either file installs again.
 .venv/.%: pyproject.toml constraints.txt | .venv/bin/python

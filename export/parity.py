@@ -1,7 +1,6 @@
 """Parity: the model file computes what PyTorch computed from the checkpoint."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,7 +82,6 @@ def run(model_file: Path, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Logits, float32 [N, 10], of ``pixels``, uint8 [N, 32, 32, 3], by ONNX Runtime on the CPU."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; without a GPU its search for one is a warning
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
     session = onnxruntime.InferenceSession(model_file, options, providers=["CPUExecutionProvider"])
     batches = (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
     return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in batches])

@@ -1,18 +1,17 @@
-"""Real images, small model files, and one `bentoml serve` process for the session."""
+"""Real images and small model files."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.serving.server import ROOT, serving
+from tests.serving.server import ROOT
 
 CLASSES = [
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -27,25 +26,6 @@ METADATA = {
     "parameters": "30720",
     "parity": json.dumps({"images": 1000, "top1_agreement": 1.0}),
 }
-
-
-@pytest.fixture(scope="session")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a service with the bundled model and limits that tests can reach."""
-    with serving(
-        tmp_path_factory.mktemp("serve"),
-        SERVING_MAX_BODY_BYTES="4000000",
-        SERVING_MAX_IMAGE_PIXELS="1000000",
-        SERVING_MAX_BATCH_IMAGES="40",
-        SERVING_MAX_ROWS="1000",
-    ) as address:
-        yield address
-
-
-@pytest.fixture(scope="session")
-def client(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=60) as client:
-        yield client
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,7 @@ def images(pixels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("border", ["black", "reflect"])
 def test_each_image_is_cropped_from_its_padded_self(images: Tensor, border: str) -> None:
-    padded = v2.functional.pad(
-        images, [4], padding_mode="constant" if border == "black" else "reflect"
-    )
+    padded = v2.functional.pad(images, [4], padding_mode="constant" if border == "black" else "reflect")
     torch.manual_seed(0)
     cropped = augment.random_crop(images, 4, border)
     places = set()
@@ -65,9 +63,7 @@ def test_alternating_flip_shows_both_sides_in_two_epochs(pixels: Tensor) -> None
 def test_erasing_fills_rectangles_of_the_asked_size() -> None:
     torch.manual_seed(0)
     count = 4000
-    erased = augment.random_erasing(
-        torch.zeros(count, 3, 32, 32), 0.5, (0.02, 0.33), (0.3, 3.3), 1.0
-    )
+    erased = augment.random_erasing(torch.zeros(count, 3, 32, 32), 0.5, (0.02, 0.33), (0.3, 3.3), 1.0)
     assert torch.equal(erased[:, 0], erased[:, 1])
     masks = erased[:, 0]
     areas = masks.sum((1, 2))
@@ -108,9 +104,7 @@ def test_batches_are_normalised_images(pixels: Tensor, name: str) -> None:
     assert torch.equal(batch, again)
     assert batch.isfinite().all()
     assert batch.mean().abs() < 1
-    plain = augment.Normalize(loaded.data.mean, loaded.data.std)(
-        pixels[indices].permute(0, 3, 1, 2)
-    )
+    plain = augment.Normalize(loaded.data.mean, loaded.data.std)(pixels[indices].permute(0, 3, 1, 2))
     assert not torch.equal(batch, plain)
 
 

@@ -72,9 +72,7 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["not a file of arrays", "shape", "labels"])
-def test_wrong_sample_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
-) -> None:
+def test_wrong_sample_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "sample.npz"
     arrays = dict(np.load(data.SAMPLE, allow_pickle=False))
     if damage == "shape":

@@ -1,0 +1,96 @@
+"""The README's tables, commands and answers are those of the program."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import bentoml
+import onnx
+import pytest
+from httpx import Client
+
+from serving.settings import BUNDLED_MODEL, PREFIX, Settings
+from tests.serving.server import ROOT
+from training import results
+from training.__main__ import markdown_table, table_rows
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CARD = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def metadata() -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(BUNDLED_MODEL).metadata_props}
+
+
+def test_results_are_the_table_of_the_runs() -> None:
+    assert markdown_table(table_rows()) in README
+
+
+def test_every_setting_is_in_the_table_with_its_default() -> None:
+    rows = re.findall(r"^\| `(SERVING_\w+)` \| (.+?) \|", README, re.MULTILINE)
+    assert [name for name, _ in rows] == [PREFIX + name.upper() for name in Settings.model_fields]
+    for name, shown in rows:
+        default = Settings.model_fields[name.removeprefix(PREFIX).lower()].default
+        if isinstance(default, int | float | str):
+            assert shown == f"`{str(default).lower()}`"
+
+
+def test_make_targets_that_are_named_exist() -> None:
+    named = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
+    assert {"serve", "test", "train", "export"} <= named
+    for target in named:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_classify_answers_as_shown(client: Client, url: str) -> None:
+    found = re.search(r"^curl -F image=@(\S+) -F top_k=(\d+) localhost:3000/classify\n```", README, re.M)
+    assert found
+    shown = json.loads(README[found.end() :].split("```json\n")[1].split("```")[0])
+    with (ROOT / found[1]).open("rb") as image:
+        answer = client.post("/classify", files={"image": image}, data={"top_k": found[2]}).json()
+    assert answer["model"] == shown["model"]
+    assert [p["label"] for p in answer["predictions"]] == [p["label"] for p in shown["predictions"]]
+    for actual, expected in zip(answer["predictions"], shown["predictions"], strict=True):
+        # Rounding differs between processors.
+        assert actual["probability"] == pytest.approx(expected["probability"], abs=1e-3)
+
+
+def test_python_client_runs_as_shown(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = README.split("```python\n")[1].split("```")[0]
+    assert "bentoml.SyncHTTPClient" in code
+    monkeypatch.chdir(ROOT)
+    exec(code.replace("http://localhost:3000", url), {"bentoml": bentoml, "Path": Path})
+    assert "cat" in capsys.readouterr().out
+
+
+def test_links_lead_somewhere() -> None:
+    for text, folder in ((README, ROOT), (CARD, ROOT / "models")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (folder / link).exists(), link
+
+
+def test_card_describes_the_bundled_model(metadata: dict[str, str]) -> None:
+    accuracy = float(metadata["test_accuracy"])
+    assert f"`{metadata['version']}`" in CARD
+    assert f"{100 * accuracy:.2f} %" in CARD
+    assert f"{int(metadata['parameters']):,}" in CARD
+    parity = json.loads(metadata["parity"])
+    assert (parity["images"], parity["top1_agreement"]) == (10000, 1.0)
+    assert f"{parity['max_scaled_difference']:.1e}" in CARD
+
+
+def test_bundled_model_is_of_a_recorded_run(metadata: dict[str, str]) -> None:
+    accuracy = float(metadata["test_accuracy"])
+    parity = json.loads(metadata["parity"])
+    (row,) = [
+        row
+        for row in results.read()
+        if (row.recipe, row.commit) == (metadata["name"], metadata["commit"])
+        and row.seed == int(metadata["seed"])
+    ]
+    assert row.accuracy == accuracy == parity["accuracy"] >= 0.94
+    assert BUNDLED_MODEL.stat().st_size <= 20_000_000
