@@ -28,9 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
                 folder = options.run
                 load(folder / train.CHECKPOINT)  # before the data set is looked for
         return _train(folder, console, errors)
-    except (recipe.RecipeError, data.DataError, CheckpointError, train.TrainingError) as error:
+    except (
+        *(recipe.RecipeError, data.DataError, CheckpointError, train.TrainingError),
+        OSError,
+    ) as error:
         errors.print(f"error: {error}", markup=False)
         return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted; what was finished before is in the run's last checkpoint")
+        return 130
 
 
 def _create(options: argparse.Namespace) -> Path:

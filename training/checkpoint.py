@@ -6,12 +6,13 @@ A checkpoint is a dictionary of plain values and tensors, so it loads with ``wei
 import os
 import pickle
 import zipfile
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from training import model
 from training.recipe import Recipe, parse
@@ -23,15 +24,29 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged or not one of ours; the message names the file."""
 
 
-@dataclass
-class Checkpoint:
+class RunFacts(TypedDict):
+    """What a run was created with: ``data`` is ``cifar10`` or ``sample``; ``limit`` as on the command
+    line; ``complete`` runs, of an unchanged recipe on all images, get a row in results.csv.
+    """
+
+    seed: int
+    limit: int | None
+    complete: bool
+    data: str
+    commit: str
+
+
+Natural = Annotated[int, Field(ge=0)]
+
+
+class Checkpoint(BaseModel):
     """The state of a run between two steps.
 
     Attributes:
         recipe: the resolved recipe's data.
         recipe_name: its name in the registry or its file's stem.
         classes: the ten class names in the order of the logits.
-        run: facts of the run: seed, limit, device, precision, versions, commit.
+        run: what the run was created with.
         model: the network's state.
         optimizers: the optimizers' states.
         scaler: the gradient scaler's state, empty without fp16.
@@ -44,19 +59,22 @@ class Checkpoint:
         result: the finished run's figures, None before its end.
     """
 
+    # A loaded file's types are checked, nothing is converted.
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True, extra="forbid")
+
     recipe: dict[str, Any]
     recipe_name: str
     classes: list[str]
-    run: dict[str, Any]
+    run: RunFacts
     model: dict[str, Tensor]
     optimizers: list[dict[str, Any]]
     scaler: dict[str, Any]
-    epoch: int = 0
-    step: int = 0
+    epoch: Natural = 0
+    step: Natural = 0
     seconds: float = 0.0
     loss_sum: float = 0.0
     correct: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = []
     result: dict[str, Any] | None = None
 
     def parsed_recipe(self) -> Recipe:
@@ -82,7 +100,7 @@ class Checkpoint:
 def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint beside ``path`` and rename it there: a kill leaves the old or the new one."""
     beside = path.with_name(path.name + ".new")
-    values = {part.name: getattr(checkpoint, part.name) for part in fields(checkpoint)}
+    values = {name: getattr(checkpoint, name) for name in Checkpoint.model_fields}
     with beside.open("wb") as file:
         torch.save({"format": FORMAT, **values}, file)
         file.flush()
@@ -106,7 +124,9 @@ def load(path: Path) -> Checkpoint:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this program (format {FORMAT})")
     del data["format"]
-    expected = {part.name for part in fields(Checkpoint)}
-    if data.keys() != expected:
-        raise CheckpointError(f"{path}: has the keys {sorted(data)}, not {sorted(expected)}")
-    return Checkpoint(**data)
+    try:
+        return Checkpoint.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: damaged or not a checkpoint: {place}: {first['msg']}") from error

@@ -66,7 +66,10 @@ def test_a_built_bento_serves_from_another_folder(
 
 
 def test_a_bento_installs_what_serving_imports() -> None:
-    packages = re.findall(r'^    - "([\w-]+)', (ROOT / "bentofile.yaml").read_text(), re.MULTILINE)
+    pins = re.findall(r'^    - "([\w-]+)==([^";]+)', (ROOT / "bentofile.yaml").read_text(), re.MULTILINE)
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    assert {f"{name}=={version}" for name, version in pins} <= set(constraints)
+    packages = [name for name, _ in pins]
     named = {"bentoml"} | {name.removesuffix("-gpu") for name in packages}
     imported: set[str] = set()
     for path in (ROOT / "serving").glob("*.py"):

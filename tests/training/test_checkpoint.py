@@ -1,5 +1,4 @@
 import pickle
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ def state() -> Checkpoint:
         recipe=loaded.model_dump(mode="json", exclude_none=True),
         recipe_name="A1",
         classes=list(CLASSES),
-        run={"seed": 0},
+        run={"seed": 0, "limit": None, "complete": False, "data": "sample", "commit": "abc"},
         model=build(loaded.model).state_dict(),
         optimizers=[],
         scaler={},
@@ -28,9 +27,8 @@ def test_saved_checkpoint_loads_equal(state: Checkpoint, tmp_path: Path) -> None
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(state, path)
     loaded = checkpoint.load(path)
-    for part in fields(Checkpoint):
-        if part.name != "model":
-            assert getattr(loaded, part.name) == getattr(state, part.name)
+    for name in Checkpoint.model_fields.keys() - {"model"}:
+        assert getattr(loaded, name) == getattr(state, name)
     assert all(torch.equal(loaded.model[key], state.model[key]) for key in state.model)
     assert loaded.parsed_recipe() == recipe.load("A1")
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
@@ -41,7 +39,7 @@ def test_checkpoint_executes_nothing(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[Path]]:
             return Path.touch, (tmp_path / "executed",)
 
-    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))):
         path = tmp_path / "checkpoint.pt"
         write({"format": 1, "payload": Payload()}, path)
         with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
@@ -64,10 +62,31 @@ def test_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
         checkpoint.load(path)
     torch.save({"format": 1, "model": {}}, path)
-    with pytest.raises(CheckpointError, match="has the keys"):
+    with pytest.raises(CheckpointError, match="recipe: Field required"):
         checkpoint.load(path)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         checkpoint.load(tmp_path / "absent.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("epoch", -1, "epoch"),
+        ("step", "3", "step"),
+        ("run", {"seed": 0}, "run.limit"),
+        ("model", {"head.weight": [1.0]}, "model.head.weight"),
+        ("more", 1, "more"),
+    ],
+)
+def test_wrong_contents_name_the_place(
+    state: Checkpoint, tmp_path: Path, key: str, value: object, place: str
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(state, path)
+    data = torch.load(path, weights_only=True)
+    torch.save(data | {key: value}, path)
+    with pytest.raises(CheckpointError, match=f"damaged or not a checkpoint: {place}: "):
+        checkpoint.load(path)
 
 
 def test_weights_of_another_network_are_refused(state: Checkpoint) -> None:

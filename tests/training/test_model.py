@@ -35,6 +35,6 @@ def test_a3_initialises_convolutions_by_fan_out() -> None:
     torch.manual_seed(0)
     network = model.build(recipe.load("A3").model)
     assert isinstance(network, model.ResNet)
-    weight = network.stages[3][2].conv2.weight  # type: ignore[index, union-attr]
+    weight = network.stages[3][2].conv2.weight  # type: ignore[index]
     assert isinstance(weight, torch.Tensor)
     assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
