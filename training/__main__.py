@@ -103,7 +103,7 @@ def table_rows() -> list[list[str]]:
                 report.system if report else "ours",
                 f"{parameter_count(build(chosen.model)):,}",
                 f"{100 * report.accuracy:.2f} % ({report.measured})" if report else "",
-                results.summary(reached, name),
+                results.summary(reached, chosen.digest()),
             ]
         )
     return rows

@@ -4,6 +4,7 @@ The folder ``training/recipes`` is the registry: a recipe's name is its file's n
 part has must be there; an unknown, missing or ill-typed key is an error that names the file and the key.
 """
 
+import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -318,6 +319,11 @@ class Recipe(Part):
         if isinstance(self.optimizer, SGD) and self.optimizer.nesterov and not self.optimizer.momentum:
             raise ValueError("optimizer: nesterov needs a momentum above 0")
         return self
+
+    def digest(self) -> str:
+        """Twelve hex digits that change with everything that a run does, not with its description."""
+        values = self.model_dump(mode="json", exclude={"title", "report"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_toml(self) -> str:
         """The recipe as a TOML document that loads to an equal recipe."""

@@ -14,6 +14,7 @@ RESULTS = Path(__file__).parent / "results.csv"
 class Result(BaseModel):
     """A row: accuracies are fractions of the test (or held-out ``val``) images, times seconds.
 
+    ``recipe_digest`` tells the results of a recipe from those of an earlier form of it.
     ``accuracy`` uses the recipe's views; ``single_view_accuracy`` the image alone. ``seconds``
     covers training and ``val`` evaluation, not the imports, the loading of data or the final test.
     """
@@ -22,6 +23,7 @@ class Result(BaseModel):
 
     date: str
     recipe: str
+    recipe_digest: str
     seed: int
     accuracy: float
     single_view_accuracy: float
@@ -62,9 +64,9 @@ def append(result: Result, path: Path = RESULTS) -> None:
     beside.replace(path)
 
 
-def summary(results: list[Result], recipe: str) -> str:
-    """The reached test accuracy of a recipe in percent, ``not run yet`` where no run has ended."""
-    accuracies = [100 * result.accuracy for result in results if result.recipe == recipe]
+def summary(results: list[Result], digest: str) -> str:
+    """The test accuracy, in percent, reached by the recipe with this digest; or ``not run yet``."""
+    accuracies = [100 * result.accuracy for result in results if result.recipe_digest == digest]
     match accuracies:
         case []:
             return "not run yet"

@@ -197,6 +197,7 @@ class Run:
         result = Result(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             recipe=self.state.recipe_name,
+            recipe_digest=self.recipe.digest(),
             seed=self.seed,
             accuracy=evaluation.accuracy,
             single_view_accuracy=single.accuracy,

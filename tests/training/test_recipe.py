@@ -98,6 +98,12 @@ def test_erasing_before_another_operation_is_refused(tmp_path: Path) -> None:
         recipe.load(path)
 
 
+def test_digest_changes_with_what_a_run_does_only(tmp_path: Path) -> None:
+    a3 = recipe.load("A3")
+    assert recipe.load(edited(tmp_path, 'title = "', 'title = "Another ')).digest() == a3.digest()
+    assert recipe.load("A3", ["augment.1.p=0.4"]).digest() != a3.digest()
+
+
 def test_unknown_name_lists_the_registry() -> None:
     with pytest.raises(RecipeError, match="no recipe 'A9'; there are: A1, A2"):
         recipe.load("A9")

@@ -10,6 +10,7 @@ def result(recipe: str, seed: int, accuracy: float, val_accuracy: float | None =
     return Result(
         date="2026-01-01T00:00:00+00:00",
         recipe=recipe,
+        recipe_digest=recipe.lower(),
         seed=seed,
         accuracy=accuracy,
         single_view_accuracy=accuracy,
