@@ -148,7 +148,7 @@ def _metadata(path: Path, session: ort.InferenceSession) -> dict[str, Any]:
         raise ModelError(
             f"{path} keeps contract {raw['contract']!r}; this service reads contract {CONTRACT}."
         )
-    metadata = {key: value if key in TEXTS else _decoded(value) for key, value in raw.items()}
+    metadata = {key: value if key in TEXTS else _decoded(value) for key, value in sorted(raw.items())}
     classes = metadata["classes"]
     if not (
         isinstance(classes, list)

@@ -45,17 +45,26 @@ ERRORS = {
 }
 
 
-def openapi_document(base: Json) -> Json:
-    """BentoML's document `base` with our endpoints in place of BentoML's account of them."""
+def openapi_document(base: Json, version: str) -> Json:
+    """BentoML's document `base` with our endpoints in place of BentoML's account of them.
+
+    Args:
+        base: what BentoML would show.
+        version: of the model, shown as the document's.
+    """
     definitions = models_json_schema(
         [(Classification, "serialization"), (ErrorBody, "serialization")],
         ref_template="#/components/schemas/{model}",
     )[1]["$defs"]
     health = {path: item for path, item in base["paths"].items() if "get" in item}
-    info = {**base["info"], "description": "Classifies images into the classes of CIFAR-10."}
+    info = {
+        "title": "CIFAR-10 classifier",
+        "version": version,
+        "description": "Classifies images into the classes of CIFAR-10.",
+    }
     return {
         **base,
-        "info": {key: value for key, value in info.items() if key != "contact"},
+        "info": info,
         "paths": {**_paths(), **health},
         "components": {"schemas": definitions},
     }

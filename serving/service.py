@@ -88,9 +88,10 @@ async def get_model(request: Request) -> JSONResponse:
     return JSONResponse({**model.metadata, "provider": model.provider})
 
 
-async def get_openapi(_: Request) -> JSONResponse:
+async def get_openapi(request: Request) -> JSONResponse:
     """The document behind the page at /."""
-    return JSONResponse(openapi_document(service.openapi_spec.asdict()))
+    model: Model = request.app.state.model
+    return JSONResponse(openapi_document(service.openapi_spec.asdict(), model.version))
 
 
 # BentoML's own endpoints are all POST, so these are mounted beside them.

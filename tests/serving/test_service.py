@@ -335,6 +335,8 @@ def test_a_url_is_never_fetched(client: httpx.Client) -> None:
 
 def test_the_document_describes_the_endpoints(client: httpx.Client) -> None:
     document = client.get("/docs.json").json()
+    version = client.get("/model").json()["version"]
+    assert (document["info"]["title"], document["info"]["version"]) == ("CIFAR-10 classifier", version)
     assert document["openapi"].startswith("3.")
     operations = {
         path: next(iter(item.values()))
