@@ -40,9 +40,8 @@ def describe(device: torch.device) -> str:
 def prepare(recipe: Recipe, device: torch.device) -> None:
     """Set the process up for fast training on ``device``.
 
-    On a CPU with glibc, large activations would be mapped and unmapped anew in every step, and most
-    of the time goes into page faults. Keeping freed memory in the heap made a step of ``fast`` up to
-    1.4x as fast.
+    On a CPU with glibc, large activations would be mapped and unmapped anew in every step, and much of
+    the time would go into page faults; so freed memory stays in the heap.
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not recipe.resolution
