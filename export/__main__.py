@@ -54,7 +54,6 @@ def export(checkpoint_file: Path, out: Path) -> parity.Parity:
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(out.name + ".new")
     try:
-        metadata.write(model, state, checkpoint_file, None)
         onnx.save(model, beside)
         report = parity.compare(beside, classifier, images, source)
         report.check()

@@ -15,13 +15,13 @@ from training.model import parameter_count
 CONTRACT = "1"
 
 
-def write(graph: ModelProto, checkpoint: Checkpoint, path: Path, parity: Parity | None) -> None:
+def write(graph: ModelProto, checkpoint: Checkpoint, path: Path, parity: Parity) -> None:
     """Set the graph's metadata: texts, numbers as decimals, lists and objects as JSON.
 
     Args:
         graph: changed in place; metadata that it has is replaced.
         checkpoint: that the graph was made from; ``path`` is its file.
-        parity: the result of the comparison with PyTorch, None before it.
+        parity: the result of the comparison with PyTorch.
     """
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     recipe = checkpoint.parsed_recipe()
@@ -42,6 +42,5 @@ def write(graph: ModelProto, checkpoint: Checkpoint, path: Path, parity: Parity 
     if checkpoint.result is not None:
         values["test_accuracy"] = str(checkpoint.result["accuracy"])
         values["test_images"] = str(checkpoint.result["test_images"])
-    if parity is not None:
-        values["parity"] = parity.to_json()
+    values["parity"] = parity.to_json()
     onnx.helper.set_model_props(graph, values)

@@ -23,11 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
                 _list(console, options.markdown)
                 return 0
             case "run":
-                folder = _create(options)
+                folder, dataset = _create(options)
             case _:
                 folder = options.run
                 load(folder / train.CHECKPOINT)  # before the data set is looked for
-        return _train(folder, console, errors)
+                dataset = data.load()
+        return _train(folder, dataset, console, errors)
     except (
         *(recipe.RecipeError, data.DataError, CheckpointError, train.TrainingError),
         OSError,
@@ -39,22 +40,23 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _create(options: argparse.Namespace) -> Path:
+def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
     overrides = list(options.set)
     if options.epochs is not None:
         overrides.append(f"epochs={options.epochs}")
     chosen = recipe.load(options.recipe, overrides)
     name = Path(options.recipe).stem
     folder = options.out or _free_folder(Path("runs") / f"{name}-seed{options.seed}")
+    dataset = data.load()
     complete = not overrides
-    train.create(folder, chosen, name, options.seed, data.load(), options.limit, complete)
-    return Path(folder)
+    train.create(folder, chosen, name, options.seed, dataset, options.limit, complete)
+    return folder, dataset
 
 
-def _train(folder: Path, console: Console, errors: Console) -> int:
+def _train(folder: Path, dataset: data.DataSet, console: Console, errors: Console) -> int:
     console.print(f"run folder: {folder}", markup=False)
     try:
-        result = train.resume(folder, data.load(), console)
+        result = train.resume(folder, dataset, console)
     except train.Interrupted as interrupted:
         errors.print(
             f"stopped by {interrupted}; go on with: python -m training resume {folder}",

@@ -3,7 +3,6 @@
 A checkpoint is a dictionary of plain values and tensors, so it loads with ``weights_only=True``.
 """
 
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from training import model
+from training.files import replacing
 from training.recipe import Recipe, parse
 
 FORMAT = 1
@@ -99,13 +99,9 @@ class Checkpoint(BaseModel):
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint beside ``path`` and rename it there: a kill leaves the old or the new one."""
-    beside = path.with_name(path.name + ".new")
     values = {name: getattr(checkpoint, name) for name in Checkpoint.model_fields}
-    with beside.open("wb") as file:
+    with replacing(path) as file:
         torch.save({"format": FORMAT, **values}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def load(path: Path) -> Checkpoint:

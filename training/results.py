@@ -2,11 +2,12 @@
 
 import csv
 import io
-import os
 from pathlib import Path
 from statistics import mean, stdev
 
 from pydantic import BaseModel, ConfigDict
+
+from training.files import replacing
 
 RESULTS = Path(__file__).parent / "results.csv"
 
@@ -56,12 +57,8 @@ def append(result: Result, path: Path = RESULTS) -> None:
     writer = csv.DictWriter(text, list(Result.model_fields), lineterminator="\n")
     writer.writeheader()
     writer.writerows(row.model_dump() for row in [*read(path), result])
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def summary(results: list[Result], digest: str) -> str:

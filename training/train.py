@@ -30,6 +30,7 @@ from training.augment import Augmenter, Normalize
 from training.checkpoint import Checkpoint
 from training.data import DataSet
 from training.evaluate import evaluate
+from training.files import replacing
 from training.recipe import Recipe
 from training.results import Result
 from training.schedule import learning_rate
@@ -298,9 +299,8 @@ class Run:
         self.state.optimizers = [part.state_dict() for part in self.optimizers]
         self.state.scaler = self.scaler.state_dict()
         checkpoints.save(self.state, self.folder / CHECKPOINT)
-        beside = self.folder / (METRICS + ".new")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in self.state.history))
-        beside.replace(self.folder / METRICS)
+        with replacing(self.folder / METRICS) as file:
+            file.writelines(f"{json.dumps(line)}\n".encode() for line in self.state.history)
 
     def _precision(self) -> str:
         return str(self.dtype).removeprefix("torch.")
