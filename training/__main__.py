@@ -8,29 +8,31 @@ from rich.console import Console
 from rich.table import Table
 
 from training import data, recipe, results, train
-from training.checkpoint import CheckpointError, load
+from training.checkpoint import Checkpoint, CheckpointError, load_last
 from training.model import build, parameter_count
+from training.processes import Processes
+from training.run import CHECKPOINT, TrainingError
+from training.watch import Stopped, Watch
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code (1 for an error, 128 + N for signal N)."""
+    """Run the command line.
+
+    Returns the exit code: 1 for an error, 75 at the time limit, 128 + N for signal N.
+    """
     options = _parser().parse_args(arguments)
-    console = Console(highlight=False, soft_wrap=True)
+    processes = Processes()
+    console = Console(highlight=False, soft_wrap=True, quiet=not processes.first)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        match options.command:
-            case "list":
-                _list(console, options.markdown)
-                return 0
-            case "run":
-                folder, dataset = _create(options)
-            case _:
-                folder = options.run
-                load(folder / train.CHECKPOINT)  # before the data set is looked for
-                dataset = data.load()
-        return _train(folder, dataset, console, errors)
+        if options.command == "list":
+            _list(console, options.markdown)
+            return 0
+        watch = Watch(options.max_seconds)
+        with processes.joined():
+            return _train(options, processes, watch, console, errors)
     except (
-        *(recipe.RecipeError, data.DataError, CheckpointError, train.TrainingError),
+        *(recipe.RecipeError, data.DataError, CheckpointError, TrainingError),
         OSError,
     ) as error:
         errors.print(f"error: {error}", markup=False)
@@ -38,6 +40,34 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("interrupted; what was finished before is in the run's last checkpoint")
         return 130
+
+
+def _train(
+    options: argparse.Namespace,
+    processes: Processes,
+    watch: Watch,
+    console: Console,
+    errors: Console,
+) -> int:
+    # The first process makes the folder and downloads the data set; the others then find both.
+    dataset: data.DataSet | None = None
+    folder = Path()
+    if processes.first:
+        folder, dataset = _create(options) if options.command == "run" else _open(options)
+    folder = processes.agree(folder)
+    console.print(f"run folder: {folder}", markup=False)
+    try:
+        state = train.resume(
+            folder, dataset or data.load(), console, watch, processes, options.tensorboard
+        )
+    except Stopped as stopped:
+        if processes.first:
+            errors.print(
+                f"stopped by {stopped}; go on with: python -m training resume {folder}", markup=False
+            )
+        return stopped.exit_code
+    console.print(_outcome(state, folder), markup=False)
+    return 0
 
 
 def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
@@ -53,29 +83,34 @@ def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
     return folder, dataset
 
 
-def _train(folder: Path, dataset: data.DataSet, console: Console, errors: Console) -> int:
-    console.print(f"run folder: {folder}", markup=False)
-    try:
-        result = train.resume(folder, dataset, console)
-    except train.Interrupted as interrupted:
-        errors.print(
-            f"stopped by {interrupted}; go on with: python -m training resume {folder}",
-            markup=False,
+def _open(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
+    load_last(options.run / CHECKPOINT)  # before the data set is looked for
+    return options.run, data.load()
+
+
+def _outcome(state: Checkpoint, folder: Path) -> str:
+    end = f"after {state.seconds:.0f} s; {folder / CHECKPOINT}"
+    if state.result is not None:
+        result = results.Result.model_validate(state.result)
+        single = "" if result.views == "none" else f", {_percent(result.single_view_accuracy)} without"
+        return (
+            f"test accuracy {_percent(result.accuracy)} (views: {result.views}{single}) on "
+            f"{result.test_images} images {end}"
         )
-        return 128 + interrupted.signum
-    views = "" if result.views == "none" else f", {100 * result.single_view_accuracy:.2f} % without"
-    console.print(
-        f"test accuracy {100 * result.accuracy:.2f} % (views: {result.views}{views}) on "
-        f"{result.test_images} images after {result.seconds:.0f} s; {folder / train.CHECKPOINT}",
-        markup=False,
-    )
-    return 0
+    val = state.history[-1].get("val_accuracy")
+    if val is None:
+        return f"trial without held-out images, so of unknown accuracy (--set data.validation=0.1) {end}"
+    return f"val accuracy {_percent(val)}, a trial: the test images were left alone; {end}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
 
 
 def _free_folder(folder: Path) -> Path:
     """The folder, or the first of ``folder-2``, ``folder-3``, ... that holds no run."""
     free, number = folder, 1
-    while (free / train.CHECKPOINT).exists():
+    while (free / CHECKPOINT).exists():
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
@@ -132,7 +167,9 @@ def _parser() -> argparse.ArgumentParser:
         help="train a recipe to its end",
         description="Train a recipe. The run's folder gets recipe.toml (as resolved), metrics.jsonl "
         "(a line an epoch) and checkpoint.pt. Ctrl-C or SIGTERM leaves a checkpoint to resume from. "
-        "A finished run of an unchanged recipe on all images adds its row to training/results.csv.",
+        "A finished run of an unchanged recipe on all images is evaluated on the test images and adds "
+        "its row to training/results.csv; a trial (--epochs, --limit, --set) is judged on held-out "
+        "images only. torchrun --nproc-per-node N -m training run RECIPE shares it among N processes.",
     )
     run.add_argument("recipe", metavar="RECIPE", help="a name from 'list', or a .toml file")
     run.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE-seedN)")
@@ -142,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         "--limit",
         type=_positive,
         metavar="N",
-        help="for trials: train, validate and test on the first N images only",
+        help="for trials: train and validate on the first N images only",
     )
     run.add_argument(
         "--set",
@@ -153,8 +190,24 @@ def _parser() -> argparse.ArgumentParser:
         help="replace values of the recipe, as optimizer.lr=0.1 or augment.0.padding=2",
     )
 
-    resume = commands.add_parser("resume", help="go on with an interrupted run")
+    resume = commands.add_parser(
+        "resume",
+        help="go on with an interrupted run",
+        description="Go on with an interrupted run, here or wherever its folder was copied to.",
+    )
     resume.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    for command in (run, resume):
+        command.add_argument(
+            "--max-seconds",
+            type=_positive,
+            metavar="N",
+            help="stop within N seconds with a checkpoint to resume from; the exit code is then 75",
+        )
+        command.add_argument(
+            "--tensorboard",
+            action="store_true",
+            help="write TensorBoard events to the run's folder too",
+        )
 
     listing = commands.add_parser(
         "list", help="the recipes: report, parameters, reported and reached accuracy"

@@ -5,6 +5,7 @@ A checkpoint is a dictionary of plain values and tensors, so it loads with ``wei
 
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from typing_extensions import TypedDict
 
 from training import model
 from training.files import replacing
+from training.provenance import Session
 from training.recipe import Recipe, parse
 
 FORMAT = 1
@@ -48,6 +50,7 @@ class Checkpoint(BaseModel):
         classes: the ten class names in the order of the logits.
         run: what the run was created with.
         model: the network's state.
+        average: that of its moving average, where the recipe keeps one.
         optimizers: the optimizers' states.
         scaler: the gradient scaler's state, empty without fp16.
         epoch: epochs done.
@@ -56,7 +59,8 @@ class Checkpoint(BaseModel):
         loss_sum: sum of the losses of the current epoch's images so far.
         correct: how many of the current epoch's images so far were classified correctly.
         history: a dictionary an epoch, the lines of ``metrics.jsonl``.
-        result: the finished run's figures, None before its end.
+        sessions: where the run was trained, a session for each start and resumption.
+        result: the figures of a run that was evaluated on the test images, else None.
     """
 
     # A loaded file's types are checked, nothing is converted.
@@ -67,6 +71,7 @@ class Checkpoint(BaseModel):
     classes: list[str]
     run: RunFacts
     model: dict[str, Tensor]
+    average: dict[str, Tensor] | None = None
     optimizers: list[dict[str, Any]]
     scaler: dict[str, Any]
     epoch: Natural = 0
@@ -75,21 +80,44 @@ class Checkpoint(BaseModel):
     loss_sum: float = 0.0
     correct: int = 0
     history: list[dict[str, Any]] = []
+    sessions: list[Session] = []
     result: dict[str, Any] | None = None
 
     def parsed_recipe(self) -> Recipe:
         """The recipe, validated anew."""
         return parse(self.recipe, f"recipe {self.recipe_name} in the checkpoint")
 
+    def facts(self) -> dict[str, Any]:
+        """What ``run.json`` says: all but the recipe's text, the tensors and the history."""
+        return {
+            "recipe": self.recipe_name,
+            "recipe_digest": self.parsed_recipe().digest(),
+            **self.run,
+            "epoch": self.epoch,
+            "step": self.step,
+            "epochs": self.parsed_recipe().epochs,
+            "seconds": round(self.seconds, 1),
+            "sessions": self.sessions,
+            "result": self.result,
+        }
+
     def network(self) -> nn.Module:
-        """The recipe's network with this checkpoint's weights, on the CPU.
+        """The network that the run gives, on the CPU: the average, where the recipe keeps one.
+
+        Raises:
+            CheckpointError: the weights are not those of the recipe's network.
+        """
+        return self.network_with(self.model if self.average is None else self.average)
+
+    def network_with(self, weights: dict[str, Tensor]) -> nn.Module:
+        """The recipe's network with ``weights`` of this checkpoint, on the CPU.
 
         Raises:
             CheckpointError: the weights are not those of the recipe's network.
         """
         network = model.build(self.parsed_recipe().model)
         try:
-            network.load_state_dict(self.model)
+            network.load_state_dict(weights)
         except (RuntimeError, AttributeError, TypeError) as error:
             raise CheckpointError(
                 f"the weights do not fit recipe {self.recipe_name}: {error}"
@@ -98,10 +126,53 @@ class Checkpoint(BaseModel):
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint beside ``path`` and rename it there: a kill leaves the old or the new one."""
+    """Write a checkpoint to ``path``; the one that was there becomes the previous one.
+
+    It is written beside and renamed: a kill at any moment leaves a whole checkpoint under one of the
+    two names.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, say); the old ones are untouched.
+    """
     values = {name: getattr(checkpoint, name) for name in Checkpoint.model_fields}
-    with replacing(path) as file:
-        torch.save({"format": FORMAT, **values}, file)
+    beside = path.with_name(path.name + ".next")
+    try:
+        with replacing(beside) as file:
+            torch.save({"format": FORMAT, **values}, file)
+        if path.exists():
+            path.replace(previous(path))
+        beside.replace(path)
+    # torch reports a file that cannot be written to as a RuntimeError of its zip writer.
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"could not write {path}: {error}; the checkpoint before it is untouched, make room and "
+            f"resume"
+        ) from error
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at ``path`` is."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def load_last(path: Path) -> tuple[Checkpoint, str]:
+    """The checkpoint at ``path``, or the previous one where it is missing or damaged.
+
+    Returns:
+        The checkpoint, and why it is the previous one; empty if it is not.
+
+    Raises:
+        CheckpointError: neither can be used; the message is of the one at ``path``.
+    """
+    try:
+        return load(path), ""
+    except CheckpointError as error:
+        if not previous(path).exists():
+            raise
+        try:
+            return load(previous(path)), f"{error}; going on from {previous(path).name}"
+        except CheckpointError as other:
+            raise CheckpointError(f"{error}; {other}") from error
 
 
 def load(path: Path) -> Checkpoint:
@@ -113,8 +184,18 @@ def load(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
+        # torch reads tensors without a look at their checksums, which it does write.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path}: damaged: the checksum of {damaged} differs")
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (
+        *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, zipfile.BadZipFile),
+        *(NotImplementedError, zlib.error, ValueError),
+    ) as error:
+        if isinstance(error, CheckpointError):
+            raise
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: damaged or not a checkpoint: {reason}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:

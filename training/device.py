@@ -10,9 +10,9 @@ import torch
 from training.recipe import Recipe
 
 
-def choose() -> torch.device:
-    """The first CUDA GPU, or the CPU where there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def choose(index: int = 0) -> torch.device:
+    """The CUDA GPU of this ``index``, or the CPU where there is none."""
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def precision(amp: str, device: torch.device) -> torch.dtype:
@@ -45,12 +45,25 @@ def prepare(recipe: Recipe, device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not recipe.resolution
-    elif sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+    elif libc := _glibc():
         mmap_max, trim_threshold, top_pad = -4, -1, -2  # M_* of malloc.h
-        libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 256 * 2**20)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory back, which torch or the heap keep for the next step."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        return ctypes.CDLL(None)
+    return None
 
 
 def _processor() -> str:

@@ -40,11 +40,21 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``accuracy`` as a fraction and mean cross-entropy ``loss`` over ``images`` images."""
+    """Right answers and the sum of the cross-entropies over ``images`` images."""
 
-    accuracy: float
-    loss: float
+    correct: int
+    loss_sum: float
     images: int
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of right answers."""
+        return self.correct / self.images
+
+    @property
+    def loss(self) -> float:
+        """The mean cross-entropy."""
+        return self.loss_sum / self.images
 
 
 @torch.no_grad()
@@ -55,11 +65,11 @@ def logits(classifier: Classifier, pixels: Tensor, batch_size: int = 500) -> Ten
 
 
 def evaluate(model: nn.Module, recipe: Recipe, images: Images) -> Evaluation:
-    """Accuracy and loss of ``model`` under a recipe's views; ``images`` lie on the model's device."""
+    """Evaluate ``model`` under a recipe's views; ``images`` lie on the model's device."""
     classifier = Classifier(model, recipe).to(images.pixels.device)
     predicted = logits(classifier, images.pixels)
     return Evaluation(
-        accuracy=(predicted.argmax(1) == images.labels).double().mean().item(),
-        loss=F.cross_entropy(predicted, images.labels).item(),
+        correct=int((predicted.argmax(1) == images.labels).sum().item()),
+        loss_sum=F.cross_entropy(predicted, images.labels, reduction="sum").item(),
         images=len(images),
     )

@@ -38,33 +38,87 @@ def activation(name: str) -> nn.Module:
     return nn.LeakyReLU(0.1) if name == "leaky_relu" else nn.ReLU()
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al., 2016, arXiv:1512.03385).
+class SqueezeExcitation(nn.Module):
+    """Weighs each channel by what its mean and the others' say (Hu et al., 2018, arXiv:1709.01507)."""
+
+    def __init__(self, width: int, reduction: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(width, width // reduction)
+        self.excite = nn.Linear(width // reduction, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
+        return x * weights[:, :, None, None]
+
+
+class ResidualBlock(nn.Module):
+    """Convolutions with BatchNorm, perhaps squeeze and excitation, and a shortcut.
 
     The shortcut is the identity, or a 1x1 convolution with BatchNorm where the shape changes.
     """
 
-    def __init__(self, width_in: int, width: int, stride: int, activation_name: str) -> None:
+    def __init__(self, width_in: int, width: int, stride: int, config: recipe.ResNet) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
-        self.activation = activation(activation_name)
+        self.activation = activation(config.activation)
+        self.excitation: nn.Module = nn.Identity()
+        if config.squeeze_excitation:
+            self.excitation = SqueezeExcitation(width, config.squeeze_excitation)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or width_in != width:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(width_in, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
             )
 
+    def branch(self, x: Tensor) -> Tensor:
+        """The residual, float [N, width, H, W] at the block's stride, before the excitation."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
-        out: Tensor = self.activation(y + self.shortcut(x))
+        out: Tensor = self.activation(self.excitation(self.branch(x)) + self.shortcut(x))
+        return out
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions (He et al., 2016, arXiv:1512.03385)."""
+
+    def __init__(self, width_in: int, width: int, stride: int, config: recipe.ResNet) -> None:
+        super().__init__(width_in, width, stride, config)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+
+    def branch(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
+        return out
+
+
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3, 1x1 convolutions (He et al., 2016); with groups the block of ResNeXt.
+
+    ResNeXt is Xie et al., 2017, arXiv:1611.05431, its form C. The 3x3 convolution has the stride.
+    """
+
+    def __init__(self, width_in: int, width: int, stride: int, config: recipe.ResNet) -> None:
+        super().__init__(width_in, width, stride, config)
+        assert isinstance(config.block, recipe.Bottleneck)
+        inner, groups = width // config.block.reduction, config.block.groups
+        self.conv1 = nn.Conv2d(width_in, inner, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride=stride, padding=1, groups=groups, bias=False)
+        self.norm2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, width, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(width)
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm1(self.conv1(x)))
+        x = self.activation(self.norm2(self.conv2(x)))
+        out: Tensor = self.norm3(self.conv3(x))
         return out
 
 
 class ResNet(nn.Module):
-    """The reports' ResNet: 3x3 stem without max-pool, stages of BasicBlocks, average pool, head."""
+    """The reports' ResNet: 3x3 stem without max-pool, stages of residual blocks, average pool, head."""
 
     def __init__(self, config: recipe.ResNet) -> None:
         super().__init__()
@@ -75,12 +129,13 @@ class ResNet(nn.Module):
             activation(config.activation),
         )
         self.stages = nn.Sequential()
+        block_class = BasicBlock if config.block.kind == "basic" else Bottleneck
         width_in = stem_width
         for index, (blocks, width) in enumerate(zip(config.blocks, config.widths, strict=True)):
             stage = nn.Sequential()
             for block in range(blocks):
                 stride = 2 if index > 0 and block == 0 else 1
-                stage.append(BasicBlock(width_in, width, stride, config.activation))
+                stage.append(block_class(width_in, width, stride, config))
                 width_in = width
             self.stages.append(stage)
         self.dropout = nn.Dropout(config.dropout)

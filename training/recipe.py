@@ -60,12 +60,38 @@ class BasicCNN(Part):
     kind: Literal["basic_cnn"]
 
 
+class BasicBlock(Part):
+    """Two 3x3 convolutions."""
+
+    kind: Literal["basic"]
+
+
+class Bottleneck(Part):
+    """1x1, 3x3 and 1x1 convolutions; the inner ones are ``reduction`` times narrower than the stage.
+
+    With more than one of ``groups`` in the 3x3 convolution it is ResNeXt's block.
+    """
+
+    kind: Literal["bottleneck"]
+    reduction: Count
+    groups: Count
+
+
+Block = Annotated[BasicBlock | Bottleneck, Field(discriminator="kind")]
+
+
 class ResNet(Part):
-    """3x3 stem, stages of BasicBlocks (stride 2 from the second stage on), average pool, head."""
+    """3x3 stem, stages of residual blocks (stride 2 from the second stage on), average pool, head.
+
+    With ``squeeze_excitation`` above 0 each block weighs its channels, through a layer that is so
+    many times narrower.
+    """
 
     kind: Literal["resnet"]
+    block: Block
     blocks: Annotated[tuple[Count, ...], Field(min_length=1)]
     widths: Annotated[tuple[Count, ...], Field(min_length=1)]
+    squeeze_excitation: Annotated[int, Field(ge=0)]
     activation: Literal["relu", "leaky_relu"]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     init: Literal["default", "kaiming_fan_out"]
@@ -74,6 +100,11 @@ class ResNet(Part):
     def _one_width_a_stage(self) -> "ResNet":
         if len(self.blocks) != len(self.widths):
             raise ValueError(f"{len(self.blocks)} stages in blocks but {len(self.widths)} in widths")
+        for width in self.widths:
+            if width < self.squeeze_excitation:
+                raise ValueError(f"squeeze_excitation {self.squeeze_excitation} leaves none of {width}")
+            if isinstance(self.block, Bottleneck) and width % (self.block.reduction * self.block.groups):
+                raise ValueError(f"widths: {width} is not a multiple of block.reduction * block.groups")
         return self
 
 
@@ -286,6 +317,46 @@ class Resolution(Part):
     size: Annotated[int, Field(ge=8, le=32)]
 
 
+# -- what a recipe may leave out ----------------------------------------------------------------------
+
+
+class MixUp(Part):
+    """Blend each image and its label with another's (Zhang et al., 2018), share ~ Beta(alpha, alpha)."""
+
+    kind: Literal["mixup"]
+    alpha: Positive
+
+
+class CutMix(Part):
+    """Paste a box of another image, and mix the labels by its area (Yun et al., 2019)."""
+
+    kind: Literal["cutmix"]
+    alpha: Positive
+
+
+Mixing = Annotated[MixUp | CutMix, Field(discriminator="kind")]
+
+
+class Averaging(Part):
+    """An exponential moving average of weights and statistics over the steps is the result.
+
+    After the first steps, where it follows faster, a step's share is ``1 - decay``.
+    """
+
+    decay: Annotated[float, Field(gt=0, lt=1)]
+
+
+class Distillation(Part):
+    """Learn from a trained network's probabilities too (Hinton et al., 2015, arXiv:1503.02531).
+
+    ``teacher`` is its checkpoint's file; its share of the loss is ``weight``.
+    """
+
+    teacher: str
+    temperature: Positive
+    weight: Fraction
+
+
 class Recipe(Part):
     """A complete run specification: network, data, augmentation, optimizer and schedule.
 
@@ -307,6 +378,9 @@ class Recipe(Part):
     schedule: Schedule
     augment: tuple[Augmentation, ...] = ()
     resolution: tuple[Resolution, ...] = ()
+    mixing: Mixing | None = None
+    averaging: Averaging | None = None
+    distillation: Distillation | None = None
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Recipe":
@@ -322,7 +396,7 @@ class Recipe(Part):
 
     def digest(self) -> str:
         """Twelve hex digits that change with everything that a run does, not with its description."""
-        values = self.model_dump(mode="json", exclude={"title", "report"})
+        values = self.model_dump(mode="json", exclude={"title", "report"}, exclude_none=True)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_toml(self) -> str:

@@ -1,8 +1,7 @@
 """Real runs of real recipes on the bundled sample, through the command line."""
 
 import json
-import os
-import signal
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training import checkpoint, data, recipe, results
 from training.__main__ import main
@@ -38,64 +38,14 @@ def test_every_recipe_trains_a_few_steps(name: str, tmp_path: Path) -> None:
     state = checkpoint.load(out / "checkpoint.pt")
     assert state.parsed_recipe() == resolved
     assert state.classes == list(CLASSES)
-    assert state.result is not None
-    assert state.result["test_images"] == 12
+    assert state.result is None  # a trial: the test images are not for it
     torch.manual_seed(0)  # the run's own seed: its network before the first step
     initial = build(resolved.model).named_parameters()
-    trained = state.network().get_parameter
+    trained = state.network_with(state.model).get_parameter
     assert all(not torch.equal(p, trained(key)) for key, p in initial if p.requires_grad)
     # A trial leaves no row.
     after = results.RESULTS.read_bytes() if results.RESULTS.exists() else None
     assert after == before
-
-
-def start(out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "training", *more]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    os.environ[data.ROOT_VARIABLE] = str(data.SAMPLE)
-    assert main(["run", "A1", "--out", str(out), "--epochs", "3", "--seed", "7"]) == 0
-    return out
-
-
-@pytest.mark.parametrize(
-    ("signum", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
-)
-def test_interrupted_run_resumes_to_the_same_weights(
-    uninterrupted: Path, tmp_path: Path, signum: signal.Signals, code: int
-) -> None:
-    out = tmp_path / "run"
-    process = start(out, "run", "A1", "--out", str(out), "--epochs", "3", "--seed", "7")
-    assert process.stdout is not None
-    assert any(line.startswith("epoch 1") for line in process.stdout)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == code
-    if signum != signal.SIGKILL:
-        assert f"go on with: python -m training resume {out}" in errors
-        state = checkpoint.load(out / "checkpoint.pt")
-        assert (state.epoch, state.result) == (1, None)
-        assert state.step > 0
-    assert main(["resume", str(out)]) == 0
-
-    expected = checkpoint.load(uninterrupted / "checkpoint.pt")
-    actual = checkpoint.load(out / "checkpoint.pt")
-    assert actual.model.keys() == expected.model.keys()
-    assert all(torch.equal(actual.model[key], expected.model[key]) for key in expected.model)
-    same = {"epoch", "lr", "train_loss", "train_accuracy"}
-    assert [{k: line[k] for k in same} for line in actual.history] == [
-        {k: line[k] for k in same} for line in expected.history
-    ]
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
 
 
 def test_training_learns(uninterrupted: Path) -> None:
@@ -124,10 +74,65 @@ def test_second_run_takes_another_folder(
     assert "holds a run" in capsys.readouterr().err
 
 
+def test_copied_folder_of_a_finished_run_stays_as_it_is(uninterrupted: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(uninterrupted, copy)
+    files = {path.name: path.read_bytes() for path in copy.iterdir()}
+    assert main(["resume", str(copy)]) == 0
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == files
+
+
+def test_trial_is_judged_on_held_out_images_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--epochs", "1", "--set", "batch_size=50", "data.validation=0.2"]
+    assert main(["run", "A1", "--out", str(tmp_path / "run"), *settings]) == 0
+    out = capsys.readouterr().out
+    state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert state.result is None
+    assert f"val accuracy {100 * state.history[-1]['val_accuracy']:.2f} %, a trial" in out
+    assert "test accuracy" not in out
+
+    assert main(["run", "A1", "--out", str(tmp_path / "blind"), "--epochs", "1"]) == 0
+    assert "trial without held-out images" in capsys.readouterr().out
+
+
+def test_run_folder_says_everything(uninterrupted: Path) -> None:
+    facts = json.loads((uninterrupted / "run.json").read_text())
+    resolved = recipe.load(uninterrupted / "recipe.toml")
+    assert (facts["recipe"], facts["recipe_digest"]) == ("short", resolved.digest())
+    assert (facts["seed"], facts["limit"], facts["complete"]) == (7, None, True)
+    assert (facts["epoch"], facts["step"], facts["epochs"]) == (3, 0, 3)
+    assert facts["data"] == "sample"
+    assert facts["seconds"] > 0
+    assert facts["result"]["test_images"] == 1000
+    (session,) = facts["sessions"]
+    assert session["torch"] == torch.__version__
+    assert session["device"].endswith(f"{torch.get_num_threads()} threads")
+    assert (session["epoch"], session["step"], session["processes"]) == (0, 0, 1)
+    assert session["commit"] == facts["commit"]
+
+
+def test_tensorboard_has_the_metrics(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    short = uninterrupted / "recipe.toml"
+    assert main(["run", str(short), "--out", str(run), "--seed", "7", "--tensorboard"]) == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    history = checkpoint.load(run / "checkpoint.pt").history
+    for key in ("train_loss", "train_accuracy", "lr"):
+        scalars = [(event.step, event.value) for event in events.Scalars(key)]
+        assert scalars == [(line["epoch"], pytest.approx(line[key])) for line in history]
+
+
 def test_divergence_names_the_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "C1", "--out", str(tmp_path / "run"), *SMALL, "optimizer.lr=1e30"]
     assert main(arguments) == 1
-    assert "the loss of epoch 1 is" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the loss of epoch 1 is" in error
+    assert "the learning rate (1e+30) is probably too high" in error
+    # What is left is from before.
+    state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert all(value.isfinite().all() for value in state.model.values())
 
 
 @pytest.mark.parametrize(
@@ -168,7 +173,8 @@ def test_help_is_complete() -> None:
         text=True,
         check=True,
     )
-    for option in ("RECIPE", "--out", "--seed", "--epochs", "--limit", "--set"):
+    options = "RECIPE --out --seed --epochs --limit --set --max-seconds --tensorboard"
+    for option in options.split():
         assert option in process.stdout
 
 

@@ -1,0 +1,26 @@
+"""Short real runs on the bundled sample."""
+
+from pathlib import Path
+
+import pytest
+
+from training import data, recipe
+from training.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of A1's network and augmentation: three epochs of eight steps on the sample."""
+    path = tmp_path_factory.mktemp("recipe") / "short.toml"
+    path.write_text(recipe.load("A1", ["epochs=3", "batch_size=64"]).to_toml())
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of ``short`` with seed 7."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+        assert main(["run", str(short), "--out", str(folder), "--seed", "7"]) == 0
+    return folder

@@ -1,0 +1,41 @@
+import torch
+from torch import nn
+
+from training.average import Average
+
+
+def test_average_follows_by_its_share() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = Average(network, decay=0.75)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+    network(torch.randn(4, 2))  # moves the statistics too
+    average.update(network, steps=1000)
+    for key, value in average.network.state_dict().items():
+        expected = network.state_dict()[key]
+        if value.is_floating_point():
+            expected = 0.75 * before[key] + 0.25 * expected
+        torch.testing.assert_close(value, expected)
+
+
+def test_first_steps_forget_the_initial_weights() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    average = Average(network, decay=0.9999)
+    nn.init.zeros_(average.network.get_parameter("weight"))
+    nn.init.ones_(network.weight)
+    for step in range(20):
+        average.update(network, step)
+    assert average.network.get_parameter("weight").item() > 0.99
+
+
+def test_average_takes_no_gradient_and_leaves_the_network_alone() -> None:
+    network = nn.Linear(3, 3)
+    weight = network.weight.clone()
+    average = Average(network, decay=0.5)
+    average.update(network, 5)
+    assert torch.equal(network.weight, weight)
+    assert network.weight.requires_grad
+    assert not any(parameter.requires_grad for parameter in average.network.parameters())
+    assert not average.network.training

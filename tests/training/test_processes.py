@@ -1,0 +1,102 @@
+"""Data parallelism with real processes on this machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from training import checkpoint, data
+from training.__main__ import main
+from training.processes import Processes
+
+# A step each of a network without and of ones with BatchNorm; odd batches to be shared unevenly.
+SETTINGS = {
+    "A1": ["epochs=2", "batch_size=125"],
+    "B2": ["epochs=1", "batch_size=9", "model.widths=[16,16,32]", "data.validation=0.2"],
+    "fast": ["epochs=1", "batch_size=25", "model.widths=[16,16,32]", "data.validation=0.1"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return subprocess.run(
+        [*command, str(processes), "-m", "training", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_agree_with_one(name: str, tmp_path: Path) -> None:
+    limit = ["--limit", "45"] if name == "B2" else []
+    arguments = ["run", name, *limit, "--set", *SETTINGS[name]]
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    process = torchrun(2, *arguments, "--out", str(tmp_path / "two"))
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("epoch 1") == 1, "only the first process talks"
+
+    one, two = (checkpoint.load(tmp_path / folder / "checkpoint.pt") for folder in ("one", "two"))
+    assert two.sessions[0]["processes"] == 2
+    for key, value in one.model.items():
+        torch.testing.assert_close(two.model[key], value, atol=2e-4, rtol=1e-3, msg=key)
+    for line, other in zip(one.history, two.history, strict=True):
+        for key in line.keys() - {"seconds"}:
+            assert other[key] == pytest.approx(line[key], rel=1e-3), key
+
+
+def test_resume_with_another_number_of_processes(
+    short: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    # A second is what a checkpoint may take: nothing is left for a step.
+    process = torchrun(2, "run", str(short), "--out", str(out), "--seed", "7", "--max-seconds", "1")
+    assert process.returncode != 0
+    assert process.stderr.count("stopped by the time limit; go on with") == 1
+    assert main(["resume", str(out), "--max-seconds", "1"]) == 75
+    process = torchrun(2, "resume", str(out))
+    assert process.returncode == 0, process.stderr
+    state, expected = (checkpoint.load(f / "checkpoint.pt") for f in (out, uninterrupted))
+    assert [session["processes"] for session in state.sessions] == [2, 1, 2]
+    for key, value in expected.model.items():
+        torch.testing.assert_close(state.model[key], value, atol=1e-4, rtol=1e-3, msg=key)
+    assert state.result is not None
+    assert expected.result is not None
+    assert state.result["test_images"] == 1000
+    assert state.result["accuracy"] == pytest.approx(expected.result["accuracy"], abs=0.005)
+
+
+def test_error_of_the_first_process_ends_all(tmp_path: Path) -> None:
+    process = torchrun(2, "run", "A1", "--out", str(tmp_path), "--set", "batch_size=1")
+    assert process.returncode == 1
+    assert "2 processes cannot share a batch of 1" in process.stderr
+
+
+def test_shares_cover_a_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count in (1, 2, 3, 8):
+        for images in (1, 7, 8, 125):
+            rows: list[int] = []
+            for rank in range(count):
+                monkeypatch.setenv("WORLD_SIZE", str(count))
+                monkeypatch.setenv("RANK", str(rank))
+                rows += range(images)[Processes().rows(images)]
+            assert rows == list(range(images))
+
+
+def test_alone_nothing_changes() -> None:
+    processes = Processes()
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with processes.joined():
+        assert processes.parallel(network) is network
+        assert type(network[1]) is nn.BatchNorm2d
+        assert (processes.highest(3), processes.agree("folder"), processes.first) == (3, "folder", True)

@@ -1,0 +1,188 @@
+"""No run is ever lost: real processes, killed, starved and cut short."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import checkpoint, data
+from training.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+
+
+def start(*arguments: str, before: str = "") -> subprocess.Popen[str]:
+    """The command line in a process of its own; ``before`` is Python that it runs first."""
+    program = f"import sys\n{before}\nfrom training.__main__ import main\nsys.exit(main({arguments!r}))"
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Bitwise the same weights and optimizer, and the same course."""
+    ours, theirs = (checkpoint.load(folder / "checkpoint.pt") for folder in (actual, expected))
+    assert ours.model.keys() == theirs.model.keys()
+    assert all(torch.equal(ours.model[key], theirs.model[key]) for key in theirs.model)
+    for part, other in zip(ours.optimizers, theirs.optimizers, strict=True):
+        for index, values in other["state"].items():
+            assert torch.equal(part["state"][index]["momentum_buffer"], values["momentum_buffer"])
+    same = {"epoch", "lr", "train_loss", "train_accuracy"}
+    course = [{key: line[key] for key in same} for line in theirs.history]
+    assert [{key: line[key] for key in same} for line in ours.history] == course
+    lines = (actual / "metrics.jsonl").read_text().splitlines()
+    assert [{key: json.loads(line)[key] for key in same} for line in lines] == course
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_leaves_a_checkpoint_that_resumes(
+    short: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "run"
+    process = start("run", str(short), "--out", str(out), "--seed", "7")
+    assert process.stdout is not None
+    assert any(line.startswith("epoch 1") for line in process.stdout)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert f"stopped by {signum.name}; go on with: python -m training resume {out}" in errors
+    state = checkpoint.load(out / "checkpoint.pt")
+    assert state.result is None
+    assert 8 <= state.epoch * 8 + state.step < 24
+
+    # A run's folder can go on anywhere.
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(out, elsewhere)
+    assert main(["resume", str(elsewhere)]) == 0
+    assert_same_run(elsewhere, uninterrupted)
+    sessions = checkpoint.load(elsewhere / "checkpoint.pt").sessions
+    assert [session["epoch"] * 8 + session["step"] for session in sessions] == [
+        0,
+        state.epoch * 8 + state.step,
+    ]
+
+
+def test_killed_at_random_moments(short: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """SIGKILL between a start and a little after: in a step, an evaluation, a write, a rename.
+
+    With a checkpoint before every step most kills hit a write. The moments are waits for an exit
+    that cannot come so soon, or for one that has come: no test depends on which.
+    """
+    out, moments = tmp_path / "run", random.Random(1)
+    saving = "import training.run; training.run.SAVE_SECONDS = -1.0"
+    process = start("run", str(short), "--out", str(out), "--seed", "7", before=saving)
+    kills = 0
+    for _ in range(6):
+        assert process.stdout is not None
+        for line in process.stdout:  # the imports, a constant stretch, are over
+            if line.startswith("short seed 7"):
+                break
+        try:
+            process.wait(moments.uniform(0, 0.25))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        process = start("resume", str(out), before=saving)
+    process.communicate(timeout=120)
+    assert kills > 0
+    assert main(["resume", str(out)]) == 0
+    assert_same_run(out, uninterrupted)
+
+
+def test_time_limit_stops_before_it_and_goes_on_later(
+    short: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    # A second is what a checkpoint may take: nothing is left for a step.
+    assert main(["run", str(short), "--out", str(out), "--seed", "7", "--max-seconds", "1"]) == 75
+    assert f"stopped by the time limit; go on with: python -m training resume {out}" in (
+        capsys.readouterr().err
+    )
+    assert checkpoint.load(out / "checkpoint.pt").epoch == 0
+    assert main(["resume", str(out), "--max-seconds", "600"]) == 0
+    assert_same_run(out, uninterrupted)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_previous_checkpoint_replaces_a_damaged_one(
+    damage: str,
+    short: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    path = out / "checkpoint.pt"
+    whole = path.read_bytes()
+    if damage == "flipped":
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    elif damage == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    else:
+        path.unlink()
+    assert checkpoint.load(checkpoint.previous(path)).result is None
+    assert main(["resume", str(out)]) == 0
+    assert "going on from checkpoint.previous.pt" in capsys.readouterr().out
+    assert_same_run(out, uninterrupted)
+    assert checkpoint.load(path).result is not None
+
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (out / name).write_bytes(whole[:1000])
+    assert main(["resume", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("damaged or not a checkpoint") == 2
+    assert "Traceback" not in error
+
+
+def test_full_disk_keeps_the_last_checkpoint(short: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    # Files cannot grow beyond 300 kB: enough for the initial checkpoint, not for one with momentum.
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
+    process = start("run", str(short), "--out", str(out), "--seed", "7", before=full)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "could not write" in errors
+    assert "the checkpoint before it is untouched, make room and resume" in errors
+    assert "Traceback" not in errors
+    # The finished epochs' metrics are there, and nothing half written.
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("checkpoint.pt", "metrics.jsonl", "recipe.toml", "run.json"),
+    ]
+    assert main(["resume", str(out)]) == 0
+    assert_same_run(out, uninterrupted)
+
+
+def test_out_of_memory_names_a_batch_that_fits(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    # 1.5 GB on top of what the program itself takes: too little for 500 images in B2's network.
+    scarce = """
+import resource, torch, training.__main__
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 1_500_000_000,) * 2)
+"""
+    arguments = ["run", "B2", "--out", str(out), "--epochs", "1", "--set", "data.validation=0.002"]
+    process = start(*arguments, "batch_size=499", "augment=[]", before=scarce)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "error: out of memory with a batch of 499 on cpu: " in errors
+    size = int(errors.partition("batch_size=")[2].partition(",")[0])
+    assert 1 <= size < 499
+    assert checkpoint.load(out / "checkpoint.pt").epoch == 0

@@ -1,0 +1,84 @@
+"""What a step minimises: cross-entropy, of mixed images perhaps, and a teacher's probabilities."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from training import checkpoint as checkpoints
+from training.model import CLASSES
+from training.recipe import Data, Distillation, Recipe
+
+
+class Objective:
+    """The loss of a recipe.
+
+    Args:
+        recipe: gives label smoothing, mixing and distillation.
+        teacher: the checkpoint to distil from, where the recipe does.
+        device: where the batches lie.
+
+    Raises:
+        CheckpointError: a teacher that cannot be used.
+    """
+
+    def __init__(self, recipe: Recipe, teacher: Path, device: torch.device) -> None:
+        self._smoothing = recipe.label_smoothing
+        self._mix: nn.Module | None = None
+        if recipe.mixing is not None:
+            kind = v2.MixUp if recipe.mixing.kind == "mixup" else v2.CutMix
+            self._mix = kind(alpha=recipe.mixing.alpha, num_classes=len(CLASSES))
+        self._teacher: Teacher | None = None
+        if recipe.distillation is not None:
+            self._teacher = Teacher(recipe.distillation, teacher, recipe.data).to(device)
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The images, float [N, 3, H, W], and targets of a step, from torch's global generator.
+
+        ``labels``, int64 [N], come back as they are, or mixed as float32 [N, 10].
+        """
+        if self._mix is None:
+            return images, labels
+        mixed, targets = self._mix(images, labels)
+        return mixed.contiguous(memory_format=torch.channels_last), targets
+
+    def loss(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+        """The mean loss, a scalar, of ``logits`` [N, 10] against what ``mix`` gave."""
+        loss = F.cross_entropy(logits, targets, label_smoothing=self._smoothing)
+        if self._teacher is not None:
+            weight = self._teacher.weight
+            loss = (1 - weight) * loss + weight * self._teacher.loss(logits, images)
+        return loss
+
+
+class Teacher(nn.Module):
+    """A trained network, kept as it is, and the divergence from its softened probabilities."""
+
+    def __init__(self, config: Distillation, path: Path, data: Data) -> None:
+        super().__init__()
+        state = checkpoints.load(path)
+        self.weight, self.temperature = config.weight, config.temperature
+        self.network = state.network().eval().requires_grad_(False)
+        own = state.parsed_recipe().data
+        mean, std, own_mean, own_std = (
+            torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std, own.mean, own.std)
+        )
+        # The images come normalised for the student.
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", std / own_std)
+        self.register_buffer("shift", (mean - own_mean) / own_std)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """A teacher stays in evaluation mode."""
+        return super().train(False)
+
+    def loss(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Kullback-Leibler divergence at the temperature T, times T squared (Hinton et al., 2015)."""
+        with torch.no_grad():
+            taught = F.log_softmax(self.network(images * self.scale + self.shift) / self.temperature, 1)
+        learned = F.log_softmax(logits.float() / self.temperature, 1)
+        divergence = F.kl_div(learned, taught.float(), reduction="batchmean", log_target=True)
+        return divergence * self.temperature**2

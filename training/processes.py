@@ -1,0 +1,131 @@
+"""Data parallelism: the processes that ``torchrun`` starts for one run.
+
+Every process holds the network and the whole data set, takes its share of each global batch, and the
+gradients and the statistics of BatchNorm are those of the whole batch: the number of processes does not
+change what a recipe does. The first process writes the files and talks. A run started without torchrun
+is the only process.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+T = TypeVar("T")
+
+# A process that waits longer for the others than any evaluation or download takes has lost them.
+PATIENCE = timedelta(minutes=30)
+
+
+class Processes:
+    """The processes of this run, seen from one of them.
+
+    Attributes:
+        count: how many there are.
+        rank: this one's number; the first is 0.
+        local_rank: its number on its machine, which is that of its GPU.
+    """
+
+    def __init__(self) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and talks."""
+        return self.rank == 0
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Connect the processes: by gloo on the CPU, and nccl on GPUs."""
+        if self.count == 1:
+            yield
+            return
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def rows(self, count: int) -> slice:
+        """This process's share of ``count`` images of a batch: a contiguous part, as even as can be."""
+        return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
+
+    def agree(self, value: T) -> T:
+        """The first process's ``value``, in every process."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def highest(self, number: int) -> int:
+        """The highest of the processes' numbers, in every process."""
+        if self.count == 1:
+            return number
+        highest = torch.tensor(number)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return int(highest)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of the processes' tensors, in every process."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def parallel(self, network: nn.Module) -> nn.Module:
+        """``network`` as a module whose backward pass averages the gradients over the processes.
+
+        Its BatchNorm layers are replaced in place by ones that see the whole batch.
+        """
+        if self.count == 1:
+            return network
+        _synchronise(network)
+        # Statistics need no broadcast: they are computed from the same sums everywhere.
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+
+
+class SynchronisedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm with the statistics of all processes' images; unlike torch's own, on a CPU as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise float ``x`` [N, C, H, W]; N may differ between the processes."""
+        if not self.training:
+            return super().forward(x)
+        wide = x.float()
+        shape = (1, -1, 1, 1)
+        size = x.new_full((1,), x.numel() / x.shape[1], dtype=torch.float32)
+        sums = all_reduce(torch.cat([wide.sum((0, 2, 3)), size]))
+        mean, size = sums[:-1] / sums[-1], sums[-1]
+        centred = wide - mean.view(shape)
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / size
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum or 0.0)
+            self.running_var.lerp_(variance * size / (size - 1), self.momentum or 0.0)
+        normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
+        out: Tensor = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
+
+
+def _synchronise(network: nn.Module) -> None:
+    for name, child in network.named_children():
+        if type(child) is nn.BatchNorm2d:
+            norm = SynchronisedBatchNorm(child.num_features, child.eps, child.momentum)
+            norm.weight, norm.bias = child.weight, child.bias
+            norm.running_mean, norm.running_var = child.running_mean, child.running_var
+            norm.num_batches_tracked = child.num_batches_tracked
+            setattr(network, name, norm)
+        else:
+            _synchronise(child)

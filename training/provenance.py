@@ -1,0 +1,69 @@
+"""Where a run happens: program, versions and device, for its folder and its results."""
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from typing_extensions import TypedDict
+
+
+class Session(TypedDict):
+    """One stretch of a run, from a start or resumption to the next; ``step`` is where it took up.
+
+    ``device`` and ``precision`` are those of the training, ``processes`` how many shared it.
+    """
+
+    started: str
+    epoch: int
+    step: int
+    device: str
+    precision: str
+    processes: int
+    system: str
+    python: str
+    torch: str
+    torchvision: str
+    numpy: str
+    commit: str
+
+
+def session(epoch: int, step: int, device: str, precision: str, processes: int) -> Session:
+    """The session that begins now, at a ``step`` of an ``epoch``, both from 0."""
+    return Session(
+        started=now(),
+        epoch=epoch,
+        step=step,
+        device=device,
+        precision=precision,
+        processes=processes,
+        system=" ".join([platform.system(), platform.machine(), *platform.libc_ver()]),
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        torchvision=str(torchvision.__version__),
+        numpy=np.__version__,
+        commit=commit(),
+    )
+
+
+def now() -> str:
+    """The time, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def commit() -> str:
+    """The repository's commit, ``-dirty`` with uncommitted changes, ``unknown`` outside of git."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()

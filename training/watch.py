@@ -1,0 +1,58 @@
+"""When a run has to stop before its end: signals and a time limit."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+TIME_LIMIT = 75  # "try again" in sysexits.h, and no signal's number
+
+
+class Stopped(Exception):
+    """A run stopped early, after it had written its checkpoint.
+
+    Attributes:
+        exit_code: 128 + N for signal N, 75 for the time limit.
+    """
+
+    def __init__(self, reason: int) -> None:
+        timely = reason == TIME_LIMIT
+        super().__init__("the time limit" if timely else signal.Signals(reason).name)
+        self.exit_code = reason if timely else 128 + reason
+
+
+class Watch:
+    """Collects what asks a run to stop.
+
+    Args:
+        max_seconds: from now on, in which the run has to have written its checkpoint; None: no limit.
+    """
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        self._signals: list[int] = []
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+
+    def reason(self, needed: float) -> int:
+        """Why to stop before what takes ``needed`` seconds: 0, a signal's number or TIME_LIMIT."""
+        if self._signals:
+            return self._signals[0]
+        late = self._deadline is not None and time.monotonic() + needed > self._deadline
+        return TIME_LIMIT if late else 0
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM as reasons to stop; a second one acts as it did before."""
+        before = {int(n): signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+        def receive(number: int, frame: FrameType | None) -> None:
+            self._signals.append(number)
+            signal.signal(number, before[number])
+
+        for number in before:
+            signal.signal(number, receive)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
