@@ -38,3 +38,37 @@ def test_a3_initialises_convolutions_by_fan_out() -> None:
     weight = network.stages[3][2].conv2.weight  # type: ignore[index]
     assert isinstance(weight, torch.Tensor)
     assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
+
+
+def test_squeeze_excitation_weighs_channels() -> None:
+    torch.manual_seed(0)
+    layer = model.SqueezeExcitation(8, 4)
+    x = torch.randn(2, 8, 5, 5)
+    ratio = layer(x) / x
+    torch.testing.assert_close(ratio, ratio[:, :, :1, :1].expand_as(ratio))
+    assert ((ratio > 0) & (ratio < 1)).all()
+    assert layer.squeeze.weight.shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("block", "parameters"),
+    [
+        # By hand: 1x1, 3x3 and 1x1 convolutions with two numbers a channel of BatchNorm each.
+        ("{kind='bottleneck', reduction=4, groups=1}", 32 * 8 + 8 * 8 * 9 + 8 * 32 + 2 * (8 + 8 + 32)),
+        ("{kind='bottleneck', reduction=2, groups=4}", 32 * 16 + 16 * 4 * 9 + 16 * 32 + 2 * (32 + 32)),
+        ("{kind='basic'}", 2 * 32 * 32 * 9 + 2 * (32 + 32)),
+    ],
+)
+def test_blocks_have_the_parameters_of_their_papers(block: str, parameters: int) -> None:
+    settings = ["model.blocks=[1, 1]", "model.widths=[32, 32]", f"model.block={block}"]
+    network = model.build(recipe.load("B2", settings).model)
+    assert isinstance(network, model.ResNet)
+    assert model.parameter_count(network.stages[0]) == parameters
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_widths_that_blocks_cannot_have() -> None:
+    with pytest.raises(recipe.RecipeError, match="64 is not a multiple of"):
+        recipe.load("B2", ["model.block={kind='bottleneck', reduction=4, groups=3}"])
+    with pytest.raises(recipe.RecipeError, match="squeeze_excitation 100 leaves none of 64"):
+        recipe.load("B2", ["model.squeeze_excitation=100"])

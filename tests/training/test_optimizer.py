@@ -1,5 +1,9 @@
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 
 from training import model, optimizer, recipe
 
@@ -43,3 +47,31 @@ def test_muon_refuses_networks_without_rates_of_their_own() -> None:
     fast = recipe.load("fast")
     with pytest.raises(recipe.RecipeError, match="whitened_resnet"):
         optimizer.build(fast.optimizer, model.build(recipe.load("B2").model))
+
+
+REPORTED: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "A3": lambda parameters: torch.optim.SGD(parameters, lr=0.112202, momentum=0.9, weight_decay=5e-4),
+    "B1": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, weight_decay=1e-4),
+    "B2": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, weight_decay=1e-4),
+    "C1": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4),
+    "D1": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4),
+    "E1": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.001),
+}
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_steps_are_those_of_the_report(name: str) -> None:
+    """The optimizer that reports.md names, built by hand, moves the same weights to the same places."""
+    config = recipe.load(name).optimizer
+    torch.manual_seed(0)
+    ours = nn.Linear(7, 5)
+    theirs = copy.deepcopy(ours)
+    (first,), second = optimizer.build(config, ours), REPORTED[name](list(theirs.parameters()))
+    for _ in range(5):
+        for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            other.grad = parameter.grad.clone()
+        first.step()
+        second.step()
+    for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(parameter, other)
