@@ -118,7 +118,7 @@ class Run:
         if tensorboard and processes.first:
             self.events = SummaryWriter(str(folder / TENSORBOARD), purge_step=state.epoch + 1)
         self._saved = time.monotonic()
-        self._image_seconds = 0.0  # the slowest step's, an image
+        self._image_seconds = 0.0  # an image's share of the slowest of the last steps
         self._save_seconds = 0.0
 
     def train(self, watch: Watch) -> None:
@@ -236,7 +236,7 @@ class Run:
             state.step = step + 1
             images += len(indices)
             now = time.monotonic()
-            self._image_seconds = max(self._image_seconds, (now - before) / len(indices))
+            self._image_seconds = max(0.9 * self._image_seconds, (now - before) / len(indices))
             progress.update(task, advance=1, speed=f"{images / (now - began):,.0f}")
 
         if wanted := self.processes.highest(watch.reason(self._needed(len(self.val_images)))):
