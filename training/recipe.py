@@ -187,13 +187,21 @@ class AutoAugment(Part):
 
 
 class RandomErasing(Part):
-    """Overwrite a rectangle of the normalised image (Zhong et al., 2017); it comes last."""
+    """Overwrite a rectangle of the normalised image (Zhong et al., 2017)."""
 
     op: Literal["random_erasing"]
     p: Fraction
     scale: tuple[Fraction, Fraction]
     ratio: tuple[Positive, Positive]
     value: float
+
+
+class Cutout(Part):
+    """Set a square of the normalised image to 0, the mean (DeVries & Taylor, 2017)."""
+
+    op: Literal["cutout"]
+    size: Annotated[int, Field(ge=1, le=32)]
+    p: Fraction
 
 
 Augmentation = Annotated[
@@ -205,7 +213,8 @@ Augmentation = Annotated[
     | Translate
     | Sharpness
     | AutoAugment
-    | RandomErasing,
+    | RandomErasing
+    | Cutout,
     Field(discriminator="op"),
 ]
 
@@ -384,8 +393,11 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Recipe":
-        if any(part.op == "random_erasing" for part in self.augment[:-1]):
-            raise ValueError("augment: random_erasing works on normalised pixels and must be last")
+        hiding = [part.op in ("random_erasing", "cutout") for part in self.augment]
+        if hiding != sorted(hiding):
+            raise ValueError(
+                "augment: random_erasing and cutout work on normalised pixels and come last"
+            )
         if self.schedule.kind == "plateau" and self.data.validation == 0:
             raise ValueError("schedule: plateau needs held-out images: data.validation above 0")
         if self.schedule.kind == "shifted_warmup_cosine" and self.optimizer.kind == "muon":

@@ -280,7 +280,14 @@ class Run:
 
     def _minimise(self, indices: Tensor, step: int, tally: Tally) -> None:
         epoch, count = self.state.epoch, len(indices)
-        torch.manual_seed(_mix(self.seed, epoch, step, self.processes.rank))
+        rows = self.processes.rows(count)
+        # The augmentation is drawn for the global batch, so it is the same however that is shared.
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch, step))
+        drawn = [
+            {name: values[rows] for name, values in parameters.items()}
+            for parameters in self.augment.draw(indices, epoch, generator)
+        ]
+        torch.manual_seed(_mix(self.seed, epoch, step, 1 + self.processes.rank))
         val_losses = [line["val_loss"] for line in self.state.history if "val_loss" in line]
         for part in self.optimizers:
             for group in part.param_groups:
@@ -291,9 +298,9 @@ class Run:
                     self.recipe.epochs,
                     val_losses,
                 )
-        own = indices[self.processes.rows(count)].to(self.device, non_blocking=True)
+        own = indices[rows].to(self.device, non_blocking=True)
         labels = self.train_images.labels[own]
-        inputs = self.augment(self.train_images.pixels[own], own, epoch)
+        inputs = self.augment.apply(self.train_images.pixels[own], drawn, epoch)
         inputs, targets = self.objective.mix(inputs, labels)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             logits = self.parallel(inputs)
@@ -338,8 +345,8 @@ class Run:
         while batch := batch // 2:
             device.release_memory(self.device)
             try:
-                images = self.train_images.pixels[:batch]
-                inputs = self.augment(images, torch.arange(batch, device=self.device), self.state.epoch)
+                drawn = self.augment.draw(torch.arange(batch), self.state.epoch, torch.Generator())
+                inputs = self.augment.apply(self.train_images.pixels[:batch], drawn, self.state.epoch)
                 with torch.autocast(
                     self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
                 ):
