@@ -10,12 +10,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 T = TypeVar("T")
 
@@ -93,6 +92,22 @@ class Processes:
         return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
+class Total(torch.autograd.Function):
+    """The sum of the processes' tensors; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """Sum ``tensor`` over the processes."""
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Sum the gradient over the processes."""
+        return Total.forward(ctx, gradients[0].contiguous())
+
+
 class SynchronisedBatchNorm(nn.BatchNorm2d):
     """BatchNorm with the statistics of all processes' images; unlike torch's own, on a CPU as well."""
 
@@ -103,10 +118,10 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
         wide = x.float()
         shape = (1, -1, 1, 1)
         size = x.new_full((1,), x.numel() / x.shape[1], dtype=torch.float32)
-        sums = all_reduce(torch.cat([wide.sum((0, 2, 3)), size]))
+        sums = Total.apply(torch.cat([wide.sum((0, 2, 3)), size]))
         mean, size = sums[:-1] / sums[-1], sums[-1]
         centred = wide - mean.view(shape)
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / size
+        variance = Total.apply(centred.square().sum((0, 2, 3))) / size
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None

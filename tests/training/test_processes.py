@@ -14,11 +14,12 @@ from training import checkpoint, data
 from training.__main__ import main
 from training.processes import Processes
 
-# A step each of a network without and of ones with BatchNorm; odd batches to be shared unevenly.
+# A network without and one with BatchNorm; batches that cannot be shared evenly. SGD, because Adam and
+# Muon make steps of one size from gradients that are nothing but rounding; small steps, because what
+# differs in rounding differs tenfold after each large one.
 SETTINGS = {
-    "A1": ["epochs=2", "batch_size=125"],
-    "B2": ["epochs=1", "batch_size=9", "model.widths=[16,16,32]", "data.validation=0.2"],
-    "fast": ["epochs=1", "batch_size=25", "model.widths=[16,16,32]", "data.validation=0.1"],
+    "A1": ["batch_size=125", "optimizer.lr=0.05"],
+    "C1": ["batch_size=25", "model.widths=[16,16,32]", "optimizer.lr=1e-4"],
 }
 
 
@@ -41,11 +42,13 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_agree_with_one(name: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    limit = ["--limit", "45"] if name == "B2" else []
+    limit = ["--limit", "75"] if name == "C1" else []
     # Both from one beginning: a second is what a checkpoint may take, nothing is left for a step.
-    arguments = ["run", name, "--out", str(one), "--max-seconds", "1", *limit, "--set", *SETTINGS[name]]
+    arguments = ["run", name, "--out", str(one), "--max-seconds", "1", *limit, "--set"]
+    arguments += [*SETTINGS[name], "epochs=2", "data.validation=0.2"]
     assert main(arguments) == 75
     shutil.copytree(one, two)
+    initial = checkpoint.load(one / "checkpoint.pt")
     assert main(["resume", str(one)]) == 0
     process = torchrun(2, "resume", str(two))
     assert process.returncode == 0, process.stderr
@@ -54,7 +57,9 @@ def test_two_processes_agree_with_one(name: str, tmp_path: Path) -> None:
     alone, shared = (checkpoint.load(folder / "checkpoint.pt") for folder in (one, two))
     assert shared.sessions[-1]["processes"] == 2
     for key, value in alone.model.items():
-        torch.testing.assert_close(shared.model[key], value, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(shared.model[key], value, atol=1e-4, rtol=1e-3)
+    moved = [(initial.model[key] - value).abs().max().item() for key, value in alone.model.items()]
+    assert max(moved) > 2e-3, "there is something to agree on"
     for line, other in zip(alone.history, shared.history, strict=True):
         for key in line.keys() - {"seconds"}:
             assert other[key] == pytest.approx(line[key], rel=1e-3), key
