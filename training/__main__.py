@@ -1,17 +1,19 @@
-"""Command line of the training job: ``python -m training run | resume | list``."""
+"""Command line of the training job: ``python -m training run | resume | list | lr-find``."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from training import data, recipe, results, train
+from training import data, range_test, recipe, results, train
 from training.checkpoint import Checkpoint, CheckpointError, load_last
+from training.learner import Learner, TrainingError
 from training.model import build, parameter_count
 from training.processes import Processes
-from training.run import CHECKPOINT, TrainingError
+from training.run import CHECKPOINT
 from training.watch import Stopped, Watch
 
 
@@ -27,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "list":
             _list(console, options.markdown)
+            return 0
+        if options.command == "lr-find":
+            _find_rate(options, console)
             return 0
         watch = Watch(options.max_seconds)
         with processes.joined():
@@ -68,6 +73,33 @@ def _train(
         return stopped.exit_code
     console.print(_outcome(state, folder), markup=False)
     return 0
+
+
+def _find_rate(options: argparse.Namespace, console: Console) -> None:
+    chosen = recipe.load(options.recipe, options.set)
+    tried = range_test.rates(options.low, options.high, options.steps)
+    train_images, _ = data.split(data.load().train, chosen.data.validation)
+    network = train.initial_network(chosen, options.seed, train_images)
+    teacher = Path(chosen.distillation.teacher if chosen.distillation else "")
+    learner = Learner(chosen, options.seed, network, train_images, Processes(), teacher)
+    own, name = learner.lr, Path(options.recipe).stem
+    measured = []
+    for point in track(
+        range_test.measure(learner, tried), total=len(tried), console=console, transient=True
+    ):
+        measured.append(point)
+    suggestion = range_test.suggest(measured)
+    out = options.out or Path("runs") / f"{name}-lr.png"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    title = f"Learning-rate range test of {name}: batches of {chosen.batch_size}"
+    range_test.plot(measured, suggestion, own, title, out)
+    table = Table("rate", "loss", "smoothed")
+    for point in measured[9::10]:
+        table.add_row(f"{point.rate:.4g}", f"{point.loss:.4f}", f"{point.smooth:.4f}")
+    console.print(table)
+    if len(measured) < len(tried):
+        console.print(f"the loss diverged at rate {measured[-1].rate:.4g}")
+    console.print(f"suggested learning rate {suggestion:.6g} (the recipe has {own:g}); {out}")
 
 
 def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
@@ -181,14 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="for trials: train and validate on the first N images only",
     )
-    run.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace values of the recipe, as optimizer.lr=0.1 or augment.0.padding=2",
-    )
+    _add_overrides(run)
 
     resume = commands.add_parser(
         "resume",
@@ -209,11 +234,36 @@ def _parser() -> argparse.ArgumentParser:
             help="write TensorBoard events to the run's folder too",
         )
 
+    finding = commands.add_parser(
+        "lr-find",
+        help="suggest a learning rate by L. Smith's range test",
+        description="Train one step at each of a growing sequence of learning rates, plot the loss over "
+        "them and suggest the rate at which it falls fastest. Uses training images only.",
+    )
+    finding.add_argument("recipe", metavar="RECIPE", help="a name from 'list', or a .toml file")
+    finding.add_argument("--out", type=Path, help="the plot (default: runs/RECIPE-lr.png)")
+    finding.add_argument("--seed", type=_natural, default=0, help="default: %(default)s")
+    finding.add_argument("--steps", type=_positive, default=100, help="default: %(default)s")
+    finding.add_argument("--low", type=float, default=1e-5, help="default: %(default)s")
+    finding.add_argument("--high", type=float, default=1.0, help="default: %(default)s")
+    _add_overrides(finding)
+
     listing = commands.add_parser(
         "list", help="the recipes: report, parameters, reported and reached accuracy"
     )
     listing.add_argument("--markdown", action="store_true", help="as the README's table")
     return parser
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace values of the recipe, as optimizer.lr=0.1 or augment.0.padding=2",
+    )
 
 
 def _positive(text: str) -> int:

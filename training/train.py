@@ -9,17 +9,19 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from training import checkpoint as checkpoints
 from training import data, model, optimizer, provenance, results
 from training.augment import Normalize
 from training.checkpoint import Checkpoint
-from training.data import DataSet
+from training.data import DataSet, Images
 from training.files import replacing
+from training.learner import TrainingError
 from training.processes import Processes
 from training.recipe import Recipe
 from training.results import Result
-from training.run import CHECKPOINT, RECIPE, TEACHER, Run, TrainingError
+from training.run import CHECKPOINT, RECIPE, TEACHER, Run
 from training.watch import Watch
 
 
@@ -52,12 +54,8 @@ def create(
     """
     if (folder / CHECKPOINT).exists() or checkpoints.previous(folder / CHECKPOINT).exists():
         raise TrainingError(f"{folder} holds a run: resume it, or name another folder with --out")
-    torch.manual_seed(seed)
-    network = model.build(recipe.model)
     train_images = data.split(dataset.train, recipe.data.validation)[0].first(limit)
-    if isinstance(network, model.WhitenedResNet):
-        normalize = Normalize(recipe.data.mean, recipe.data.std)
-        network.whiten(normalize(train_images.pixels[:5000].permute(0, 3, 1, 2)))
+    network = initial_network(recipe, seed, train_images)
     state = Checkpoint(
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         recipe_name=name,
@@ -79,6 +77,16 @@ def create(
         _copy_teacher(Path(recipe.distillation.teacher), folder / TEACHER)
     (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
     checkpoints.save(state, folder / CHECKPOINT)
+
+
+def initial_network(recipe: Recipe, seed: int, images: Images) -> nn.Module:
+    """A recipe's network with the weights that ``seed`` gives, a stem whitened by training images."""
+    torch.manual_seed(seed)
+    network = model.build(recipe.model)
+    if isinstance(network, model.WhitenedResNet):
+        normalize = Normalize(recipe.data.mean, recipe.data.std)
+        network.whiten(normalize(images.pixels[:5000].permute(0, 3, 1, 2)))
+    return network
 
 
 def resume(

@@ -1,0 +1,96 @@
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from training import data, range_test
+from training.__main__ import main
+from training.learner import TrainingError
+from training.range_test import Measurement
+
+
+@pytest.fixture(autouse=True)
+def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+
+
+def test_the_reports_rate_is_on_the_grid() -> None:
+    rates = range_test.rates(1e-5, 1, 100)
+    assert len(rates) == 100
+    assert rates[80] == pytest.approx(0.112202, abs=5e-7)
+    assert rates[-1] == pytest.approx(1)
+    assert all(b / a == pytest.approx(10**0.05) for a, b in itertools.pairwise(rates))
+
+
+def curve(losses: list[float]) -> list[Measurement]:
+    rates = range_test.rates(1e-5, 1, len(losses))
+    return [Measurement(rate, loss, loss) for rate, loss in zip(rates, losses, strict=True)]
+
+
+def test_suggestion_is_where_the_loss_falls_fastest() -> None:
+    falling = curve([2.3 - 1.5 / (1 + math.exp((70 - step) / 4)) for step in range(100)])
+    assert range_test.suggest(falling) == falling[70].rate
+    # What comes after, and the first steps, do not count.
+    rising = curve([5.0 - step / 3 if step < 8 else point.smooth for step, point in enumerate(falling)])
+    assert range_test.suggest(rising) == falling[70].rate
+
+
+@pytest.mark.parametrize("steps", [0, 5, 12])
+def test_too_early_a_divergence_is_an_error(steps: int) -> None:
+    with pytest.raises(TrainingError, match="begin with a lower --low"):
+        range_test.suggest(curve([1.0] * 20)[:steps])
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_real_test_suggests_and_plots(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / f"plot.{ending}"
+    arguments = ["lr-find", "A1", "--steps", "20", "--out", str(plot), "--set", "batch_size=32"]
+    outputs = []
+    for _ in range(2):
+        assert main(arguments) == 0
+        outputs.append((capsys.readouterr().out, plot.read_bytes()))
+    assert outputs[0] == outputs[1], "the same seed, the same test"
+    text, _, _ = outputs[0][0].partition("(the recipe has 0.001)")
+    suggestion = float(text.split()[-1])
+    assert any(suggestion == pytest.approx(r, rel=1e-5) for r in range_test.rates(1e-5, 1, 20))
+    if ending == "png":
+        with Image.open(plot) as image:
+            assert image.size == (1200, 675)
+    else:
+        assert b"smoothed" in plot.read_bytes() or b"<svg" in plot.read_bytes()
+
+
+def test_divergence_ends_the_test_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wild = ["--low", "1e-3", "--high", "1e9", "--steps", "40", "--out", str(tmp_path / "plot.png")]
+    assert main(["lr-find", "C1", *wild, "--set", "batch_size=4", "model.widths=[16,16,16]"]) == 0
+    assert "the loss diverged at rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--low", "1", "--high", "0.1"],
+            "no range of rates: --low 1 must be above 0 and below --high 0.1",
+        ),
+        (["--steps", "5"], "5 steps show no slope: take at least 13"),
+        (["--out", "plot.xyz", "--steps", "13"], "a plot is a .png, .svg or .pdf file"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["lr-find", "A1", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,205 @@
+"""What learns: a recipe's network, its optimizers and its training images on the device, in steps.
+
+All that is random in a step is seeded from (seed, epoch, step), whatever came before.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from training import device, optimizer
+from training.augment import Augmenter
+from training.average import Average
+from training.data import Images
+from training.objective import Objective
+from training.processes import Processes
+from training.recipe import Recipe
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot start or go on; the message says why."""
+
+
+class Learner:
+    """The training side of a recipe on this process's device.
+
+    Args:
+        recipe: what to do.
+        seed: of the order of the images and of all that is random in a step.
+        network: with its initial weights; it is moved to the device.
+        images: the training images.
+        processes: that share each batch.
+        teacher: the checkpoint to distil from, where the recipe does.
+
+    Attributes:
+        steps: in an epoch.
+        model: the network that is trained; ``average`` follows it, where the recipe has one.
+        optimizers, scaler: with their states, which a run saves and loads.
+
+    Raises:
+        TrainingError: too few images for a batch, or for the processes.
+        CheckpointError: a teacher that cannot be used.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seed: int,
+        network: nn.Module,
+        images: Images,
+        processes: Processes,
+        teacher: Path,
+    ) -> None:
+        self.recipe, self.seed, self.processes = recipe, seed, processes
+        self.device = device.choose(processes.local_rank)
+        device.prepare(recipe, self.device)
+        self.dtype = device.precision(recipe.amp, self.device)
+        self.images = images.to(self.device)
+        self.steps = self._count_steps()
+        self.model = network.to(self.device).to(memory_format=torch.channels_last)
+        self.average: Average | None = None
+        if recipe.averaging is not None:
+            self.average = Average(self.model, recipe.averaging.decay)
+        self._parallel = processes.parallel(self.model)
+        self.optimizers = optimizer.build(recipe.optimizer, self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self._augment = Augmenter(recipe, len(images), seed, self.device)
+        self._objective = Objective(recipe, teacher, self.device)
+
+    @property
+    def precision(self) -> str:
+        """The dtype of forward and backward passes, by its name in torch."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that training gives: the average, where the recipe keeps one."""
+        return self.model if self.average is None else self.average.network
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step (Muon's, where SGD is beside it)."""
+        lr: float = self.optimizers[-1].param_groups[0]["lr"]
+        return lr
+
+    def order(self, epoch: int) -> list[Tensor]:
+        """The batches of an epoch: places of the images, int64 on the host."""
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = torch.randperm(len(self.images), generator=generator)
+        return list(order.split(self.recipe.batch_size)[: self.steps])
+
+    def learn(
+        self, indices: Tensor, epoch: int, step: int, rate: Callable[[float], float]
+    ) -> tuple[Tensor, Tensor]:
+        """Make one step on a global batch.
+
+        Args:
+            indices: the images' places, int64 [N] on the host.
+            epoch, step: where in the run this is, both from 0.
+            rate: the learning rate from the recipe's.
+
+        Returns:
+            The sum of the losses of this process's share of the images, and how many of them were
+            classified correctly; scalars on the device.
+
+        Raises:
+            TrainingError: memory does not suffice; the message names a batch that fits.
+        """
+        self._parallel.train()
+        try:
+            return self._learn(indices, epoch, step, rate)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        # Only now, without the exception, the step's own memory is free.
+        rows = self.processes.rows(len(indices))
+        size = self._fitting(rows.stop - rows.start, epoch) * self.processes.count
+        advice = f"{size} would fit: --set batch_size={size}, with a learning rate to match"
+        if size == 0:
+            advice = "not even one image fits; this network needs another device"
+        raise TrainingError(f"out of memory with a batch of {len(indices)} on {self.device}: {advice}")
+
+    def _learn(
+        self, indices: Tensor, epoch: int, step: int, rate: Callable[[float], float]
+    ) -> tuple[Tensor, Tensor]:
+        count = len(indices)
+        rows = self.processes.rows(count)
+        # The augmentation is drawn for the global batch, so it is the same however that is shared.
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch, step))
+        drawn = [
+            {name: values[rows] for name, values in parameters.items()}
+            for parameters in self._augment.draw(indices, epoch, generator)
+        ]
+        torch.manual_seed(mix(self.seed, epoch, step, 1 + self.processes.rank))
+        for part in self.optimizers:
+            for group in part.param_groups:
+                group["lr"] = rate(group["base_lr"])
+        own = indices[rows].to(self.device, non_blocking=True)
+        labels = self.images.labels[own]
+        inputs = self._augment.apply(self.images.pixels[own], drawn, epoch)
+        inputs, targets = self._objective.mix(inputs, labels)
+        with self._autocast():
+            logits = self._parallel(inputs)
+            loss = self._objective.loss(logits, targets, inputs)
+        # The mean over processes of these is the mean over the global batch, however it was shared.
+        share = len(own) * self.processes.count / count
+        self.scaler.scale(loss * share).backward()
+        for part in self.optimizers:
+            self.scaler.step(part)
+            part.zero_grad()
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.model, epoch * self.steps + step)
+        correct = (logits.detach().argmax(1) == labels).sum()
+        return loss.detach().double() * len(own), correct
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def _count_steps(self) -> int:
+        batch_size = self.recipe.batch_size
+        whole, rest = divmod(len(self.images), batch_size)
+        steps = whole if self.recipe.drop_last or not rest else whole + 1
+        if steps == 0:
+            raise TrainingError(
+                f"{len(self.images)} images are fewer than a batch of "
+                f"{batch_size}: raise --limit or set a smaller batch_size"
+            )
+        smallest = batch_size if steps == whole else rest
+        if smallest < self.processes.count:
+            raise TrainingError(
+                f"{self.processes.count} processes cannot share a batch of {smallest}: start fewer, or "
+                "set another batch_size or drop_last"
+            )
+        return steps
+
+    def _fitting(self, batch: int, epoch: int) -> int:
+        """The largest halving of ``batch`` whose gradients can be computed; 0 where none can."""
+        while batch := batch // 2:
+            device.release_memory(self.device)
+            try:
+                drawn = self._augment.draw(torch.arange(batch), epoch, torch.Generator())
+                inputs = self._augment.apply(self.images.pixels[:batch], drawn, epoch)
+                with self._autocast():
+                    self.model(inputs).sum().backward()
+                return batch
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+            for part in self.optimizers:
+                part.zero_grad()
+        return 0
+
+
+def mix(*numbers: int) -> int:
+    """A seed from several numbers, different for each combination."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # On a CPU torch's allocator and oneDNN, which cannot create a primitive then, have only texts.
+    texts = ("can't allocate memory", "could not create a primitive", "bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)

@@ -1,0 +1,107 @@
+"""The learning-rate range test (L. Smith, 2017, arXiv:1506.01186), as report A used it.
+
+The rate grows exponentially with each step; the suggestion is where the smoothed loss falls fastest.
+Grid, smoothing and suggestion are those of the implementation whose grid holds the report's 0.112202:
+rate i of n is low * (high / low) ** (i / n), counted from 1, and 0.112202 is rate 81 of 100.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from training.files import replacing
+from training.learner import Learner, TrainingError
+
+SMOOTHING = 0.98  # of the average of the losses, whose beginning is corrected for
+DIVERGED = 4.0  # times the lowest smoothed loss
+SKIPPED = 10, 1  # steps at the beginning, at the end
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A step of the test: its ``rate``, its batch's mean ``loss``, and the ``smooth`` loss."""
+
+    rate: float
+    loss: float
+    smooth: float
+
+
+def rates(low: float, high: float, steps: int) -> list[float]:
+    """The rates of a test, from just above ``low`` to ``high``.
+
+    Raises:
+        TrainingError: no range, or too few steps to see a slope in.
+    """
+    if not 0 < low < high:
+        raise TrainingError(
+            f"no range of rates: --low {low:g} must be above 0 and below --high {high:g}"
+        )
+    if steps < sum(SKIPPED) + 2:
+        raise TrainingError(f"{steps} steps show no slope: take at least {sum(SKIPPED) + 2}")
+    return [low * (high / low) ** (step / steps) for step in range(1, steps + 1)]
+
+
+def measure(learner: Learner, tried: list[float]) -> Iterator[Measurement]:
+    """Train ``learner`` a step at each rate; ends early where the loss diverges.
+
+    Other parameter groups keep their ratio to the one that ``learner.lr`` is of.
+    """
+    base = learner.lr
+    average, lowest, step = 0.0, math.inf, 0
+    while step < len(tried):
+        epoch = step // learner.steps
+        for indices in learner.order(epoch)[: len(tried) - step]:
+            rate = tried[step]
+            loss_sum, _ = learner.learn(indices, epoch, step, (rate / base).__mul__)
+            loss = loss_sum.item() / len(indices)
+            step += 1
+            average = SMOOTHING * average + (1 - SMOOTHING) * loss
+            smooth = average / (1 - SMOOTHING**step)
+            if not math.isfinite(loss):
+                return
+            yield Measurement(rate, loss, smooth)
+            if smooth > DIVERGED * lowest:
+                return
+            lowest = min(lowest, smooth)
+
+
+def suggest(measured: list[Measurement]) -> float:
+    """The rate at which the smoothed loss falls fastest.
+
+    Raises:
+        TrainingError: the loss diverged before there was anything to see.
+    """
+    first, last = SKIPPED[0], len(measured) - SKIPPED[1]
+    if last - first < 2:
+        raise TrainingError(
+            f"the loss diverged after {len(measured)} steps, at rate {measured[-1].rate:g}: "
+            "begin with a lower --low"
+            if measured
+            else "the loss is not finite at the first rate: begin with a lower --low"
+        )
+    slopes = np.gradient([point.smooth for point in measured[first:last]])
+    return measured[first + int(slopes.argmin())].rate
+
+
+def plot(measured: list[Measurement], suggestion: float, own: float, title: str, path: Path) -> None:
+    """Draw the losses over the rates; the file's ending says whether as PNG, SVG or PDF."""
+    tried = [point.rate for point in measured]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(tried, [p.loss for p in measured], color="#9aa5b1", linewidth=1, label="loss of the batch")
+    axes.plot(tried, [p.smooth for p in measured], color="#1f6feb", linewidth=2, label="smoothed")
+    axes.axvline(suggestion, color="#d1495b", label=f"suggestion {suggestion:.4g}")
+    axes.axvline(own, color="#444444", linestyle=":", label=f"recipe {own:.4g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    kind = path.suffix.removeprefix(".") or "png"
+    if kind not in ("png", "svg", "pdf"):
+        raise TrainingError(f"{path}: a plot is a .png, .svg or .pdf file")
+    with matplotlib.rc_context({"svg.hashsalt": "range test"}), replacing(path) as file:
+        figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
