@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from training import data, range_test, recipe, results, train
+from training import data, device, range_test, recipe, results, train
 from training.checkpoint import Checkpoint, CheckpointError, load_last
 from training.learner import Learner, TrainingError
 from training.model import build, parameter_count
@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "lr-find":
             _find_rate(options, console)
             return 0
+        if options.deterministic:
+            device.be_deterministic()
         watch = Watch(options.max_seconds)
         with processes.joined():
             return _train(options, processes, watch, console, errors)
@@ -232,6 +234,11 @@ def _parser() -> argparse.ArgumentParser:
             "--tensorboard",
             action="store_true",
             help="write TensorBoard events to the run's folder too",
+        )
+        command.add_argument(
+            "--deterministic",
+            action="store_true",
+            help="on a GPU too: the same seed, bitwise the same weights; slower",
         )
 
     finding = commands.add_parser(

@@ -1,6 +1,7 @@
 """The training device: which one, at what precision, and how its memory is handled."""
 
 import ctypes
+import os
 import platform
 import sys
 from pathlib import Path
@@ -44,12 +45,22 @@ def prepare(recipe: Recipe, device: torch.device) -> None:
     the time would go into page faults; so freed memory stays in the heap.
     """
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = not recipe.resolution
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.backends.cudnn.benchmark = not (recipe.resolution or deterministic)
     elif libc := _glibc():
         mmap_max, trim_threshold, top_pad = -4, -1, -2  # M_* of malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 256 * 2**20)
+
+
+def be_deterministic() -> None:
+    """Make a GPU give the same weights for the same seed, at the price of speed; a CPU always does.
+
+    Before anything runs on the GPU: cuBLAS reads its setting when it starts.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def release_memory(device: torch.device) -> None:

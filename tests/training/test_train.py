@@ -56,6 +56,19 @@ def test_training_learns(uninterrupted: Path) -> None:
     assert history[-1]["train_loss"] < history[0]["train_loss"] < 2.31
 
 
+# One recipe of each optimizer and kind of augmentation.
+@pytest.mark.parametrize("name", ["B2", "C1", "E1", "fast"])
+def test_same_seed_same_weights(name: str, tmp_path: Path) -> None:
+    states = []
+    for index, more in enumerate((["--seed", "1"], ["--seed", "1", "--deterministic"], ["--seed", "2"])):
+        out = tmp_path / str(index)
+        assert main(["run", name, "--out", str(out), *SMALL, *more]) == 0
+        states.append(checkpoint.load(out / "checkpoint.pt").model)
+    torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
+
+
 def test_finished_run_gives_its_result_again(
     uninterrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,7 +189,7 @@ def test_help_is_complete() -> None:
         text=True,
         check=True,
     )
-    options = "RECIPE --out --seed --epochs --limit --set --max-seconds --tensorboard"
+    options = "RECIPE --out --seed --epochs --limit --set --max-seconds --tensorboard --deterministic"
     for option in options.split():
         assert option in process.stdout
 
