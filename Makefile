@@ -7,7 +7,7 @@ OUT ?= models/default.onnx
 GPU ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint train export image
+.PHONY: help serve test lint train export bench image
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -28,6 +28,9 @@ train: .venv/.train  ## train a recipe (RECIPE=fast), which adds its row to trai
 
 export: .venv/.export  ## turn a run's checkpoint into a model file (RUN=runs/fast-seed0 OUT=models/default.onnx)
 	.venv/bin/python -m export $(RUN)/checkpoint.pt $(OUT)
+
+bench: .venv/.train  ## measure the training job's pace on this machine, into benchmarks/training.json
+	.venv/bin/python -m benchmarks.training
 
 image:  ## build the Docker image (GPU=1 for CUDA)
 	docker build --tag cifar10 --build-arg GPU=$(GPU) .

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from httpx import Client
 
+from benchmarks import training as benchmark
 from serving.settings import BUNDLED_MODEL, PREFIX, Settings
 from tests.serving.server import ROOT
 from training import results
@@ -26,6 +27,11 @@ def metadata() -> dict[str, str]:
 
 def test_results_are_the_table_of_the_runs() -> None:
     assert markdown_table(table_rows()) in README
+
+
+@pytest.mark.skipif(not benchmark.FIGURES.exists(), reason="the benchmark was not run")
+def test_pace_is_the_table_of_the_benchmark() -> None:
+    assert benchmark.markdown(benchmark.read()) in README
 
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:

@@ -1,0 +1,389 @@
+"""Images per second of the training job beside a plain PyTorch loop, for the reports' recipes.
+
+The plain loop is as the reports wrote theirs: a DataLoader with two workers, torchvision transforms
+image by image, the default memory format, float32 unless the report used mixed precision (on a GPU).
+Both train the recipe's network on its batch size; a third measurement is the training job without
+augmentation. Measurements take turns in rounds, so that a change of the machine's pace meets all, and
+each has a process of its own: the job's memory settings would serve the plain loop too.
+
+``python -m benchmarks.training`` measures and writes ``benchmarks/training.json``;
+``--markdown`` prints the table that the README has from that file.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from training import data, device, model, optimizer, provenance, recipe, train
+from training.__main__ import markdown_table
+from training.data import Images
+from training.files import replacing
+from training.learner import Learner, TrainingError
+from training.processes import Processes
+from training.recipe import Recipe
+
+FIGURES = Path(__file__).with_suffix(".json")
+WARM_UP = 0.2  # of a measurement's seconds, and at least a step, before its clock starts
+
+
+class BenchmarkError(RuntimeError):
+    """A benchmark that cannot run; the message says why."""
+
+
+class Rates(BaseModel):
+    """Images per second of a recipe's training, a number a round, and the precisions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: str
+    batch_size: int
+    precision: str
+    plain_precision: str
+    job: list[float]
+    plain: list[float]
+    job_without_augmentation: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """Of the medians: the training job's to the plain loop's."""
+        return median(self.job) / median(self.plain)
+
+    @property
+    def kept(self) -> float:
+        """Of the medians: the training job's to its own without augmentation."""
+        return median(self.job) / median(self.job_without_augmentation)
+
+
+class Figures(BaseModel):
+    """What ``training.json`` holds; ``n`` rounds, each of ``seconds`` a measurement."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    date: str
+    commit: str
+    device: str
+    python: str
+    torch: str
+    torchvision: str
+    n: int
+    seconds: float
+    rates: list[Rates]
+
+
+# -- the training job -------------------------------------------------------------------------------
+
+
+def job(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
+    """Endless steps of ``python -m training run``, whole batches; gives each one's number of images."""
+    images, _ = data.split(dataset.train, recipe.data.validation)
+    network = train.initial_network(recipe, 0, images)
+    learner = Learner(recipe, 0, network, images, Processes(), teacher=Path())
+    while True:
+        for step, indices in enumerate(learner.order(0)):
+            if len(indices) == recipe.batch_size:
+                learner.learn(indices, 0, step, lambda base_lr: base_lr)
+                yield len(indices)
+
+
+def job_without_augmentation(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
+    """As ``job``, with the images as they are."""
+    return job(recipe.model_copy(update={"augment": ()}), dataset)
+
+
+# -- the plain loop ---------------------------------------------------------------------------------
+
+
+class PILImages(Dataset[tuple[Tensor, int]]):
+    """Images as torchvision's CIFAR10 gives them: a PIL image goes through ``transform``."""
+
+    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.pixels, self.labels = images.pixels.numpy(), images.labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def plain(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
+    """Endless steps of a loop as in PyTorch's tutorial, likewise."""
+    images, _ = data.split(dataset.train, recipe.data.validation)
+    loader = DataLoader(
+        PILImages(images, transform(recipe)),
+        batch_size=recipe.batch_size,
+        shuffle=True,
+        num_workers=2,
+        drop_last=True,
+    )
+    place = device.choose()
+    dtype = plain_precision(recipe, place)
+    network = model.build(recipe.model).to(place)
+    (sgd_or_adam,) = optimizer.build(recipe.optimizer, network)
+    scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16)
+    running_loss = 0.0
+    network.train()
+    while True:
+        for inputs, labels in loader:
+            inputs, labels = inputs.to(place), labels.to(place)
+            sgd_or_adam.zero_grad()
+            with torch.autocast(place.type, dtype=dtype, enabled=dtype != torch.float32):
+                loss = F.cross_entropy(network(inputs), labels)
+            scaler.scale(loss).backward()
+            scaler.step(sgd_or_adam)
+            scaler.update()
+            running_loss += loss.item()
+            yield len(labels)
+
+
+def plain_precision(recipe: Recipe, place: torch.device) -> torch.dtype:
+    """The report's mixed precision on a GPU, float32 on a CPU, where it had no effect."""
+    return device.precision(recipe.amp, place) if place.type == "cuda" else torch.float32
+
+
+def transform(recipe: Recipe) -> transforms.Compose:
+    """A recipe's augmentation and normalisation as torchvision transforms of one PIL image.
+
+    Raises:
+        BenchmarkError: an operation that torchvision has not.
+    """
+    on_pixels = [_transform(part) for part in recipe.augment if part.op != "random_erasing"]
+    on_normalised = [_transform(part) for part in recipe.augment if part.op == "random_erasing"]
+    normalize = transforms.Normalize(recipe.data.mean, recipe.data.std)
+    return transforms.Compose([*on_pixels, transforms.ToTensor(), normalize, *on_normalised])
+
+
+def _transform(part: recipe.Augmentation) -> Any:
+    match part:
+        case recipe.HorizontalFlip():
+            return transforms.RandomHorizontalFlip(part.p)
+        case recipe.RandomCrop():
+            mode = "constant" if part.border == "black" else "reflect"
+            return transforms.RandomCrop(32, padding=part.padding, padding_mode=mode)
+        case recipe.ColorJitter():
+            return transforms.ColorJitter(part.brightness, part.contrast, part.saturation, part.hue)
+        case recipe.Rotation():
+            return transforms.RandomRotation(part.degrees)
+        case recipe.Translate():
+            return transforms.RandomAffine(0, translate=(part.fraction, part.fraction))
+        case recipe.Sharpness():
+            return transforms.RandomAdjustSharpness(part.factor, part.p)
+        case recipe.AutoAugment():
+            return transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+        case recipe.RandomErasing():
+            return transforms.RandomErasing(part.p, part.scale, part.ratio, part.value)
+        case _:
+            raise BenchmarkError(f"torchvision has no {part.op}: a plain loop cannot train the recipe")
+
+
+# -- measuring --------------------------------------------------------------------------------------
+
+Loop = Callable[[Recipe, data.DataSet], Iterator[int]]
+
+
+def measure(loop: Loop, recipe: Recipe, seconds: float) -> float:
+    """Images per second of a loop's steps on the data set, after a warm-up.
+
+    Raises:
+        BenchmarkError: too few images for a batch.
+        DataError: no data set.
+    """
+    dataset = data.load()
+    images = len(data.split(dataset.train, recipe.data.validation)[0])
+    if images < recipe.batch_size:
+        raise BenchmarkError(f"{images} images are fewer than a batch of {recipe.batch_size}")
+    steps = loop(recipe, dataset)
+    _pace(steps, WARM_UP * seconds)
+    return _pace(steps, seconds)
+
+
+def _pace(steps: Iterator[int], seconds: float) -> float:
+    """Images per second of whole steps, at least one, until ``seconds`` have passed."""
+    _synchronise()
+    began, elapsed, images = time.perf_counter(), 0.0, 0
+    while not images or elapsed < seconds:
+        images += next(steps)
+        elapsed = time.perf_counter() - began
+    _synchronise()
+    return images / (time.perf_counter() - began)
+
+
+def _synchronise() -> None:
+    """Wait for the GPU, which works on while the program goes ahead."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _apart(loop: Loop, recipe: Recipe, seconds: float) -> float:
+    """As ``measure``, in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, loop, recipe, seconds).result()
+        except BrokenProcessPool as error:
+            raise BenchmarkError("a measurement was killed, perhaps for want of memory") from error
+
+
+def reports_recipe(name: str) -> Recipe:
+    """A recipe that can be compared.
+
+    Raises:
+        BenchmarkError: it is not a report's, or has an operation that torchvision has not.
+    """
+    chosen = recipe.load(name)
+    if chosen.report is None:
+        raise BenchmarkError(f"{name} is not a report's recipe, so there is no plain loop to compare")
+    transform(chosen)
+    return chosen
+
+
+def compare(name: str, chosen: Recipe, seconds: float, rounds: int) -> Rates:
+    """Measure the recipe ``chosen``, called ``name``, in ``rounds`` of ``seconds`` a measurement.
+
+    Raises:
+        BenchmarkError: too few images for a batch, or too little memory.
+        DataError: no data set.
+    """
+    paces: dict[Loop, list[float]] = {job: [], plain: [], job_without_augmentation: []}
+    for _ in range(rounds):
+        for loop, measured in paces.items():
+            measured.append(_apart(loop, chosen, seconds))
+    place = device.choose()
+    return Rates(
+        recipe=name,
+        batch_size=chosen.batch_size,
+        precision=_name(device.precision(chosen.amp, place)),
+        plain_precision=_name(plain_precision(chosen, place)),
+        job=paces[job],
+        plain=paces[plain],
+        job_without_augmentation=paces[job_without_augmentation],
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# -- figures ----------------------------------------------------------------------------------------
+
+
+def read(path: Path = FIGURES) -> Figures:
+    """The figures of an earlier benchmark.
+
+    Raises:
+        BenchmarkError: there are none, or the file is not one of ours.
+    """
+    try:
+        return Figures.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BenchmarkError(f"no figures at {path}: run python -m benchmarks.training") from error
+    except ValidationError as error:
+        raise BenchmarkError(f"{path} does not hold the figures of this benchmark: {error}") from error
+
+
+def write(figures: Figures, path: Path = FIGURES) -> None:
+    """Write the figures beside ``path`` and rename them there."""
+    with replacing(path) as file:
+        file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
+
+
+def markdown(figures: Figures) -> str:
+    """The figures as a Markdown table and a line on where they are from."""
+    header = "recipe|batch|precision (plain)|training job|plain loop|ratio|without augmentation|kept"
+    rows = [header.split("|")]
+    for rates in figures.rates:
+        rows.append(
+            [
+                *(rates.recipe, str(rates.batch_size)),
+                f"{rates.precision} ({rates.plain_precision})",
+                *(f"{median(rates.job):,.0f}", f"{median(rates.plain):,.0f}", f"{rates.ratio:.2f}"),
+                *(f"{median(rates.job_without_augmentation):,.0f}", f"{100 * rates.kept:.0f} %"),
+            ]
+        )
+    return (
+        f"{markdown_table(rows)}\n\n"
+        f"Images per second, medians of n={figures.n} measurements of {figures.seconds:g} s that took "
+        f"turns; *kept* is the training job's\npace beside its own without augmentation. "
+        f"{figures.device}; Python {figures.python}, torch\n{figures.torch}, torchvision "
+        f"{figures.torchvision}; commit {figures.commit[:12]}, {figures.date[:10]}."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        figures = read(options.figures) if options.markdown else _run(options)
+    except (BenchmarkError, recipe.RecipeError, data.DataError, TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(markdown(figures))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> Figures:
+    if options.rounds < 1 or options.seconds <= 0:
+        raise BenchmarkError("--rounds has to be at least 1, and --seconds above 0")
+    chosen = {name: reports_recipe(name) for name in options.recipes}
+    data.load()  # if it has to be downloaded, then now
+    rates = []
+    for name, part in chosen.items():
+        rates.append(compare(name, part, options.seconds, options.rounds))
+        print(f"{name}: {rates[-1].ratio:.2f} times the plain loop", file=sys.stderr)
+    figures = Figures(
+        date=provenance.now(),
+        commit=provenance.commit(),
+        device=device.describe(device.choose()),
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        torchvision=str(torchvision.__version__),
+        n=options.rounds,
+        seconds=options.seconds,
+        rates=rates,
+    )
+    write(figures, options.figures)
+    return figures
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training",
+        description="Images per second of the training job beside a plain PyTorch loop, and beside "
+        "itself without augmentation. CIFAR10_ROOT names the data set, as for python -m training.",
+    )
+    reports = [name for name in recipe.names() if recipe.load(name).report is not None]
+    parser.add_argument(
+        "--recipes", nargs="+", default=reports, metavar="RECIPE", help="default: all of the reports"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="of a measurement (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument(
+        "--figures", type=Path, default=FIGURES, metavar="FILE", help="default: benchmarks/training.json"
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="measure nothing; print the table of the last figures"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The benchmark of the training job runs; what it measures depends on the machine."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision import transforms
+
+from benchmarks import training as benchmark
+from training import data, recipe
+
+REPORTS = [name for name in recipe.names() if recipe.load(name).report is not None]
+
+
+@pytest.fixture(autouse=True)
+def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+
+
+def test_figures_are_written_and_become_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "training.json"
+    arguments = ["--recipes", "A1", "--seconds", "0.05", "--rounds", "1", "--figures", str(path)]
+    assert benchmark.main(arguments) == 0
+    printed = capsys.readouterr().out
+
+    written = json.loads(path.read_text())
+    assert (written["n"], written["seconds"]) == (1, 0.05)
+    assert written["torch"] == torch.__version__
+    assert written["device"].endswith(f"{torch.get_num_threads()} threads")
+    assert written["commit"]
+    assert written["date"]
+    (rates,) = written["rates"]
+    assert (rates["recipe"], rates["batch_size"], rates["precision"]) == ("A1", 4, "float32")
+    for loop in ("job", "plain", "job_without_augmentation"):
+        assert len(rates[loop]) == 1
+        assert all(rate > 0 for rate in rates[loop])
+    assert [path.name for path in tmp_path.iterdir()] == ["training.json"]
+
+    assert benchmark.main(["--markdown", "--figures", str(path)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_table_has_medians_and_their_ratios() -> None:
+    rates = benchmark.Rates(
+        recipe="A2",
+        batch_size=128,
+        precision="bfloat16",
+        plain_precision="float32",
+        job=[900.0, 1200.0, 1000.0],
+        plain=[400.0, 10.0, 500.0],
+        job_without_augmentation=[1000.0, 1250.0, 1300.0],
+    )
+    figures = benchmark.Figures(
+        date="2026-01-02T03:04:05+00:00",
+        commit="0123456789abcdef",
+        device="a processor",
+        python="3.11",
+        torch="2",
+        torchvision="0",
+        n=3,
+        seconds=10,
+        rates=[rates],
+    )
+    table = benchmark.markdown(figures)
+    assert "| A2 | 128 | bfloat16 (float32) | 1,000 | 400 | 2.50 | 1,250 | 80 % |" in table
+    assert "medians of n=3 measurements of 10 s" in table
+    assert "commit 0123456789ab, 2026-01-02" in table
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_plain_loop_transforms_as_the_recipe_says(name: str) -> None:
+    chosen = recipe.load(name)
+    composed = benchmark.transform(chosen)
+    images = benchmark.PILImages(data.load_sample().train, composed)
+    image, label = images[3]
+    assert (image.dtype, image.shape) == (torch.float32, (3, 32, 32))
+    assert label == data.load_sample().train.labels[3]
+    kinds = [type(part) for part in composed.transforms]
+    # Every operation is there, and those on normalised images come after the normalisation.
+    assert len(kinds) == len(chosen.augment) + 2
+    erasing = [part.op for part in chosen.augment].count("random_erasing")
+    assert kinds.index(transforms.Normalize) == len(kinds) - 1 - erasing
+
+
+def test_plain_loop_trains_on_what_the_job_trains_on() -> None:
+    dataset = data.load_sample()
+    chosen = recipe.load("B2", ["batch_size=150"])
+    for loop in (benchmark.job, benchmark.plain, benchmark.job_without_augmentation):
+        steps = loop(chosen, dataset)
+        # 450 of the 500 images; the next batch is of the next epoch.
+        assert [next(steps) for _ in range(4)] == [150] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipes", "fast"], "fast is not a report's recipe"),
+        (["--recipes", "A9"], "no recipe 'A9'"),
+        (["--rounds", "0"], "--rounds has to be at least 1"),
+        (["--markdown", "--figures", "nowhere.json"], "no figures at nowhere.json"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_missing_data_set_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(tmp_path))
+    assert benchmark.main(["--recipes", "A1"]) == 1
+    assert f"CIFAR-10 is not there: {tmp_path / data.FOLDER}" in capsys.readouterr().err
+
+
+def test_batch_that_the_data_set_cannot_fill_is_named() -> None:
+    with pytest.raises(benchmark.BenchmarkError, match="500 images are fewer than a batch of 512"):
+        benchmark.measure(benchmark.job, recipe.load("A3"), 0.05)
