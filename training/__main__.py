@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print(f"error: {error}", markup=False)
         return 1
     except KeyboardInterrupt:
-        errors.print("interrupted; what was finished before is in the run's last checkpoint")
+        kept = "; what was finished before is in the run's last checkpoint"
+        errors.print("interrupted" + kept * (options.command != "lr-find"))
         return 130
 
 
@@ -80,18 +81,20 @@ def _train(
 def _find_rate(options: argparse.Namespace, console: Console) -> None:
     chosen = recipe.load(options.recipe, options.set)
     tried = range_test.rates(options.low, options.high, options.steps)
+    name = Path(options.recipe).stem
+    out = options.out or Path("runs") / f"{name}-lr.png"
+    range_test.file_format(out)  # before the steps, which may take long
     train_images, _ = data.split(data.load().train, chosen.data.validation)
     network = train.initial_network(chosen, options.seed, train_images)
     teacher = Path(chosen.distillation.teacher if chosen.distillation else "")
     learner = Learner(chosen, options.seed, network, train_images, Processes(), teacher)
-    own, name = learner.lr, Path(options.recipe).stem
+    own = learner.lr
     measured = []
     for point in track(
         range_test.measure(learner, tried), total=len(tried), console=console, transient=True
     ):
         measured.append(point)
     suggestion = range_test.suggest(measured)
-    out = options.out or Path("runs") / f"{name}-lr.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     title = f"Learning-rate range test of {name}: batches of {chosen.batch_size}"
     range_test.plot(measured, suggestion, own, title, out)
@@ -101,7 +104,9 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     console.print(table)
     if len(measured) < len(tried):
         console.print(f"the loss diverged at rate {measured[-1].rate:.4g}")
-    console.print(f"suggested learning rate {suggestion:.6g} (the recipe has {own:g}); {out}")
+    console.print(
+        f"suggested learning rate {suggestion:.6g} (the recipe has {own:g}); {out}", markup=False
+    )
 
 
 def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:

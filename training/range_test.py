@@ -74,7 +74,7 @@ def suggest(measured: list[Measurement]) -> float:
     """The rate at which the smoothed loss falls fastest.
 
     Raises:
-        TrainingError: the loss diverged before there was anything to see.
+        TrainingError: the loss diverged before there was anything to see, or it never falls.
     """
     first, last = SKIPPED[0], len(measured) - SKIPPED[1]
     if last - first < 2:
@@ -85,11 +85,20 @@ def suggest(measured: list[Measurement]) -> float:
             else "the loss is not finite at the first rate: begin with a lower --low"
         )
     slopes = np.gradient([point.smooth for point in measured[first:last]])
+    if slopes.min() >= 0:
+        raise TrainingError(
+            f"the loss falls nowhere between the rates {measured[first].rate:.4g} and "
+            f"{measured[last - 1].rate:.4g}: try another --low or --high"
+        )
     return measured[first + int(slopes.argmin())].rate
 
 
 def plot(measured: list[Measurement], suggestion: float, own: float, title: str, path: Path) -> None:
-    """Draw the losses over the rates; the file's ending says whether as PNG, SVG or PDF."""
+    """Draw the losses over the rates, in the format of ``file_format``.
+
+    Raises:
+        TrainingError: a file that is none of these.
+    """
     tried = [point.rate for point in measured]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -100,8 +109,18 @@ def plot(measured: list[Measurement], suggestion: float, own: float, title: str,
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    kind = file_format(path)
+    with matplotlib.rc_context({"svg.hashsalt": "range test"}), replacing(path) as file:
+        figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+
+
+def file_format(path: Path) -> str:
+    """The format of a plot: PNG, SVG or PDF by the file's ending, and PNG without one.
+
+    Raises:
+        TrainingError: another ending.
+    """
     kind = path.suffix.removeprefix(".") or "png"
     if kind not in ("png", "svg", "pdf"):
         raise TrainingError(f"{path}: a plot is a .png, .svg or .pdf file")
-    with matplotlib.rc_context({"svg.hashsalt": "range test"}), replacing(path) as file:
-        figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return kind

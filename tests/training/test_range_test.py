@@ -3,11 +3,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from training import data, range_test
+from training import data, range_test, recipe, train
 from training.__main__ import main
-from training.learner import TrainingError
+from training.data import DataSet, Images
+from training.learner import Learner, TrainingError
+from training.processes import Processes
 from training.range_test import Measurement
 
 
@@ -41,6 +44,45 @@ def test_suggestion_is_where_the_loss_falls_fastest() -> None:
 def test_too_early_a_divergence_is_an_error(steps: int) -> None:
     with pytest.raises(TrainingError, match="begin with a lower --low"):
         range_test.suggest(curve([1.0] * 20)[:steps])
+
+
+def test_loss_that_never_falls_is_an_error() -> None:
+    rising = curve([1 + step / 100 for step in range(100)])
+    with pytest.raises(TrainingError, match=r"between the rates 3\.548e-05 and 0\.8913:"):
+        range_test.suggest(rising)
+
+
+def test_groups_keep_their_ratio() -> None:
+    fast = recipe.load("fast", ["batch_size=20"])
+    images = data.load_sample().train.first(40)
+    network = train.initial_network(fast, 0, images)
+    learner = Learner(fast, 0, network, images, Processes(), Path())
+    assert isinstance(fast.optimizer, recipe.Muon)
+    whole = (fast.optimizer.bias_lr, fast.optimizer.head_lr, fast.optimizer.lr)
+    # More steps than an epoch has; ``optimizer.lr`` is 0.12.
+    for point, part in zip(range_test.measure(learner, [0.012, 0.03, 0.06]), (10, 4, 2), strict=True):
+        groups = [group["lr"] for each in learner.optimizers for group in each.param_groups]
+        assert groups == pytest.approx([lr / part for lr in whole])
+        assert groups[-1] == pytest.approx(point.rate)
+
+
+def test_only_training_images_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = data.load_sample()
+    places = Images(sample.train.pixels, torch.arange(len(sample.train)))
+    _, held_out = data.split(places, 0.1)
+    labels = sample.train.labels.clone()
+    labels[held_out.labels] = 0
+    nothing = Images(sample.test.pixels[:0], sample.test.labels[:0])
+    arguments = ["lr-find", "A1", "--steps", "20", "--out", str(tmp_path / "plot.svg")]
+    arguments += ["--set", "batch_size=64", "data.validation=0.1"]
+    assert main(arguments) == 0
+    expected = capsys.readouterr().out
+    changed = DataSet(Images(sample.train.pixels, labels), nothing, "sample")
+    monkeypatch.setattr(data, "load", lambda: changed)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
