@@ -100,3 +100,11 @@ def test_bundled_model_is_of_a_recorded_run(metadata: dict[str, str]) -> None:
     ]
     assert row.accuracy == accuracy == parity["accuracy"] >= 0.94
     assert BUNDLED_MODEL.stat().st_size <= 20_000_000
+
+
+def test_trials_that_decided_are_as_told() -> None:
+    for name in re.findall(r"\]\((trials/[^)]+)\)", CARD):
+        last = json.loads((ROOT / "models" / name).read_text().splitlines()[-1])
+        told = f"{100 * last['val_accuracy']:.2f} %"
+        assert told in CARD
+        assert told in (ROOT / "training" / "recipes" / "fast.toml").read_text()
