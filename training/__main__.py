@@ -99,7 +99,8 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     title = f"Learning-rate range test of {name}: batches of {chosen.batch_size}"
     range_test.plot(measured, suggestion, own, title, out)
     table = Table("rate", "loss", "smoothed")
-    for point in measured[9::10]:
+    every = max(1, len(tried) // 10)
+    for point in measured[every - 1 :: every]:
         table.add_row(f"{point.rate:.4g}", f"{point.loss:.4f}", f"{point.smooth:.4f}")
     console.print(table)
     if len(measured) < len(tried):
