@@ -58,7 +58,7 @@ def test_metadata_says_what_the_file_is(exported: Path, train: Train) -> None:
     assert (values["views"], values["precision"]) == ("flip", "fp32")
     assert state.result is not None
     assert float(values["test_accuracy"]) == state.result["accuracy"]
-    assert int(values["test_images"]) == 40
+    assert int(values["test_images"]) == 1000
     assert values["commit"] == state.run["commit"]
     report = json.loads(values["parity"])
     assert (report["images"], report["source"], report["top1_agreement"]) == (1000, "sample", 1.0)

@@ -92,9 +92,10 @@ def test_wrong_recipe_names_file_and_key(tmp_path: Path, old: str, new: str, mes
 
 
 def test_erasing_before_another_operation_is_refused(tmp_path: Path) -> None:
-    path = edited(tmp_path, 'op = "horizontal_flip"\np = 0.5', 'op = "random_erasing"\np = 0.5\n'
+    path = edited(tmp_path, 'op = "random_crop"\npadding = 4\nborder = "black"',
+                  'op = "random_erasing"\np = 0.5\n'
                   "scale = [0.1, 0.2]\nratio = [0.3, 3.3]\nvalue = 0.0")  # fmt: skip
-    with pytest.raises(RecipeError, match="random_erasing works on normalised pixels"):
+    with pytest.raises(RecipeError, match="random_erasing and cutout work on normalised pixels"):
         recipe.load(path)
 
 
