@@ -1,87 +1,150 @@
-"""Colour operations on batches, each image with its own parameter.
+"""Changes of colour and sharpness of uint8 images [N, H, W, 3], each with its own parameters.
 
-Images are uint8 [N, 3, H, W], in and out, in any memory format; parameters are float [N] on their
-device. Results are those of torchvision.transforms.v2.functional on each image, but for a level where a
-sum falls on the other side of the whole number that it is cut off to. Operations without parameters
-are torchvision's own, which take batches.
+Pixel for pixel the functions of ``torchvision.transforms.v2`` on uint8 tensors, one image each: the
+same arithmetic in float32, and the same rounding (mostly downwards) to a level after every step.
 """
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
+
+from training import recipe
+from training.batch import Array, Parameters, beside, by_group, uniform
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
-def brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Multiply the pixels."""
-    return _pixels(images * _each(factors))
+def draw_jitter(part: recipe.ColorJitter, count: int, generator: Generator) -> Parameters:
+    """The parameters of ``jitter`` for ``count`` images: ``order`` and ``amounts``, both uniform."""
+    spread = np.array([part.brightness, part.contrast, part.saturation, part.hue], np.float32)
+    centre = np.array([1, 1, 1, 0], np.float32)
+    low = np.maximum(centre - spread, np.array([0, 0, 0, -part.hue], np.float32))
+    return {
+        "order": uniform(generator, count, 4).argsort(1),
+        "amounts": low + (centre + spread - low) * uniform(generator, count, 4),
+    }
 
 
-def contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """Move the pixels away from (above 1), or to, the mean of the image's grey values."""
-    return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), factors)
+def jitter(images: Tensor, order: Array, amounts: Array) -> Tensor:
+    """Change brightness, contrast, saturation and hue, in each image's own order.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        order: integers [N, 4], each row a permutation of ``BRIGHTNESS`` to ``HUE``.
+        amounts: float [N, 4], in that numbering: factors as of ``adjust``, and turns of the hue by that
+            share of the colour circle, -0.5 to 0.5.
+    """
+    planes = _planes(images)
+    for what, amount in zip(order.T, np.take_along_axis(amounts, order, 1).T, strict=True):
+        turns = np.where(what == HUE, amount, 0)
+        planes = _adjust(planes, what, np.where(what == HUE, 1, amount))
+        planes = by_group(
+            planes, turns != 0, lambda turned, *of: _turn_hue(*of) if turned else of[0], turns
+        )
+    return _pixels(planes)
 
 
-def saturation(images: Tensor, factors: Tensor) -> Tensor:
-    """Move the pixels away from (above 1), or to, their grey value."""
-    return _blend(images, _grey(images), factors)
+def adjust(images: Tensor, what: Array, factors: Array) -> Tensor:
+    """Change one property of each image.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        what: integers [N]: ``BRIGHTNESS`` (a factor of 0 gives black), ``CONTRAST`` (the image's mean
+            grey) or ``SATURATION`` (each pixel's grey).
+        factors: float [N], not negative; 1 leaves the image as it is.
+    """
+    return _pixels(_adjust(_planes(images), what, factors))
 
 
-def sharpness(images: Tensor, factors: Tensor) -> Tensor:
-    """Move the pixels away from (above 1), or to, those of the smoothed image; the border stays."""
-    kernel = torch.tensor([[1.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]], device=images.device) / 13
-    pixels = images.float()
-    smooth = F.conv2d(pixels, kernel.expand(3, 1, 3, 3), groups=3).round()
-    inside = pixels[..., 1:-1, 1:-1]
-    inside.addcmul_(smooth.sub_(inside), _each(1 - factors))
-    return _pixels(pixels)
+def draw_sharpness(part: recipe.Sharpness, count: int, generator: Generator) -> Parameters:
+    """The parameters of ``sharpen`` for ``count`` images."""
+    return {"factors": np.where(uniform(generator, count) < part.p, part.factor, 1.0)}
 
 
-def hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Shift the hue by a part of the full circle, from -0.5 to 0.5."""
-    pixels = images.float() / 255
-    red, green, blue = pixels.unbind(1)
-    value, low = pixels.amax(1), pixels.amin(1)
-    chroma = value - low
-    span = torch.where(chroma > 0, chroma, 1.0)
-    # The place on the circle, in sixths: by which channel is the highest, red before green before blue.
-    place = torch.where(
-        value == red,
-        (green - blue) / span,
-        torch.where(value == green, 2 + (blue - red) / span, 4 + (red - green) / span),
+def sharpen(images: Tensor, factors: Array) -> Tensor:
+    """Change sharpness by ``factors``, float [N], not negative: 0 blurs, 1 leaves the image as it is."""
+    planes = _planes(images)
+    inner = planes[..., 1:-1, 1:-1]
+    lines = planes[..., :-2, :] + planes[..., 1:-1, :] + planes[..., 2:, :]
+    sums = lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:]
+    blurred = (sums + 4 * inner).div_(13).round_()
+    inner.add_(blurred.sub_(inner).mul_(_column(planes, 1 - factors.astype(np.float64))))
+    return _pixels(planes.clamp_(0, 255))
+
+
+def posterize(images: Tensor, bits: Array) -> Tensor:
+    """Keep the ``bits`` highest bits, integers [N] from 0 to 8, of each level."""
+    kept = (256 - (256 >> bits)).astype(np.uint8)
+    return images & beside(images, kept).view(-1, 1, 1, 1)
+
+
+def solarize(images: Tensor, thresholds: Array) -> Tensor:
+    """Invert the levels from ``thresholds``, float [N], on; a threshold of 0 inverts the image."""
+    return torch.where(images >= _column(images, thresholds), 255 - images, images)
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """Stretch each channel of each image to 0..255; one of a single level stays as it is."""
+    planes = _planes(images)
+    low, high = planes.amin((2, 3), keepdim=True), planes.amax((2, 3), keepdim=True)
+    flat = low == high
+    step = ((high - low) * (1 / 255)).masked_fill_(flat, 1)
+    return _pixels(planes.sub_(low.masked_fill_(flat, 0)).div_(step).clamp_(0, 255))
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Equalize the histogram of each channel of each image, as PIL does."""
+    _, height, width, _ = images.shape
+    levels = images.flatten(1, 2).transpose(1, 2).long()
+    histogram = torch.zeros(*levels.shape[:2], 256, dtype=torch.int32, device=images.device)
+    histogram.scatter_add_(2, levels, torch.ones_like(histogram[..., :1]).expand_as(levels))
+    darker = histogram.cumsum(2) - histogram
+    brightest = levels.amax(2, keepdim=True)
+    step = (height * width - histogram.gather(2, brightest)) // 255
+    table = ((darker + step // 2) // step.clamp(min=1)).clamp_(max=255)
+    table = torch.where(step == 0, torch.arange(256, device=images.device), table)
+    return _pixels(table.gather(2, levels).unflatten(2, (height, width)))
+
+
+def _planes(images: Tensor) -> Tensor:
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], contiguous: arithmetic on it is fast on a CPU."""
+    return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _pixels(planes: Tensor) -> Tensor:
+    """Levels [N, 3, H, W], rounded down, to uint8 [N, H, W, 3]."""
+    return torch.stack(planes.to(torch.uint8).unbind(1), -1)
+
+
+def _column(images: Tensor, parameters: Array) -> Tensor:
+    """Parameters [N] as float32 [N, 1, 1, 1] beside the images."""
+    return beside(images, parameters.astype(np.float32)).view(-1, 1, 1, 1)
+
+
+def _adjust(planes: Tensor, what: Array, factors: Array) -> Tensor:
+    rest = 1 - factors.astype(np.float64)
+    parameters = np.stack([factors, rest, what == CONTRAST, what == SATURATION]).astype(np.float32)
+    own, rest_of, to_mean, to_grey = beside(planes, parameters)[..., None, None, None]
+    red, green, blue = planes.split(1, 1)
+    grey = (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
+    base = grey.mean((2, 3), keepdim=True) * to_mean + grey * to_grey
+    adjusted: Tensor = (planes * own).addcmul_(base, rest_of).clamp_(0, 255).floor_()
+    return adjusted
+
+
+def _turn_hue(planes: Tensor, turns: Array) -> Tensor:
+    red, green, blue = planes.unbind(1)
+    high = planes.amax(1)
+    chroma = high - planes.amin(1)
+    divisor = chroma.clamp(min=1)  # where it is 0 the hue does not matter
+    sixth = torch.where(
+        high == red,
+        (green - blue) / divisor,
+        torch.where(high == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    place = place + 6 * turns.view(-1, 1, 1)
-    # A channel falls from the value by its distance on the circle (A. R. Smith's HSV, unfolded).
-    start = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
-    distance = (start + place[:, None]).remainder(6)
-    fall = torch.minimum(distance, 4 - distance).clamp(0, 1)
-    shifted = value[:, None] - chroma[:, None] * fall
-    return (shifted * (256 - 1e-3)).to(torch.uint8)  # as torchvision scales float images to uint8
-
-
-def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keep only the highest ``bits`` (a whole number, 0 to 8) of each pixel."""
-    masks = _each(256 - 2 ** (8 - bits)).to(torch.uint8)
-    return torch.bitwise_and(images, masks)
-
-
-def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
-    """Invert the pixels from a threshold, 0 to 255, on."""
-    return torch.where(images >= _each(thresholds), 255 - images, images)
-
-
-def _each(values: Tensor) -> Tensor:
-    return values.float().view(-1, 1, 1, 1)
-
-
-def _grey(images: Tensor) -> Tensor:
-    pixels = images.float()
-    red, green, blue = pixels[:, :1], pixels[:, 1:2], pixels[:, 2:]
-    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
-
-
-def _blend(images: Tensor, others: Tensor, factors: Tensor) -> Tensor:
-    return _pixels((images * _each(factors)).addcmul_(others, _each(1 - factors)))
-
-
-def _pixels(values: Tensor) -> Tensor:
-    return values.clamp(0, 255).to(torch.uint8)
+    sixth += beside(planes, 6 * turns.astype(np.float32))[:, None, None]
+    # How far each channel lies below the highest one, as a share of the chroma, by the angle from it.
+    angles = torch.stack([sixth + 5, sixth + 3, sixth + 1], 1).remainder_(6)
+    below = torch.minimum(angles, 4 - angles).clamp_(0, 1)
+    turned = high[:, None] - chroma[:, None] * below
+    return turned.mul_(255.999 / 255).trunc_()  # torchvision's way from 0..1 to a level

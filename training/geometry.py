@@ -1,89 +1,123 @@
-"""Operations that move pixels, on batches of images [N, 3, H, W], each with its own parameters.
+"""Mirror images, shifts and affine maps of uint8 images [N, H, W, 3], each with its own parameters.
 
-The pixel nearest to a place is taken, as in torchvision; outside of the image is black. Images are
-gathered from channels-last memory, so that a pixel's three bytes move together.
+Each takes the nearest pixel, as the reports' transforms of torchvision do, so every result is a gather
+of whole pixels or rows: exact, and fast on a CPU too.
 """
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from training import recipe
+from training.batch import SIZE, Array, Parameters, beside, uniform
 
 
-def mirror(images: Tensor, chosen: Tensor) -> Tensor:
-    """Mirror the ``chosen`` (bool [N]) of ``images`` left to right."""
-    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
+def draw_mirror(part: recipe.HorizontalFlip, count: int, generator: Generator) -> Parameters:
+    """The parameters of ``mirror`` for ``count`` images."""
+    return {"chosen": uniform(generator, count) < part.p}
 
 
-def crop(images: Tensor, down: Tensor, right: Tensor, border: str) -> Tensor:
-    """Move the window on each image by ``down`` and ``right`` pixels, int64 [N].
-
-    The border is ``black`` (as in torchvision's RandomCrop with padding) or ``reflect`` (mirrored,
-    the edge itself not repeated).
-    """
-    height, width = images.shape[2:]
-    rows, row_inside = _shifted(down, height, border)
-    columns, column_inside = _shifted(right, width, border)
-    inside = row_inside[:, :, None] & column_inside[:, None, :] if border == "black" else None
-    return _gather(images, rows[:, :, None] * width + columns[:, None, :], inside)
+def mirror(images: Tensor, chosen: Array) -> Tensor:
+    """Mirror the ``chosen`` images, bool [N], left to right."""
+    count = len(images)
+    both = torch.cat([images, images.flip(2)])
+    return both.index_select(0, beside(images, np.arange(count) + count * chosen))
 
 
-def affine(images: Tensor, matrices: Tensor) -> Tensor:
-    """Fill each pixel (x, y) from its place M (x, y, 1), with (0, 0) in the middle of the image.
+def draw_crop(part: recipe.RandomCrop, count: int, generator: Generator) -> Parameters:
+    """The parameters of ``shift`` that crop ``count`` padded images."""
+    low, high = -part.padding, part.padding + 1
+    return {"offsets": torch.randint(low, high, (count, 2), generator=generator).numpy()}
+
+
+def draw_translation(part: recipe.Translate, count: int, generator: Generator) -> Parameters:
+    """The parameters of ``shift`` for ``count`` images: uniform parts of the side, rounded to pixels."""
+    farthest = part.fraction * SIZE
+    return {"offsets": np.rint(farthest * (2 * uniform(generator, count, 2) - 1)).astype(np.int64)}
+
+
+def shift(images: Tensor, offsets: Array, margin: int, border: str) -> Tensor:
+    """Move the contents of each image by whole pixels.
 
     Args:
-        images: of any dtype.
-        matrices: float32 [N, 2, 3], from the result's coordinates to the source's, in pixels.
+        images: uint8 [N, H, W, 3].
+        offsets: integers [N, 2], pixels down and to the right, at most ``margin`` either way.
+        margin: pixels that are added at each side.
+        border: what they show: ``black``, or ``reflect``, the image mirrored at its outermost pixels.
     """
-    _, _, height, width = images.shape
+    count, height, width, channels = images.shape
+    if border == "black":
+        padded = F.pad(images, (0, 0, margin, margin, margin, margin))
+    else:
+        rows, columns = (beside(images, _reflected(size, margin)) for size in (height, width))
+        padded = images.index_select(1, rows).index_select(2, columns)
+    # A row of the result is a contiguous piece of a padded row: one index for W pixels.
+    piece, row = width * channels, (width + 2 * margin) * channels
+    pieces = padded.view(-1).as_strided((padded.numel() - piece + 1, piece), (1, 1))
+    down, right = (margin - offsets).T
+    first = (np.arange(count) * (height + 2 * margin) + down) * row + right * channels
+    starts = first[:, None] + np.arange(0, height * row, row)
+    return pieces.index_select(0, beside(images, starts.reshape(-1))).view(images.shape)
+
+
+def _reflected(size: int, margin: int) -> Array:
+    places = np.abs(np.arange(-margin, size + margin))
+    reflected: Array = (size - 1) - np.abs(size - 1 - places)
+    return reflected
+
+
+def affine(images: Tensor, matrices: Array) -> Tensor:
+    """Map each image by its matrix; what comes from outside is black.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        matrices: float [N, 2, 3], from a position in the result to the position whose nearest pixel it
+            shows, both (right, down, 1) in pixels from the image's centre.
+    """
+    count, height, width, channels = images.shape
+    # Around the image lies a ring of black, and positions outside end there.
+    padded = F.pad(images, (0, 0, 1, 1, 1, 1))
+    of = beside(images, matrices.astype(np.float32))[..., None, None]
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
-    first, second, third = (part[:, :, None, None] for part in matrices.unbind(2))
-    places = first * x + second * y + third
-    columns = (places[:, 0] + (width - 1) / 2).round()
-    rows = (places[:, 1] + (height - 1) / 2).round()
-    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    source = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
-    return _gather(images, source.long(), inside)
+    # A position between two pixels goes to the one that torchvision takes: by the same steps in float32.
+    columns, rows = (
+        (of[:, axis, 0] * x + of[:, axis, 1] * y)
+        .add_(of[:, axis, 2])
+        .add_(size / 2)
+        .sub_(0.5)
+        .round_()
+        .clamp_(-1, size)
+        for axis, size in enumerate((width, height))
+    )
+    places = (rows + 1).mul_(width + 2).add_(columns + 1).int()
+    first = torch.arange(count, device=images.device, dtype=torch.int32) * ((height + 2) * (width + 2))
+    places += first[:, None, None]
+    return padded.view(-1, channels).index_select(0, places.view(-1)).view(images.shape)
 
 
-def rotations(degrees: Tensor) -> Tensor:
-    """Matrices, float32 [N, 2, 3], that turn images counter-clockwise by ``degrees``, float [N]."""
-    angle = degrees.double().deg2rad()
-    zero = torch.zeros_like(angle)
-    rows = [angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero]
-    return torch.stack(rows, 1).view(-1, 2, 3).float()
+def draw_rotation(part: recipe.Rotation, count: int, generator: Generator) -> Parameters:
+    """The parameters of ``rotate`` for ``count`` images."""
+    return {"angles": part.degrees * (2 * uniform(generator, count) - 1)}
 
 
-def translations(right: Tensor, down: Tensor) -> Tensor:
-    """Matrices, float32 [N, 2, 3], that move images by whole pixels, int or float [N]."""
-    one, zero = torch.ones_like(right), torch.zeros_like(right)
-    return torch.stack([one, zero, -right, zero, one, -down], 1).view(-1, 2, 3).float()
+def rotate(images: Tensor, angles: Array) -> Tensor:
+    """Rotate each image to the left by ``angles``, float [N], in degrees; the corners are black."""
+    radians = np.deg2rad(angles, dtype=np.float64)
+    cosine, sine, zero = np.cos(radians), np.sin(radians), np.zeros(len(angles))
+    return affine(images, np.stack([cosine, -sine, zero, sine, cosine, zero], 1).reshape(-1, 2, 3))
 
 
-def shears(along_x: Tensor, along_y: Tensor, size: int) -> Tensor:
-    """Matrices, float32 [N, 2, 3], that shift each row (or column) by a factor of its place.
+def shear(images: Tensor, right: Array, down: Array) -> Tensor:
+    """Shear each image, the corner at the upper left staying where it is; what comes in is black.
 
-    The corner at the top left, of images with a side of ``size`` pixels, stays where it is.
+    Args:
+        images: uint8 [N, H, W, 3], H and W the same.
+        right, down: float [N]: a pixel shows what lies ``right`` times its distance from the upper edge
+            to its right, or ``down`` times that from the left edge below it. One of both is 0.
     """
-    one = torch.ones_like(along_x)
-    half = size / 2
-    rows = [one, along_x, along_x * half, along_y, one, along_y * half]
-    return torch.stack(rows, 1).view(-1, 2, 3).float()
-
-
-def _shifted(shift: Tensor, length: int, border: str) -> tuple[Tensor, Tensor]:
-    places = torch.arange(length, device=shift.device) + shift[:, None]
-    inside = (places >= 0) & (places < length)
-    if border == "reflect":
-        places = (length - 1) - (length - 1 - places.abs()).abs()
-    return places.clamp(0, length - 1), inside
-
-
-def _gather(images: Tensor, source: Tensor, inside: Tensor | None) -> Tensor:
-    """Pixels of each image at ``source``, int64 [N, H, W] into its H * W; 0 where not ``inside``."""
-    count, channels, height, width = images.shape
-    pixels = images.permute(0, 2, 3, 1).reshape(count * height * width, channels)
-    offsets = torch.arange(count, device=images.device).view(-1, 1, 1) * (height * width)
-    taken = pixels.index_select(0, (source + offsets).flatten())
-    if inside is not None:
-        taken *= inside.flatten()[:, None]
-    return taken.view(count, height, width, channels).permute(0, 3, 1, 2)
+    one, half = np.ones(len(images)), images.shape[1] / 2
+    return affine(
+        images, np.stack([one, right, half * right, down, one, half * down], 1).reshape(-1, 2, 3)
+    )

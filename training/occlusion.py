@@ -1,47 +1,59 @@
-"""Operations that hide a part of each normalised image, float [N, 3, H, W]."""
+"""Rectangles that hide a part of each image: random erasing and Cutout.
 
+Rectangles are integers [N, 4]: the first row and column hidden, the first row and column after those.
+They may reach beyond the image; one without rows or columns hides nothing.
+"""
+
+import math
+
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+
+from training import recipe
+from training.batch import SIZE, Array, Parameters, beside, uniform
+
+TRIES = 10
+_HEIGHT_AND_WIDTH = np.array([1, -1])[:, None, None]
 
 
-def fill(images: Tensor, boxes: Tensor, value: float) -> Tensor:
-    """Fill a box of each image; ``boxes``, int64 [N, 4], are top, left, bottom, right, ends excluded."""
-    _, _, height, width = images.shape
-    y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
-    top, left, bottom, right = boxes[:, :, None].unbind(1)
-    hidden = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]
-    return images.masked_fill(hidden[:, None], value)
+def draw_erasing(part: recipe.RandomErasing, count: int, generator: Generator) -> Parameters:
+    """The parameters of ``hide`` for random erasing (Zhong et al., 2017, arXiv:1708.04896).
 
-
-def erasing_boxes(
-    count: int,
-    size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    generator: torch.Generator,
-) -> Tensor:
-    """Random boxes, int64 [count, 4], of torchvision's RandomErasing (Zhong et al., 2017).
-
-    Area ``scale`` as a fraction of the image, height to width ``ratio`` uniform in its logarithm, ten
-    tries for a box smaller than the image, which has ``size`` pixels a side; else an empty one.
+    As torchvision's RandomErasing: area ``scale`` as a fraction of the image, height to width ``ratio``
+    uniform in its logarithm, ten tries for a rectangle smaller than the image.
     """
-    tries = 10
-    area = size**2 * torch.empty(count, tries).uniform_(*scale, generator=generator)
-    low, high = torch.tensor(ratio).log().tolist()
-    aspect = torch.empty(count, tries).uniform_(low, high, generator=generator).exp()
-    heights, widths = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (heights < size) & (widths < size)
-    first = fits.int().argmax(1, keepdim=True)
-    h, w = heights.gather(1, first), widths.gather(1, first)
-    top = (torch.rand(count, 1, generator=generator) * (size - h + 1)).floor()
-    left = (torch.rand(count, 1, generator=generator) * (size - w + 1)).floor()
-    return torch.cat([top, left, top + h, left + w], 1).long() * fits.any(1, keepdim=True)
+    drawn = uniform(generator, 2, count, TRIES)
+    root = np.sqrt(SIZE**2 * (part.scale[0] + (part.scale[1] - part.scale[0]) * drawn[0]))
+    low, high = (math.log(ratio) / 2 for ratio in part.ratio)
+    sides = np.rint(root * np.exp(_HEIGHT_AND_WIDTH * (low + (high - low) * drawn[1])))
+    fits = (sides < SIZE).all(0)
+    chosen = fits.argmax(1)  # the first try that fits
+    tries = np.arange(count), chosen
+    side = sides[:, *tries]
+    chance, *places = uniform(generator, 3, count)
+    first = np.floor(places * (SIZE - side + 1))
+    hidden = fits[tries] & (chance < part.p)
+    return {"rectangles": np.concatenate([first, first + side * hidden]).T.astype(np.int64)}
 
 
-def cutout_boxes(count: int, size: int, side: int, generator: torch.Generator) -> Tensor:
-    """Squares of ``side`` pixels around a random pixel, int64 [count, 4] (DeVries & Taylor, 2017).
+def draw_cutout(part: recipe.Cutout, count: int, generator: Generator) -> Parameters:
+    """The parameters of ``hide`` for Cutout (DeVries & Taylor, 2017, arXiv:1708.04552).
 
-    They may stick out of the image, which has ``size`` pixels a side.
+    The squares' centres lie anywhere in the image, so the squares may reach beyond it.
     """
-    corner = torch.randint(size, (count, 2), generator=generator) - side // 2
-    return torch.cat([corner, corner + side], 1)
+    first = torch.randint(SIZE, (count, 2), generator=generator).numpy() - part.size // 2
+    hidden = uniform(generator, count, 1) < part.p
+    return {"rectangles": np.concatenate([first, first + part.size * hidden], 1)}
+
+
+def hide(images: Tensor, rectangles: Array, value: float) -> Tensor:
+    """Fill the rectangles of normalised ``images``, float [N, H, W, 3], with ``value``."""
+    _, height, width, channels = images.shape
+    first, after = rectangles.reshape(-1, 2, 2, 1).transpose(1, 0, 2, 3)
+    places = np.arange(max(height, width)).repeat(channels)
+    inside = beside(images, (first <= places) & (places < after)).float()
+    rows, columns = inside[:, 0, : height * channels : channels], inside[:, 1, : width * channels]
+    # On rows of W x 3 values and by arithmetic: on a CPU far faster than a broadcast mask of bools.
+    filled = torch.full((), value, device=images.device)
+    return images.flatten(2).lerp(filled, rows[:, :, None] * columns[:, None]).view(images.shape)

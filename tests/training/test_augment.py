@@ -1,216 +1,211 @@
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
-from training import augment, data, recipe
-from training.augment import Augmenter, Parameters
+from tests.training.parity import PIXELS, torchvisions_operation
+from training import augment, autoaugment, recipe
+from training.augment import Augmenter
+from training.batch import Parameters
+from training.recipe import Augmentation
 
 CPU = torch.device("cpu")
-COUNT = 6000
+FLIP = "{op='horizontal_flip', p=0.5}"
+CUTOUT = "{op='cutout', size=8, p=0.7}"
+ERASING = "{op='random_erasing', p=0.5, scale=[0.02, 0.2], ratio=[0.3, 3.3], value=1.0}"
+EVERY_OPERATION = [
+    "{op='random_crop', padding=4, border='reflect'}",
+    FLIP,
+    "{op='alternating_flip'}",
+    "{op='color_jitter', brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1}",
+    "{op='rotation', degrees=20.0}",
+    "{op='translate', fraction=0.1}",
+    "{op='sharpness', factor=2.0, p=0.2}",
+    "{op='auto_augment'}",
+    CUTOUT,
+    ERASING,
+]
 
 
-@pytest.fixture(scope="module")
-def pixels() -> Tensor:
-    return data.load_sample().train.pixels
+def with_operations(*operations: str) -> recipe.Recipe:
+    return recipe.load("A1", [f"augment=[{', '.join(operations)}]"])
 
 
-def augmenter(*operations: str, name: str = "A1") -> Augmenter:
-    loaded = recipe.load(name, [f"augment=[{', '.join(operations)}]"] if operations else [])
-    return Augmenter(loaded, COUNT, 3, CPU)
+def source(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def draw(operation: str, seed: int = 0) -> Parameters:
-    generator = torch.Generator().manual_seed(seed)
-    (drawn,) = augmenter(operation).draw(torch.arange(COUNT), 0, generator)
-    return drawn
+def plain(loaded: recipe.Recipe, pixels: Tensor) -> Tensor:
+    normalize = augment.Normalize(loaded.data.mean, loaded.data.std)
+    normalised: Tensor = normalize(pixels.permute(0, 3, 1, 2))
+    return normalised
 
 
-JITTER = "{op='color_jitter', brightness=0.3, contrast=0.2, saturation=0.4, hue=0.1}"
+def torchvisions(part: Augmentation, image: Tensor, of: Parameters) -> Any:
+    """What a report's transform makes of one uint8 image [3, 32, 32] with the parameters ``of`` it."""
+    match part:
+        case recipe.HorizontalFlip():
+            return functional.horizontal_flip(image) if of["chosen"] else image
+        case recipe.RandomCrop():
+            top, left = (part.padding - of["offsets"]).tolist()
+            return functional.crop(functional.pad(image, [part.padding]), top, left, 32, 32)
+        case recipe.ColorJitter():
+            transform = v2.ColorJitter(part.brightness, part.contrast, part.saturation, part.hue)
+            factors = dict(
+                zip(("brightness", "contrast", "saturation", "hue"), of["amounts"].tolist(), strict=True)
+            )
+            if part.hue == 0:
+                factors["hue"] = None
+            named = {f"{name}_factor": factor for name, factor in factors.items()}
+            return transform.transform(image, {"fn_idx": torch.from_numpy(of["order"]), **named})
+        case recipe.Rotation():
+            return v2.RandomRotation(part.degrees).transform(image, {"angle": of["angles"].item()})
+        case recipe.Translate():
+            down, right = of["offsets"].tolist()
+            given = {"angle": 0.0, "translate": (right, down), "scale": 1.0, "shear": (0.0, 0.0)}
+            return v2.RandomAffine(0).transform(image, given)
+        case recipe.Sharpness():
+            return functional.adjust_sharpness(image, of["factors"].item())
+        case recipe.AutoAugment():
+            for index, magnitude in zip(of["operations"], of["magnitudes"].tolist(), strict=True):
+                image = torchvisions_operation(autoaugment.OPERATIONS[index], image, magnitude)
+            return image
+    raise AssertionError(f"{part.op} is no report's operation on pixels")
 
 
-def test_jitter_has_torchvisions_distribution() -> None:
-    drawn = draw(JITTER)
-    reference = v2.ColorJitter(0.3, 0.2, 0.4, 0.1)
-    torch.manual_seed(0)
-    theirs = [reference.make_params([]) for _ in range(COUNT)]
-    names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
-    for index, name in enumerate(names):
-        expected = [drawn_one[name] for drawn_one in theirs]
-        assert stats.ks_2samp(drawn["values"][:, index], expected).pvalue > 1e-3
-    orders = (drawn["order"] * torch.tensor([64, 16, 4, 1])).sum(1)
-    counts = torch.unique(orders, return_counts=True)[1]
-    assert len(counts) == 24
-    assert stats.chisquare(counts).pvalue > 1e-3
+@pytest.mark.parametrize("name", [name for name in recipe.names() if recipe.load(name).report])
+def test_recipes_of_reports_are_torchvisions(name: str) -> None:
+    """The whole of a recipe beside torchvision's transforms one after the other, image by image.
 
-
-def test_jitter_has_torchvisions_pixels(pixels: Tensor) -> None:
-    """The four changes in each image's own order."""
-    step = augmenter(JITTER)
-    images = pixels[:200].permute(0, 3, 1, 2)
-    (drawn,) = step.draw(torch.arange(200), 0, torch.Generator().manual_seed(0))
-    changes = [
-        v2.functional.adjust_brightness,
-        v2.functional.adjust_contrast,
-        v2.functional.adjust_saturation,
-        v2.functional.adjust_hue,
-    ]
-    expected = []
-    for image, values, order in zip(images, drawn["values"], drawn["order"], strict=True):
-        for index in order.tolist():
-            image = changes[index](image, values[index].item())
-        expected.append(image)
-    normalize = augment.Normalize(*(recipe.load("A1").data.mean, recipe.load("A1").data.std))
-    levels = (step.apply(pixels[:200], [drawn], 0) - normalize(torch.stack(expected))).abs() * 255 * 0.26
-    # A level that is cut off differently by the first change can grow by the others.
-    assert (levels > 0.5).double().mean() < 2e-3
-    assert levels.max() < 4.5
-
-
-def test_no_change_of_jitter_is_left_out() -> None:
-    drawn = draw("{op='color_jitter', brightness=0.0, contrast=0.2, saturation=1.5, hue=0.0}")
-    assert drawn["values"].shape == (COUNT, 2)
-    assert drawn["values"][:, 1].min() >= 0
-
-
-@pytest.mark.parametrize("degrees", [10.0, 20.0])
-def test_rotation_has_torchvisions_distribution(degrees: float) -> None:
-    reference = v2.RandomRotation(degrees)
-    torch.manual_seed(0)
-    expected = [reference.make_params([])["angle"] for _ in range(COUNT)]
-    drawn = draw(f"{{op='rotation', degrees={degrees}}}")["degrees"]
-    assert stats.ks_2samp(drawn, expected).pvalue > 1e-3
-
-
-def test_translation_has_torchvisions_distribution() -> None:
-    reference = v2.RandomAffine(0, translate=(0.1, 0.1))
-    image = torch.zeros(3, 32, 32)
-    torch.manual_seed(0)
-    theirs = torch.tensor([reference.make_params([image])["translate"] for _ in range(COUNT)])
-    drawn = draw("{op='translate', fraction=0.1}")["shifts"]
-    for axis in range(2):
-        counts = [torch.bincount(shifts[:, axis].long() + 3, minlength=7) for shifts in (drawn, theirs)]
-        assert stats.chi2_contingency(torch.stack(counts)).pvalue > 1e-3
-
-
-def test_crop_has_torchvisions_distribution() -> None:
-    reference = v2.RandomCrop(32, padding=4)
-    image = torch.zeros(3, 32, 32)
-    torch.manual_seed(0)
-    made = [reference.make_params([image]) for _ in range(COUNT)]
-    theirs = torch.tensor([[one["top"], one["left"]] for one in made])
-    drawn = draw("{op='random_crop', padding=4, border='black'}")["shifts"] + 4
-    for axis in range(2):
-        counts = [torch.bincount(places[:, axis], minlength=9) for places in (drawn, theirs)]
-        assert stats.chi2_contingency(torch.stack(counts)).pvalue > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("operation", "p"),
-    [
-        ("{op='horizontal_flip', p=0.5}", 0.5),
-        ("{op='sharpness', factor=2.0, p=0.2}", 0.2),
-    ],
-)
-def test_chosen_share(operation: str, p: float) -> None:
-    chosen = int(draw(operation)["chosen"].sum())
-    assert stats.binomtest(chosen, COUNT, p).pvalue > 1e-3
-
-
-@pytest.mark.parametrize(
-    "operation",
-    [
-        "{op='random_erasing', p=0.2, scale=[0.02, 0.1], ratio=[0.3, 3.3], value=1.0}",
-        "{op='cutout', size=8, p=0.2}",
-    ],
-)
-def test_hidden_share(operation: str) -> None:
-    boxes = draw(operation)["boxes"]
-    hidden = int(((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])).sum())
-    assert stats.binomtest(hidden, COUNT, 0.2).pvalue > 1e-3
-
-
-def test_sharpness_touches_the_chosen_only(pixels: Tensor) -> None:
-    step = augmenter("{op='sharpness', factor=2.0, p=0.2}")
-    generator = torch.Generator().manual_seed(0)
-    (drawn,) = step.draw(torch.arange(100), 0, generator)
-    data_part = recipe.load("A1").data
-    normalize = augment.Normalize(data_part.mean, data_part.std)
-    images = pixels[:100].permute(0, 3, 1, 2)
-    expected = [
-        v2.functional.adjust_sharpness(image, 2.0) if chosen else image
-        for image, chosen in zip(images, drawn["chosen"], strict=True)
-    ]
-    torch.testing.assert_close(
-        step.apply(pixels[:100], [drawn], 0), normalize(torch.stack(expected)), atol=0.02, rtol=0
-    )
-
-
-def test_alternating_flip_shows_both_sides_in_two_epochs(pixels: Tensor) -> None:
-    step = augmenter("{op='alternating_flip'}")
-    indices = torch.arange(len(pixels))
-    first, second, third = (
-        step.apply(pixels, step.draw(indices, epoch, torch.Generator()), epoch) for epoch in range(3)
-    )
-    assert torch.equal(second, first.flip(-1))
-    assert torch.equal(third, first)
-    data_part = recipe.load("A1").data
-    plain = augment.Normalize(data_part.mean, data_part.std)(pixels.permute(0, 3, 1, 2))
-    mirrored = (first != plain).flatten(1).any(1).float().mean().item()
-    assert 0.4 < mirrored < 0.6
-
-
-@pytest.mark.parametrize("name", recipe.names())
-def test_batches_are_normalised_images(pixels: Tensor, name: str) -> None:
+    A level that is cut off differently may become another one later, so more than half a level apart are
+    at most 0.1 % of the values.
+    """
     loaded = recipe.load(name)
-    step = Augmenter(loaded, len(pixels), 0, CPU)
-    indices, before = torch.arange(40), pixels.clone()
-    drawn = step.draw(indices, loaded.epochs - 1, torch.Generator().manual_seed(1))
-    batch = step.apply(pixels[:40], drawn, loaded.epochs - 1)
-    assert torch.equal(pixels, before), "the data set is left alone"
+    step = Augmenter(loaded, len(PIXELS), 0, CPU)
+    drawn = step.draw(torch.arange(len(PIXELS)), 0, source())
+    mean, std = list(loaded.data.mean), list(loaded.data.std)
+    expected = []
+    for index, pixels in enumerate(PIXELS):
+        image, of = pixels.permute(2, 0, 1), [{k: v[index] for k, v in each.items()} for each in drawn]
+        for part, parameters in zip(loaded.augment, of, strict=True):
+            if not isinstance(part, recipe.RandomErasing):
+                image = torchvisions(part, image, parameters)
+        image = functional.normalize(image / 255, mean, std)
+        if isinstance(part, recipe.RandomErasing):
+            top, left, bottom, right = parameters["rectangles"].tolist()
+            image[:, top:bottom, left:right] = part.value
+        expected.append(image)
+    ours = step.apply(PIXELS, drawn, 0)
+    apart = (ours - torch.stack(expected)).abs() * torch.tensor(std).view(3, 1, 1) * 255
+    assert (apart > 0.5).double().mean() <= 1e-3
+
+
+@pytest.mark.parametrize("name", [*recipe.names(), "every operation"])
+def test_batches_are_normalised_images(name: str) -> None:
+    loaded = with_operations(*EVERY_OPERATION) if name == "every operation" else recipe.load(name)
+    step = Augmenter(loaded, len(PIXELS), 0, CPU)
+    indices, before, last = torch.arange(40), PIXELS.clone(), loaded.epochs - 1
+    drawn = step.draw(indices, last, source(1))
+    batch = step.apply(PIXELS[:40], drawn, last)
+    assert torch.equal(PIXELS, before), "the data set is left alone"
     assert batch.shape == (40, 3, 32, 32)
     assert batch.dtype == torch.float32
     assert batch.is_contiguous(memory_format=torch.channels_last)
     assert batch.isfinite().all()
     assert batch.mean().abs() < 1
-    plain = augment.Normalize(loaded.data.mean, loaded.data.std)(pixels[:40].permute(0, 3, 1, 2))
-    assert not torch.equal(batch, plain)
+    assert not torch.isclose(batch, plain(loaded, PIXELS[:40]), atol=1e-5).all()
 
-    again = step.draw(indices, loaded.epochs - 1, torch.Generator().manual_seed(1))
-    assert torch.equal(step.apply(pixels[:40], again, loaded.epochs - 1), batch)
-    # A share of the batch is augmented as in the whole.
-    rows = [{key: values[25:] for key, values in part.items()} for part in drawn]
-    assert torch.equal(step.apply(pixels[25:40], rows, loaded.epochs - 1), batch[25:])
-
-
-def test_nothing_to_do_is_normalisation(pixels: Tensor) -> None:
-    a1 = recipe.load("A1", ["augment=[]"])
-    step = Augmenter(a1, 10, 0, CPU)
-    batch = step.apply(pixels[:10], step.draw(torch.arange(10), 0, torch.Generator()), 0)
-    normalize = augment.Normalize(a1.data.mean, a1.data.std)
-    assert torch.equal(batch, normalize(pixels[:10].permute(0, 3, 1, 2)))
+    again = step.apply(PIXELS[:40], step.draw(indices, last, source(1)), last)
+    assert torch.equal(again, batch)
+    other = step.apply(PIXELS[:40], step.draw(indices, last, source(2)), last)
+    assert not torch.equal(other, batch) or loaded.augment == ()
+    # A share of the batch is augmented as in the whole; one image too.
+    for rows in (slice(0, 25), slice(25, 40), slice(7, 8), np.array([3, 30, 4])):
+        share = [{key: values[rows] for key, values in part.items()} for part in drawn]
+        assert torch.equal(step.apply(PIXELS[:40][rows], share, last), batch[rows])
 
 
-def test_what_hides_comes_last() -> None:
-    cutout, flip = "{op='cutout', size=8, p=1.0}", "{op='horizontal_flip', p=0.5}"
+def test_nothing_to_do_is_normalisation() -> None:
+    loaded = with_operations()
+    step = Augmenter(loaded, 10, 0, CPU)
+    batch = step.apply(PIXELS[:10], step.draw(torch.arange(10), 0, source()), 0)
+    torch.testing.assert_close(batch, plain(loaded, PIXELS[:10]))
+
+
+def test_no_value_is_asked_of_the_device() -> None:
+    """A meta tensor has no values, so what needs one to go on fails on it."""
+    loaded = with_operations(*EVERY_OPERATION)
+    step = Augmenter(loaded, 40, 0, torch.device("meta"))
+    batch = step.apply(PIXELS[:40].to("meta"), step.draw(torch.arange(40), 0, source()), 0)
+    assert batch.shape == (40, 3, 32, 32)
+    with pytest.raises(RuntimeError):
+        batch[batch > 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_sees_the_same_and_is_never_waited_for() -> None:
+    loaded = with_operations(*EVERY_OPERATION)
+    drawn = Augmenter(loaded, 500, 0, CPU).draw(torch.arange(500), 0, source())
+    step = Augmenter(loaded, 500, 0, torch.device("cuda"))
+    pixels = PIXELS.cuda()
+    step.apply(pixels, drawn, 0)  # the first call also loads the libraries
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = step.apply(pixels, drawn, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    apart = (batch.cpu() - Augmenter(loaded, 500, 0, CPU).apply(PIXELS, drawn, 0)).abs()
+    assert (apart > 0.5 / 255 / 0.25).double().mean() <= 2e-3
+
+
+def test_alternating_flip_shows_both_sides_in_two_epochs() -> None:
+    loaded = with_operations("{op='alternating_flip'}")
+    step = Augmenter(loaded, len(PIXELS), 3, CPU)
+    order = torch.randperm(len(PIXELS), generator=source())
+    first, second, third = (
+        step.apply(PIXELS[order], step.draw(order, epoch, source()), epoch) for epoch in range(3)
+    )
+    assert torch.equal(second, first.flip(-1))
+    assert torch.equal(third, first)
+    # The half is of the training set's images, wherever in the epoch they come.
+    back = step.apply(PIXELS, step.draw(torch.arange(len(PIXELS)), 0, source()), 0)
+    assert torch.equal(back[order], first)
+    mirrored = ~torch.isclose(back, plain(loaded, PIXELS), atol=1e-5).flatten(1).all(1)
+    assert 0.4 < mirrored.double().mean() < 0.6
+
+
+def test_what_hides_comes_last_and_in_its_order() -> None:
     with pytest.raises(recipe.RecipeError, match="work on normalised pixels and come last"):
-        augmenter(cutout, flip)
-    augmenter(flip, cutout, cutout)
+        with_operations(CUTOUT, FLIP)
+    for hiding in ([CUTOUT, ERASING], [ERASING, CUTOUT]):
+        loaded = with_operations(FLIP, *hiding)
+        step = Augmenter(loaded, 200, 0, CPU)
+        drawn = step.draw(torch.arange(200), 0, source())
+        batch = step.apply(PIXELS[:200], drawn, 0)
+        for image, rectangle in zip(batch, drawn[2]["rectangles"], strict=True):
+            top, left, bottom, right = rectangle.tolist()
+            last = image[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+            assert (last == (1.0 if hiding[1] == ERASING else 0.0)).all()
 
 
-def test_resolution_changes_with_the_epoch(pixels: Tensor) -> None:
+def test_resolution_changes_with_the_epoch() -> None:
     fast = recipe.load("fast")
-    step = Augmenter(fast, len(pixels), 0, CPU)
+    step = Augmenter(fast, len(PIXELS), 0, CPU)
     for part in fast.resolution:
-        drawn = step.draw(torch.arange(4), part.from_epoch, torch.Generator())
-        batch = step.apply(pixels[:4], drawn, part.from_epoch)
+        drawn = step.draw(torch.arange(4), part.from_epoch, source())
+        batch = step.apply(PIXELS[:4], drawn, part.from_epoch)
         assert batch.shape[-2:] == (part.size, part.size)
+        assert batch.is_contiguous(memory_format=torch.channels_last)
     assert step.image_size(fast.epochs - 1) == 32
 
 
-def test_normalize_is_torchvisions(pixels: Tensor) -> None:
+def test_normalize_is_torchvisions() -> None:
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    images = pixels.permute(0, 3, 1, 2)
-    expected = v2.functional.normalize(images.float() / 255, list(mean), list(std))
+    images = PIXELS.permute(0, 3, 1, 2)
+    expected = functional.normalize(images.float() / 255, list(mean), list(std))
     torch.testing.assert_close(augment.Normalize(mean, std)(images), expected)

@@ -1,0 +1,61 @@
+"""Batches whose images each have parameters of their own.
+
+Images are tensors on any device; parameters are NumPy arrays with a row an image, so always on the host.
+Which images an operation touches is then known without waiting for a device, and what is reckoned for
+the few images of a small batch costs little.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+
+Array = NDArray[Any]
+Parameters = dict[str, Array]  # of one operation, by the names of its arguments
+
+SIZE = 32  # pixels a side of CIFAR-10's images
+
+
+def uniform(generator: Generator, *shape: int) -> Array:
+    """Random numbers from 0 to below 1, float32 of ``shape``."""
+    return torch.rand(shape, generator=generator).numpy()
+
+
+def beside(images: Tensor, parameters: Array) -> Tensor:
+    """``parameters`` as a tensor on the device of ``images``; the copy does not wait for the device."""
+    return torch.from_numpy(parameters).to(images.device, non_blocking=True)
+
+
+def by_group(
+    images: Tensor, groups: Array, function: Callable[..., Tensor], *parameters: Array
+) -> Tensor:
+    """Apply to each group of images what ``function`` does to that group.
+
+    Args:
+        images: [N, ...].
+        groups: bools or integers from 0 on, [N]: the group of each image.
+        function: called once with each group that occurs, its images [K, ...] and their parameters;
+            returns the new images, in the same shape and dtype.
+        parameters: [N, ...].
+
+    Returns:
+        The new images in the order of ``images``, which are not changed.
+    """
+    counts = np.bincount(groups)
+    present = counts.nonzero()[0].tolist()
+    if len(present) == 1:
+        return function(present[0], images, *parameters)
+    # Whole images are gathered and joined, never scattered: on a CPU those are plain memory copies.
+    order = groups.argsort(kind="stable")
+    parts = images.index_select(0, beside(images, order)).split(counts[present].tolist())
+    rows = np.split(order, counts[present].cumsum()[:-1])
+    joined = torch.cat(
+        [
+            function(group, part, *(each[of] for each in parameters))
+            for group, part, of in zip(present, parts, rows, strict=True)
+        ]
+    )
+    return joined.index_select(0, beside(images, order.argsort()))
