@@ -1,8 +1,9 @@
 """The learning-rate range test (L. Smith, 2017, arXiv:1506.01186), as report A used it.
 
-The rate grows exponentially with each step; the suggestion is where the smoothed loss falls fastest.
-Grid, smoothing and suggestion are those of the implementation whose grid holds the report's 0.112202:
-rate i of n is low * (high / low) ** (i / n), counted from 1, and 0.112202 is rate 81 of 100.
+The rate grows exponentially with each step; the suggestion is where the smoothed loss falls fastest on
+the way to its lowest: a loss that has blown up falls fast too when it comes back.
+Grid and smoothing are those of the implementation whose grid holds the report's 0.112202: rate i of n is
+low * (high / low) ** (i / n), counted from 1, and 0.112202 is rate 81 of 100.
 """
 
 import math
@@ -71,7 +72,7 @@ def measure(learner: Learner, tried: list[float]) -> Iterator[Measurement]:
 
 
 def suggest(measured: list[Measurement]) -> float:
-    """The rate at which the smoothed loss falls fastest.
+    """The rate at which the smoothed loss falls fastest before it is at its lowest.
 
     Raises:
         TrainingError: the loss diverged before there was anything to see, or it never falls.
@@ -84,7 +85,8 @@ def suggest(measured: list[Measurement]) -> float:
             if measured
             else "the loss is not finite at the first rate: begin with a lower --low"
         )
-    slopes = np.gradient([point.smooth for point in measured[first:last]])
+    smooth = np.array([point.smooth for point in measured[first:last]])
+    slopes = np.gradient(smooth)[: smooth.argmin() + 1]
     if slopes.min() >= 0:
         raise TrainingError(
             f"the loss falls nowhere between the rates {measured[first].rate:.4g} and "

@@ -38,6 +38,9 @@ def test_suggestion_is_where_the_loss_falls_fastest() -> None:
     # What comes after, and the first steps, do not count.
     rising = curve([5.0 - step / 3 if step < 8 else point.smooth for step, point in enumerate(falling)])
     assert range_test.suggest(rising) == falling[70].rate
+    # Neither does a loss that has blown up and comes back, however steeply.
+    blown_up = [*(point.smooth for point in falling[:90]), 2.0, 6.0, 6.0, 3.0, 2.9, 2.9]
+    assert range_test.suggest(curve(blown_up)) == curve(blown_up)[70].rate
 
 
 @pytest.mark.parametrize("steps", [0, 5, 12])
