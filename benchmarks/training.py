@@ -343,22 +343,22 @@ def _run(options: argparse.Namespace) -> Figures:
         raise BenchmarkError("--rounds has to be at least 1, and --seconds above 0")
     chosen = {name: reports_recipe(name) for name in options.recipes}
     data.load()  # if it has to be downloaded, then now
-    rates = []
+    rates: list[Rates] = []
     for name, part in chosen.items():
         rates.append(compare(name, part, options.seconds, options.rounds))
         print(f"{name}: {rates[-1].ratio:.2f} times the plain loop", file=sys.stderr)
-    figures = Figures(
-        date=provenance.now(),
-        commit=provenance.commit(),
-        device=device.describe(device.choose()),
-        python=platform.python_version(),
-        torch=str(torch.__version__),
-        torchvision=str(torchvision.__version__),
-        n=options.rounds,
-        seconds=options.seconds,
-        rates=rates,
-    )
-    write(figures, options.figures)
+        figures = Figures(
+            date=provenance.now(),
+            commit=provenance.commit(),
+            device=device.describe(device.choose()),
+            python=platform.python_version(),
+            torch=str(torch.__version__),
+            torchvision=str(torchvision.__version__),
+            n=options.rounds,
+            seconds=options.seconds,
+            rates=rates,
+        )
+        write(figures, options.figures)  # so that an interruption costs one recipe's figures only
     return figures
 
 

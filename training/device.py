@@ -6,6 +6,7 @@ import platform
 import sys
 from pathlib import Path
 
+import loky
 import torch
 
 from training.recipe import Recipe
@@ -41,13 +42,16 @@ def describe(device: torch.device) -> str:
 def prepare(recipe: Recipe, device: torch.device) -> None:
     """Set the process up for fast training on ``device``.
 
-    On a CPU with glibc, large activations would be mapped and unmapped anew in every step, and much of
-    the time would go into page faults; so freed memory stays in the heap.
+    On a CPU there are no more threads than a container's quota has cores for, as they would only take
+    time from each other. With glibc large activations would be mapped and unmapped anew in every step,
+    and much of the time would go into page faults; so freed memory stays in the heap.
     """
     if device.type == "cuda":
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.backends.cudnn.benchmark = not (recipe.resolution or deterministic)
-    elif libc := _glibc():
+        return
+    torch.set_num_threads(min(torch.get_num_threads(), loky.cpu_count()))
+    if libc := _glibc():
         mmap_max, trim_threshold, top_pad = -4, -1, -2  # M_* of malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)

@@ -120,6 +120,11 @@ def test_missing_data_set_is_named(
     assert f"CIFAR-10 is not there: {tmp_path / data.FOLDER}" in capsys.readouterr().err
 
 
-def test_batch_that_the_data_set_cannot_fill_is_named() -> None:
-    with pytest.raises(benchmark.BenchmarkError, match="500 images are fewer than a batch of 512"):
-        benchmark.measure(benchmark.job, recipe.load("A3"), 0.05)
+def test_failure_names_its_cause_and_keeps_the_figures_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "training.json"
+    arguments = ["--recipes", "A1", "A3", "--seconds", "0.05", "--rounds", "1", "--figures", str(path)]
+    assert benchmark.main(arguments) == 1
+    assert "error: 500 images are fewer than a batch of 512" in capsys.readouterr().err
+    assert [rates.recipe for rates in benchmark.read(path).rates] == ["A1"]
