@@ -1,4 +1,4 @@
-"""Command line of the training job: ``python -m training run | resume | list | lr-find``."""
+"""Command line of the training job: ``python -m training run | resume | list | lr-find | report``."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from training import data, device, range_test, recipe, results, train
+from training import data, device, range_test, recipe, report, results, train
 from training.checkpoint import Checkpoint, CheckpointError, load_last
 from training.learner import Learner, TrainingError
 from training.model import build, parameter_count
@@ -33,6 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "lr-find":
             _find_rate(options, console)
             return 0
+        if options.command == "report":
+            with console.status("writing pages"):
+                for page in report.write(options.runs, options.out):
+                    console.print(page, markup=False)
+            return 0
         if options.deterministic:
             device.be_deterministic()
         watch = Watch(options.max_seconds)
@@ -40,13 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
             return _train(options, processes, watch, console, errors)
     except (
         *(recipe.RecipeError, data.DataError, CheckpointError, TrainingError),
-        OSError,
+        *(report.ReportError, OSError),
     ) as error:
         errors.print(f"error: {error}", markup=False)
         return 1
     except KeyboardInterrupt:
         kept = "; what was finished before is in the run's last checkpoint"
-        errors.print("interrupted" + kept * (options.command != "lr-find"))
+        errors.print("interrupted" + kept * (options.command in ("run", "resume")))
         return 130
 
 
@@ -260,6 +265,21 @@ def _parser() -> argparse.ArgumentParser:
     finding.add_argument("--low", type=float, default=1e-5, help="default: %(default)s")
     finding.add_argument("--high", type=float, default=1.0, help="default: %(default)s")
     _add_overrides(finding)
+
+    reporting = commands.add_parser(
+        "report",
+        help="write pages about runs",
+        description="Write an HTML page about each run, finished or not: its figures and curves, what "
+        "its network gets wrong, its layers and its augmented images. Several runs get a page more "
+        "that compares them. The test images are looked at only for runs that were evaluated on them.",
+    )
+    reporting.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    reporting.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="a folder for all pages (default: RUN/report.html, and comparison.html above the runs)",
+    )
 
     listing = commands.add_parser(
         "list", help="the recipes: report, parameters, reported and reached accuracy"

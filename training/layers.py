@@ -1,0 +1,69 @@
+"""A network's layers with their output shapes, parameters and memory.
+
+As the reports' summaries have them; torchinfo, which they used, has had no release since 2023.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from training.augment import SIZE
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A call of a module without parts: its ``name`` in the network and its class's, and the shape of
+    its output for one image.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The layers in the order of their calls; sizes in bytes of float32.
+
+    ``activation_bytes`` are those of the layers' outputs for one image and of their gradients. What a
+    network does outside of its modules, such as an activation called as a function, is not in there.
+    """
+
+    layers: list[Layer]
+    parameters: int
+    trainable: int
+    parameter_bytes: int
+    activation_bytes: int
+
+
+@torch.no_grad()
+def summarize(network: nn.Module) -> Summary:
+    """Pass one image of 32x32 pixels through ``network``, on the CPU, and note what its layers give."""
+    layers: list[Layer] = []
+
+    def note(name: str, module: nn.Module, output: Tensor) -> None:
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), parameters))
+
+    hooks = [
+        module.register_forward_hook(lambda module, _, output, name=name: note(name, module, output))
+        for name, module in network.named_modules()
+        if not any(module.children()) and not isinstance(module, nn.Identity)
+    ]
+    try:
+        network.eval()(torch.zeros(1, 3, SIZE, SIZE))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    parameters = list(network.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    values = sum(torch.Size(layer.shape).numel() for layer in layers)
+    return Summary(
+        layers=layers,
+        parameters=count,
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        parameter_bytes=4 * count,
+        activation_bytes=2 * 4 * values,
+    )

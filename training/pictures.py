@@ -1,0 +1,62 @@
+"""Images as a page shows them: as PNG in the page itself, and as a recipe trains on them."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from training.augment import Augmenter
+from training.data import Images
+from training.objective import Objective
+from training.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """Images, uint8 [N, S, S, 3], as they are trained on in ``epoch``, the first being 0."""
+
+    epoch: int
+    pixels: Tensor
+
+
+def data_uri(pixels: Tensor) -> str:
+    """An image, uint8 [H, W, 3] RGB on the CPU, as a PNG in a ``data:`` address."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def augmented(recipe: Recipe, seed: int, images: Images, indices: Tensor, times: int) -> list[Augmented]:
+    """Training images as a recipe trains on them in epochs from its first to its last.
+
+    The operations, image sizes and mixing are the recipe's own; the random numbers are not those of
+    the run, but always the same.
+
+    Args:
+        recipe: with the number of epochs.
+        seed: of the run.
+        images: all its training images.
+        indices: int64 [N], the places of those to show.
+        times: how many epochs.
+    """
+    augmenter = Augmenter(recipe, len(images), seed, CPU)
+    # A teacher changes what is learnt of an image, not the image.
+    objective = Objective(recipe.model_copy(update={"distillation": None}), Path(), CPU)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (recipe.data.mean, recipe.data.std))
+    shown = []
+    for time, place in enumerate(torch.linspace(0, recipe.epochs - 1, times).tolist()):
+        epoch = round(place)
+        drawn = augmenter.draw(indices, epoch, torch.Generator().manual_seed(time))
+        inputs = augmenter.apply(images.pixels[indices], drawn, epoch)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(time)
+            inputs, _ = objective.mix(inputs, images.labels[indices])
+        pixels = ((inputs * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        shown.append(Augmented(epoch, pixels.permute(0, 2, 3, 1).contiguous()))
+    return shown

@@ -1,0 +1,343 @@
+"""Pages about runs, for people: one of each run, and one that compares several.
+
+A page is one file without scripts that refers to nothing outside of itself; the same runs give the same
+bytes. What it tells of the training comes from the checkpoint alone.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import torch
+from markupsafe import Markup
+from torch import nn
+
+from training import charts, checkpoint, data, layers, pictures
+from training.checkpoint import Checkpoint
+from training.data import DataSet, Images
+from training.files import replacing
+from training.model import parameter_count
+from training.predictions import Predictions, predict
+from training.recipe import Model, Recipe
+from training.run import CHECKPOINT
+
+PAGE = "report.html"
+COMPARISON = "comparison.html"
+TEMPLATES = Path(__file__).parent / "templates"
+
+MISTAKES = 24
+SAMPLES, TIMES = 6, 7  # training images shown, and augmented versions of each
+TRAIN, VAL, TEST = 0, 1, 2  # colours of the images in a run's charts
+
+# What the head of a page says in its own words, or better places of it do.
+TOLD = {
+    *("recipe", "accuracy", "single_view_accuracy", "val_accuracy", "views", "parameters", "seconds"),
+    *("epoch", "step", "epochs", "sessions", "result"),
+}
+# What comes first among the facts below that; the others keep the checkpoint's order.
+FIRST = ("date", "started", "device", "precision", "seed", "train_images", "test_images")
+
+
+class ReportError(RuntimeError):
+    """Runs that cannot be told of, or not together; the message says why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run to tell of, and the file of its page."""
+
+    name: str
+    page: Path
+    state: Checkpoint
+    recipe: Recipe
+    network: nn.Module
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are trained."""
+        return self.state.epoch >= self.recipe.epochs
+
+    @property
+    def val_accuracy(self) -> float | None:
+        """That after the last epoch so far, where images are held out."""
+        return self.state.history[-1].get("val_accuracy") if self.state.history else None
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """That of a run that was evaluated on the test images."""
+        return self.state.result["accuracy"] if self.state.result else None
+
+    def facts(self) -> dict[str, str]:
+        """All that the checkpoint says of its run, by the names there, as texts.
+
+        Where sessions differ there is the one value and the other.
+        """
+        values: dict[str, Any] = {}
+        for session in self.state.sessions:
+            for name, value in session.items():
+                values.setdefault(name, []).append(value)
+        values |= self.state.facts() | (self.state.result or {})
+        return {name: _text(name, value) for name, value in values.items() if value is not None}
+
+
+def write(folders: Sequence[Path], out: Path | None = None) -> Iterator[Path]:
+    """Write a page for each run, and one that compares them where there are several.
+
+    Args:
+        folders: of the runs.
+        out: the folder for all pages. Without it a run's page is ``report.html`` in its own folder,
+            and the comparison lies in the folder that the runs' folders have in common.
+
+    Yields:
+        The path of each page once it is written.
+
+    Raises:
+        CheckpointError, RecipeError: a run without a checkpoint that can be used.
+        DataError: the data set is missing or damaged.
+        ReportError: a run of another data set, or two pages of one name.
+    """
+    entries = [_read(folder, out) for folder in folders]
+    parent = os.path.commonpath([folder.absolute().parent for folder in folders])
+    comparison = (out or Path(parent)) / COMPARISON
+    pages = [entry.page for entry in entries] + [comparison] * (len(entries) > 1)
+    for page in pages:
+        if pages.count(page) > 1:
+            raise ReportError(f"{page} would be written twice: name other runs, or rename one's folder")
+    dataset = data.load()
+    for entry in entries:
+        if entry.state.run["data"] != dataset.source:
+            raise ReportError(
+                f"{entry.name} is a run on {entry.state.run['data']}, but the data set at hand is "
+                f"{dataset.source}: set {data.ROOT_VARIABLE} to that of the run"
+            )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    for entry in entries:
+        yield _save(entry.page, run_page(entry, dataset))
+    if len(entries) > 1:
+        yield _save(comparison, comparison_page(entries, comparison.parent))
+
+
+def run_page(entry: Entry, dataset: DataSet) -> str:
+    """The page of one run."""
+    limit = entry.state.run["limit"]
+    train, val = (part.first(limit) for part in data.split(dataset.train, entry.recipe.data.validation))
+    summary = layers.summarize(entry.network)
+    shown, images = ("test", dataset.test.first(limit)) if entry.state.result else ("val", val)
+    predictions = predict(entry.network, entry.recipe, images) if len(images) else None
+    return _render(
+        "run.html",
+        entry=entry,
+        state=entry.state,
+        recipe=entry.recipe,
+        facts=sorted(
+            (fact for fact in entry.facts().items() if fact[0] not in TOLD),
+            key=lambda fact: FIRST.index(fact[0]) if fact[0] in FIRST else len(FIRST),
+        ),
+        curves=_curves(entry),
+        durations=_durations(entry.state.history),
+        shown=shown,
+        predictions=predictions,
+        class_bars=_class_bars(entry.state.classes, predictions) if predictions else "",
+        mistakes=predictions.mistakes(MISTAKES) if predictions else [],
+        samples=_samples(entry, train),
+        summary=summary,
+    )
+
+
+def comparison_page(entries: Sequence[Entry], folder: Path) -> str:
+    """The page that compares runs, with links from ``folder`` to theirs."""
+    rows = [
+        {
+            "entry": entry,
+            "facts": entry.facts(),
+            "link": quote(Path(os.path.relpath(entry.page, folder)).as_posix()),
+            "parameters": parameter_count(entry.network),
+        }
+        for entry in entries
+    ]
+    return _render(
+        "comparison.html",
+        rows=rows,
+        best_test=max((e.test_accuracy for e in entries if e.test_accuracy is not None), default=None),
+        best_val=max((e.val_accuracy for e in entries if e.val_accuracy is not None), default=None),
+        colours=charts.COLOURS,
+        curves=_compared_curves(entries),
+        smoothings=sorted({entry.recipe.label_smoothing for entry in entries}),
+    )
+
+
+def _read(folder: Path, out: Path | None) -> Entry:
+    state = checkpoint.load(folder / CHECKPOINT)
+    state.optimizers.clear()  # of no use here, and as large as the network or larger
+    name = folder.resolve().name
+    page = folder / PAGE if out is None else out / f"{name}.html"
+    return Entry(name, page, state, state.parsed_recipe(), state.network())
+
+
+def _save(page: Path, text: str) -> Path:
+    with replacing(page) as file:
+        file.write(text.encode())
+    return page
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "count": lambda number: f"{number:,}",
+        "data_uri": pictures.data_uri,
+        "duration": _duration,
+        "megabytes": lambda number: f"{number / 1e6:.2f} MB",
+        "model": _model,
+        "percent": _percent,
+    }
+    return environment.get_template(template).render(values)
+
+
+# -- a run ------------------------------------------------------------------------------------------
+
+
+def _curves(entry: Entry) -> dict[str, Markup]:
+    """Charts of what each epoch gave, by their titles; none before the first has ended."""
+    history = entry.state.history
+    if not history:
+        return {}
+    accuracies: list[charts.Series] = []
+    losses: list[charts.Series] = []
+    for name, colour in (("train", TRAIN), ("val", VAL)):
+        accuracy = _series(history, f"{name}_accuracy", colour)
+        loss = _series(history, f"{name}_loss", colour)
+        if accuracy.values:
+            accuracies.append(replace(accuracy, label=f"{name} {_percent(accuracy.values[-1])}"))
+            losses.append(replace(loss, label=f"{name} {loss.values[-1]:.3f}"))
+    if (value := entry.test_accuracy) is not None:
+        label = f"test {_percent(value)}"
+        accuracies.append(charts.Series(label, [history[-1]["epoch"]], [value], TEST))
+    changes = [
+        (part.from_epoch + 1, f"{part.size} px")
+        for part in entry.recipe.resolution
+        if part.from_epoch < history[-1]["epoch"]
+    ]
+    seconds = _durations(history)
+    unit, length = ("minutes", 60) if max(seconds) >= 120 else ("seconds", 1)
+    time = f"Time of an epoch, {unit}"
+    epochs = [line["epoch"] for line in history]
+    return {
+        "Accuracy": charts.lines("Accuracy", accuracies, percent=True, changes=changes),
+        "Loss": charts.lines("Loss", losses, changes=changes),
+        "Learning rate": charts.lines("Learning rate", [_series(history, "lr", TRAIN)], from_zero=True),
+        time: charts.steps(time, epochs, [value / length for value in seconds]),
+    }
+
+
+def _series(history: Sequence[dict[str, Any]], key: str, colour: int) -> charts.Series:
+    """A metric's line without a label, empty where the run has no such metric."""
+    lines = [line for line in history if key in line]
+    return charts.Series("", [line["epoch"] for line in lines], [line[key] for line in lines], colour)
+
+
+def _durations(history: Sequence[dict[str, Any]]) -> list[float]:
+    """The seconds of each epoch; a history counts them from the run's begin."""
+    ends = [line["seconds"] for line in history]
+    return [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
+
+
+def _class_bars(classes: Sequence[str], predictions: Predictions) -> Markup:
+    accuracies = predictions.class_accuracies()
+    best_first = sorted(accuracies, key=accuracies.__getitem__, reverse=True)
+    return charts.bars(
+        "Accuracy by class",
+        [classes[label] for label in best_first],
+        [accuracies[label] for label in best_first],
+        predictions.correct / len(predictions.images),
+    )
+
+
+def _samples(entry: Entry, train: Images) -> tuple[Images, list[pictures.Augmented]]:
+    """Training images, the first of some classes, and what the recipe makes of them."""
+    firsts = {label: place for place, label in reversed(list(enumerate(train.labels.tolist())))}
+    places = torch.tensor(sorted(firsts.values())[:SAMPLES])
+    originals = Images(train.pixels[places], train.labels[places])
+    seed = entry.state.run["seed"]
+    return originals, pictures.augmented(entry.recipe, seed, train, places, TIMES)
+
+
+# -- several runs -----------------------------------------------------------------------------------
+
+
+def _compared_curves(entries: Sequence[Entry]) -> dict[str, Markup]:
+    numbered = [(number, entry) for number, entry in enumerate(entries) if entry.state.history]
+    if not numbered:
+        return {}
+    held_out = any(entry.val_accuracy is not None for entry in entries)
+    accuracies: list[charts.Series] = []
+    losses: list[charts.Series] = []
+    for number, entry in numbered:
+        history, label = entry.state.history, f"{number + 1} {_shortened(entry.name)}"
+        for metric, curves in (("accuracy", accuracies), ("loss", losses)):
+            train = _series(history, f"train_{metric}", number)
+            val = _series(history, f"val_{metric}", number)
+            curves.append(replace(train, faint=held_out, label="" if val.values else label))
+            curves.append(replace(val, label=label))
+        if (value := entry.test_accuracy) is not None:
+            accuracies.append(charts.Series("", [history[-1]["epoch"]], [value], number))
+    return {
+        "Accuracy": charts.lines("Accuracy", [s for s in accuracies if s.values], percent=True),
+        "Loss": charts.lines("Loss", [s for s in losses if s.values]),
+    }
+
+
+def _shortened(name: str, length: int = 16) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+# -- texts ------------------------------------------------------------------------------------------
+
+
+def _text(name: str, value: Any) -> str:
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return str(value) if name == "seed" else f"{value:,}"
+        case list() | tuple():
+            return " + ".join(dict.fromkeys(_text(name, item) for item in value))
+        case dict():
+            return ", ".join(f"{key} {_text(key, item)}" for key, item in value.items())
+    return _moment(value) if name in ("date", "started") else str(value)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _model(config: Model) -> str:
+    """A network's kind and the numbers that set its size: ``resnet 4-4-3 / 64-128-256``."""
+    sizes = [value for value in config.model_dump().values() if isinstance(value, tuple)]
+    dash = "\N{NON-BREAKING HYPHEN}"
+    return f"{config.kind} " + " / ".join(dash.join(map(str, size)) for size in sizes)
+
+
+def _moment(text: str) -> str:
+    """A time in ISO 8601 as UTC to the minute."""
+    return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
