@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from training import data, device, range_test, recipe, report, results, train
+from training import data, device, range_test, recipe, results, train
 from training.checkpoint import Checkpoint, CheckpointError, load_last
 from training.learner import Learner, TrainingError
 from training.model import build, parameter_count
 from training.processes import Processes
+from training.report import pages
 from training.run import CHECKPOINT
 from training.watch import Stopped, Watch
 
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "report":
             with console.status("writing pages"):
-                for page in report.write(options.runs, options.out):
+                for page in pages.write(options.runs, options.out):
                     console.print(page, markup=False)
             return 0
         if options.deterministic:
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _train(options, processes, watch, console, errors)
     except (
         *(recipe.RecipeError, data.DataError, CheckpointError, TrainingError),
-        *(report.ReportError, OSError),
+        *(pages.ReportError, OSError),
     ) as error:
         errors.print(f"error: {error}", markup=False)
         return 1

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training import charts, checkpoint, data, layers, pictures, recipe, train
+from training import checkpoint, data, recipe, train
 from training.__main__ import main
 from training.checkpoint import Checkpoint
 from training.data import DataSet, Images
 from training.model import CLASSES
+from training.report import charts, layers, pictures
 
 NONE = "\N{EN DASH}"
 

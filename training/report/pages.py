@@ -17,13 +17,14 @@ import torch
 from markupsafe import Markup
 from torch import nn
 
-from training import charts, checkpoint, data, layers, pictures
+from training import checkpoint, data
 from training.checkpoint import Checkpoint
 from training.data import DataSet, Images
 from training.files import replacing
 from training.model import parameter_count
-from training.predictions import Predictions, predict
 from training.recipe import Model, Recipe
+from training.report import charts, layers, pictures
+from training.report.predictions import Predictions, predict
 from training.run import CHECKPOINT
 
 PAGE = "report.html"
