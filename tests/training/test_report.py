@@ -326,7 +326,7 @@ def test_comparison_has_a_row_and_curves_for_each_run(
     assert rows[0]["model"] == "basic_cnn"
     assert rows[0]["recipe"] == "short Basic CNN of the PyTorch tutorial"
     assert rows[0]["test accuracy"] == f"{100 * states[0].result['accuracy']:.2f} %"
-    assert (rows[0]["val accuracy"], rows[0]["epochs"], rows[0]["lr"]) == (NONE, "3", "0.001")
+    assert (rows[0]["val accuracy"], rows[0]["epochs"], rows[0]["lr"]) == (NONE, "3", "0.05")
     assert (rows[0]["parameters"], rows[0]["seed"]) == ("62,006", "7")
     assert rows[0]["device"] == states[0].result["device"]
     assert rows[0]["timestamp"].startswith(states[0].result["date"][:10])

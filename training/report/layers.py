@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from training.augment import SIZE
+from training.batch import SIZE
 
 
 @dataclass(frozen=True)
