@@ -29,6 +29,14 @@ def test_results_are_the_table_of_the_runs() -> None:
     assert markdown_table(table_rows()) in README
 
 
+def test_linked_page_is_of_the_run_of_the_bundled_model(metadata: dict[str, str]) -> None:
+    (link,) = set(re.findall(r"\]\((docs/\S+\.html)\)", README))
+    page = (ROOT / link).read_text(encoding="utf-8")
+    assert f"<dd>{metadata['commit']}</dd>" in page
+    assert f"<b>{100 * float(metadata['test_accuracy']):.2f} %</b> test accuracy" in page
+    assert f"run <b>{metadata['name']}-seed{metadata['seed']}</b>" in page
+
+
 @pytest.mark.skipif(not benchmark.FIGURES.exists(), reason="the benchmark was not run")
 def test_pace_is_the_table_of_the_benchmark() -> None:
     assert benchmark.markdown(benchmark.read()) in README
