@@ -30,7 +30,7 @@ def test_results_are_the_table_of_the_runs() -> None:
 
 
 def test_linked_page_is_of_the_run_of_the_bundled_model(metadata: dict[str, str]) -> None:
-    (link,) = set(re.findall(r"\]\((docs/\S+\.html)\)", README))
+    (link,) = set(re.findall(r"\]\((docs/[^\s)]+\.html)\)", README))
     page = (ROOT / link).read_text(encoding="utf-8")
     assert f"<dd>{metadata['commit']}</dd>" in page
     assert f"<b>{100 * float(metadata['test_accuracy']):.2f} %</b> test accuracy" in page
