@@ -66,6 +66,13 @@ class Batcher:
                 await self._turns
         self._engine.shutdown()
 
+    def check_room(self) -> None:
+        """Raise OverloadedError where a further request would be refused."""
+        if self._waiting >= self._max_waiting:
+            raise OverloadedError(
+                f"{self._waiting} requests wait already, which is the limit; try again shortly."
+            )
+
     async def one(self, image: Images) -> Logits:
         """Logits float32 [classes] of one image uint8 [32, 32, 3].
 
@@ -89,10 +96,7 @@ class Batcher:
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
-        if self._waiting >= self._max_waiting:
-            raise OverloadedError(
-                f"{self._waiting} requests wait already, which is the limit; try again shortly."
-            )
+        self.check_room()
         self._waiting += 1
         try:
             yield

@@ -43,6 +43,13 @@ class PickleError(RequestError):
     code = "bad_pickle"
 
 
+class NotFoundError(RequestError):
+    """A model or version by a name that is not the model's."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "not_found"
+
+
 class TooLargeError(RequestError):
     """More bytes, pixels, images or rows than the settings allow."""
 

@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import InternalError, TooLargeError
-from serving.responses import ErrorBody, error_body, error_response
+from serving.inference_protocol import PREFIX
+from serving.responses import ErrorBody, ErrorDetail, error_body, error_response
 
 logger = logging.getLogger("serving")
 
@@ -48,7 +49,10 @@ class BodyLimit:
 
 
 class ErrorShape:
-    """Gives the errors of routing and of BentoML (404, 405, 500, ...) the shape of ours."""
+    """Gives the errors of routing and of BentoML (404, 405, 500, ...) the shape of ours.
+
+    Under /v2 all errors, ours too, get the shape of the Open Inference Protocol.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -87,20 +91,19 @@ class ErrorShape:
 
 
 async def _send_shaped(scope: Scope, receive: Receive, send: Send, start: Message, body: bytes) -> None:
-    """Send an error as it is when it has our shape, else with a body of our shape."""
+    """Send an error in the shape that its path has: as it is, or with another body."""
+    status = HTTPStatus(start["status"])
+    protocol = scope["path"].startswith(f"{PREFIX}/")
+    headers = Headers(raw=start["headers"])
     try:
-        ErrorBody.model_validate_json(body, extra="forbid")
+        detail = ErrorBody.model_validate_json(body, extra="forbid").error
     except ValueError:
-        status = HTTPStatus(start["status"])
         message = {
             HTTPStatus.NOT_FOUND: f"There is nothing at {scope['path']}; see / for what there is.",
             HTTPStatus.METHOD_NOT_ALLOWED: f"{scope['method']} is not a method of {scope['path']}.",
         }.get(status, status.description or status.phrase)
-        response = JSONResponse(error_body(status.phrase.lower().replace(" ", "_"), message), status)
-        allow = Headers(raw=start["headers"]).get("allow")
-        if allow:
-            response.headers["Allow"] = allow
-        await response(scope, receive, send)
-    else:
-        await send(start)
-        await send({"type": "http.response.body", "body": body})
+        detail = ErrorDetail(code=status.phrase.lower().replace(" ", "_"), message=message)
+    shaped = {"error": detail.message} if protocol else error_body(detail.code, detail.message)
+    of_the_body = {"content-length", "content-type"}
+    kept = {name: value for name, value in headers.items() if name not in of_the_body}
+    await JSONResponse(shaped, status, kept)(scope, receive, send)

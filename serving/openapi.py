@@ -136,6 +136,40 @@ def _paths() -> Json:
                 },
             }
         },
+        **_inference_protocol(),
+    }
+
+
+def _inference_protocol() -> Json:
+    """The Open Inference Protocol's paths; its schemas are the protocol's."""
+    name: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    json: Json = {"application/json": {"schema": {"type": "object"}}}
+    answers: Json = {"200": {"description": "As the protocol has it.", "content": json}}
+    failure: Json = {"type": "object", "properties": {"error": {"type": "string"}}}
+    refusals: Json = {
+        str(status): {"description": text, "content": {"application/json": {"schema": failure}}}
+        for status, text in {**ERRORS, 404: "Another model or version."}.items()
+        if status != 415
+    }
+
+    def operation(operation_id: str, summary: str, *parameters: Json) -> Json:
+        return {
+            "tags": ["Open Inference Protocol"],
+            "operationId": operation_id,
+            "summary": summary,
+            "parameters": list(parameters),
+            "responses": answers if operation_id == "v2_live" else {**answers, **refusals},
+        }
+
+    infer = operation("v2_infer", "images, UINT8 [N, 32, 32, 3], to logits and probabilities", name)
+    infer["requestBody"] = {"required": True, "content": {**json, "application/octet-stream": {}}}
+    return {
+        "/v2": {"get": operation("v2_server", "What the server can do")},
+        "/v2/health/live": {"get": operation("v2_live", "Whether the process lives")},
+        "/v2/health/ready": {"get": operation("v2_ready", "Whether requests are taken")},
+        "/v2/models/{name}": {"get": operation("v2_model", "The model's tensors", name)},
+        "/v2/models/{name}/ready": {"get": operation("v2_model_ready", "As /v2/health/ready", name)},
+        "/v2/models/{name}/infer": {"post": infer},
     }
 
 

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from serving import inference_protocol
 from serving.batching import Batcher
 from serving.errors import (
     ImageError,
@@ -82,20 +83,85 @@ def answering(endpoint: Endpoint) -> Endpoint:
     return answer
 
 
-async def get_model(request: Request) -> JSONResponse:
+def page(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that BentoML does not know, for `pages`; the worker's classifier is in their state."""
+
+    async def answer(request: Request) -> Response:
+        return await endpoint(request.app.state.classifier, request)
+
+    return answer
+
+
+@page
+@answering
+async def get_model(classifier: "Classifier", request: Request) -> JSONResponse:
     """The model's metadata, and the execution provider that runs it."""
-    model: Model = request.app.state.model
-    return JSONResponse({**model.metadata, "provider": model.provider})
+    return JSONResponse({**classifier.model.metadata, "provider": classifier.model.provider})
 
 
-async def get_openapi(request: Request) -> JSONResponse:
+@page
+@answering
+async def get_openapi(classifier: "Classifier", request: Request) -> JSONResponse:
     """The document behind the page at /."""
-    model: Model = request.app.state.model
-    return JSONResponse(openapi_document(service.openapi_spec.asdict(), model.version))
+    return JSONResponse(openapi_document(service.openapi_spec.asdict(), classifier.model.version))
 
 
-# BentoML's own endpoints are all POST, so these are mounted beside them.
-pages = Starlette(routes=[Route("/model", get_model), Route("/docs.json", get_openapi)])
+@page
+@answering
+async def get_v2(classifier: "Classifier", request: Request) -> JSONResponse:
+    """What the server can do, by the Open Inference Protocol."""
+    return JSONResponse(inference_protocol.server_metadata(classifier.model))
+
+
+@page
+@answering
+async def get_v2_live(classifier: "Classifier", request: Request) -> JSONResponse:
+    """Whether the process lives; it does."""
+    return JSONResponse({"live": True})
+
+
+@page
+@answering
+async def get_v2_ready(classifier: "Classifier", request: Request) -> JSONResponse:
+    """Whether requests are taken: of the server, or of a model by its name."""
+    if "name" in request.path_params:
+        inference_protocol.check_named(classifier.model, request.path_params)
+    classifier.batcher.check_room()
+    return JSONResponse({"ready": True})
+
+
+@page
+@answering
+async def get_v2_model(classifier: "Classifier", request: Request) -> JSONResponse:
+    """The model's tensors."""
+    inference_protocol.check_named(classifier.model, request.path_params)
+    return JSONResponse(inference_protocol.model_metadata(classifier.model))
+
+
+@page
+@answering
+async def post_v2_infer(classifier: "Classifier", request: Request) -> Response:
+    """Tensors in, tensors out."""
+    inference_protocol.check_named(classifier.model, request.path_params)
+    return await classifier.infer(request)
+
+
+# BentoML's own endpoints are all POST and one level deep, so these are mounted beside them.
+pages = Starlette(
+    routes=[
+        Route("/model", get_model),
+        Route("/docs.json", get_openapi),
+        Route("/v2", get_v2),
+        Route("/v2/health/live", get_v2_live),
+        Route("/v2/health/ready", get_v2_ready),
+    ]
+)
+for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+    pages.router.routes += [
+        Route(path, get_v2_model),
+        Route(f"{path}/ready", get_v2_ready),
+        Route(f"{path}/infer", post_v2_infer, methods=["POST"]),
+    ]
 
 
 @bentoml.service(
@@ -109,7 +175,7 @@ class Classifier:
 
     def __init__(self) -> None:
         self.model = Model(SETTINGS.model, SETTINGS.provider, SETTINGS.threads)
-        pages.state.model = self.model
+        pages.state.classifier = self
         self.batcher = Batcher(
             self.model.logits,
             max_batch_size=SETTINGS.max_batch_size,
@@ -176,6 +242,20 @@ class Classifier:
             submission = await self._in_reader(read_submission, upload.file, SETTINGS.max_rows)
         labels = (await self._bulk(submission.images)).argmax(axis=1)
         return Response(submission.csv(labels.tolist()), media_type="text/csv")
+
+    async def infer(self, request: Request) -> Response:
+        """Answer an inference request of the Open Inference Protocol."""
+        inference = await self._in_reader(
+            inference_protocol.read,
+            await request.body(),
+            request.headers.get(inference_protocol.JSON_LENGTH),
+            SETTINGS.max_batch_images,
+        )
+        if len(inference.images) == 1:
+            logits = (await self.batcher.one(inference.images[0]))[np.newaxis]
+        else:
+            logits = await self._bulk(inference.images)
+        return inference_protocol.respond(inference, logits, self.model)
 
     async def _in_reader(
         self, function: Callable[[*Arguments], Result], *arguments: *Arguments

@@ -11,6 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from serving.model import Model
+from serving.settings import BUNDLED_MODEL
 from tests.serving.server import ROOT
 
 CLASSES = [
@@ -34,6 +36,11 @@ def images() -> npt.NDArray[np.uint8]:
     with np.load(ROOT / "training" / "cifar10_sample.npz", allow_pickle=False) as sample:
         images: npt.NDArray[np.uint8] = sample["test_images"]
         return images
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+    return Model(BUNDLED_MODEL, "cpu", 1)
 
 
 @pytest.fixture

@@ -17,15 +17,9 @@ import pytest
 
 from serving.model import Model
 from serving.predictions import top_predictions
-from serving.settings import BUNDLED_MODEL
 from tests.serving.conftest import CLASSES
 from tests.serving.samples import encoded, pickled
 from tests.serving.test_pickles import EVIL
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return Model(BUNDLED_MODEL, "cpu", 1)
 
 
 def expected(model: Model, pixels: npt.NDArray[np.uint8], top_k: int = 5) -> list[dict[str, object]]:

@@ -16,7 +16,13 @@ REPORTED = {
     "D1": 4662098,
     "E1": 4918602,
 }
-OURS = {"accurate": 4722784, "fast": 2563104, "seresnet": 4733610, "resnext": 4124186, "distilled": 2777674}
+OURS = {
+    "accurate": 4722784,
+    "fast": 2563104,
+    "seresnet": 4733610,
+    "resnext": 4124186,
+    "distilled": 2777674,
+}
 
 
 def test_registry_holds_the_reports_and_ours() -> None:

@@ -1,0 +1,251 @@
+"""The Open Inference Protocol, version 2: requests and answers as tritonclient and KServe speak them.
+
+The input is `images`, uint8 [N, 32, 32, 3] RGB; the outputs are `logits` and `probabilities`, float32
+[N, classes]. Tensors come and go as JSON or by the binary tensor data extension, and an output can be
+asked for by Triton's classification extension, as the k best classes in text.
+"""
+
+import itertools
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, Field, ValidationError
+from starlette.responses import JSONResponse, Response
+
+from serving.errors import FieldError, NotFoundError, RequestError, TooLargeError
+from serving.model import Model
+from serving.predictions import softmax
+
+PREFIX = "/v2"
+EXTENSIONS = ["binary_tensor_data", "classification"]
+JSON_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary tensors
+OUTPUTS = ("logits", "probabilities")
+IMAGE = (32, 32, 3)
+BYTES_A_VALUE = 16  # of JSON, generously; more is refused before it takes many times that memory
+
+Json = dict[str, Any]
+
+
+class InputParameters(BaseModel):
+    """Of an input: how many bytes it has after the JSON, if its data is there."""
+
+    binary_data_size: int | None = Field(None, ge=0)
+
+
+class Input(BaseModel):
+    """A tensor that is sent."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: InputParameters = InputParameters()
+    data: list[Any] | None = None
+
+
+class OutputParameters(BaseModel):
+    """Of an output: whether it is sent as bytes, and the number of classes if it is wanted as text."""
+
+    binary_data: bool | None = None
+    classification: int | None = Field(None, ge=1)
+
+
+class Output(BaseModel):
+    """A tensor that is wanted."""
+
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class Parameters(BaseModel):
+    """Of a request: how outputs are sent that do not say so themselves."""
+
+    binary_data_output: bool = False
+
+
+class InferenceRequest(BaseModel):
+    """The JSON of a request; what it has besides is ignored, as the protocol wants it."""
+
+    id: str | None = None
+    parameters: Parameters = Parameters()
+    inputs: list[Input]
+    outputs: list[Output] = []
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A request that was read: its images, uint8 [N, 32, 32, 3], and the outputs that it wants."""
+
+    images: npt.NDArray[np.uint8]
+    outputs: list[Output]
+    id: str | None
+
+
+def server_metadata(model: Model) -> Json:
+    """The answer to GET /v2."""
+    return {"name": "cifar10", "version": model.version, "extensions": EXTENSIONS}
+
+
+def model_metadata(model: Model) -> Json:
+    """The answer to GET /v2/models/NAME."""
+    classes = len(model.classes)
+    return {
+        "name": model.name,
+        "versions": [model.version],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, *IMAGE]}],
+        "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, classes]} for name in OUTPUTS],
+    }
+
+
+def check_named(model: Model, path: Mapping[str, str]) -> None:
+    """Check that the parameters of a path, name and perhaps version, are those of the model.
+
+    Raises:
+        NotFoundError: they are not.
+    """
+    if path["name"] != model.name or path.get("version", model.version) != model.version:
+        raise NotFoundError(f"The only model here is {model.name}, version {model.version}.")
+
+
+def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
+    """Read the body of a request.
+
+    Args:
+        body: JSON, with the binary tensors after it if there are any.
+        json_length: the header Inference-Header-Content-Length; without it all is JSON.
+        max_images: in a request.
+
+    Raises:
+        RequestError: the body is not a request of the protocol.
+        FieldError: its tensors are not those of the model.
+        TooLargeError: it has more than `max_images` images.
+    """
+    if json_length is not None and not (json_length.isdecimal() and int(json_length) <= len(body)):
+        raise RequestError(
+            f"{JSON_LENGTH} is {json_length[:20]!r}; right would be the bytes of JSON in the body, "
+            f"which has {len(body)} in all."
+        )
+    end = len(body) if json_length is None else int(json_length)
+    longest = max_images * math.prod(IMAGE) * BYTES_A_VALUE
+    if end > longest:
+        raise TooLargeError(
+            f"The request's JSON has {end} bytes; the limit is {longest}. The binary tensor data "
+            "extension takes less."
+        )
+    try:
+        request = InferenceRequest.model_validate_json(body[:end])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RequestError(f"The request's JSON cannot be read: {place}: {first['msg']}") from None
+    names = [tensor.name[:100] for tensor in request.inputs]
+    if names != ["images"]:
+        raise FieldError(f"The inputs are {names}; right would be the one input 'images'.")
+    (tensor,) = request.inputs
+    if tensor.datatype != "UINT8":
+        raise FieldError(f"images has the datatype {tensor.datatype[:20]!r}; right would be 'UINT8'.")
+    if len(tensor.shape) != 4 or tuple(tensor.shape[1:]) != IMAGE or tensor.shape[0] < 1:
+        raise FieldError(
+            f"images has the shape {tensor.shape[:8]}; right would be [N, 32, 32, 3], N at least 1."
+        )
+    if tensor.shape[0] > max_images:
+        raise TooLargeError(f"There are {tensor.shape[0]} images; the limit is {max_images}.")
+    _check_outputs(request.outputs)
+    outputs = request.outputs or [Output(name=name) for name in OUTPUTS]
+    for output in outputs:
+        if output.parameters.binary_data is None:
+            output.parameters.binary_data = request.parameters.binary_data_output
+    return Inference(_pixels(tensor, body[end:]), outputs, request.id)
+
+
+def respond(inference: Inference, logits: npt.NDArray[np.float32], model: Model) -> Response:
+    """The answer to an inference from its `logits`, float32 [N, classes]."""
+    described: list[Json] = []
+    blobs: list[bytes] = []
+    for output in inference.outputs:
+        values = logits if output.name == "logits" else softmax(logits).astype(np.float32)
+        count = output.parameters.classification
+        texts = _best(values, model.classes, count) if count else None
+        shape = [len(values), len(texts[0]) if texts else values.shape[1]]
+        tensor: Json = {
+            "name": output.name,
+            "datatype": "BYTES" if texts else "FP32",
+            "shape": shape,
+        }
+        if output.parameters.binary_data:
+            blobs.append(_blob(texts) if texts else values.astype("<f4").tobytes())
+            tensor["parameters"] = {"binary_data_size": len(blobs[-1])}
+        else:
+            tensor["data"] = [*itertools.chain(*texts)] if texts else values.flatten().tolist()
+        described.append(tensor)
+    answer: Json = {"model_name": model.name, "model_version": model.version, "outputs": described}
+    if inference.id is not None:
+        answer["id"] = inference.id
+    if not blobs:
+        return JSONResponse(answer)
+    head = json.dumps(answer).encode()
+    return Response(
+        b"".join([head, *blobs]),
+        media_type="application/octet-stream",
+        headers={JSON_LENGTH: str(len(head))},
+    )
+
+
+def _check_outputs(outputs: list[Output]) -> None:
+    names = [output.name[:100] for output in outputs]
+    unknown = [name for name in names if name not in OUTPUTS]
+    if unknown or len(set(names)) < len(names):
+        raise FieldError(
+            f"The outputs are {names[:4]}; right would be logits, probabilities or both, once each."
+        )
+
+
+def _pixels(tensor: Input, binary: bytes) -> npt.NDArray[np.uint8]:
+    count = math.prod(tensor.shape)
+    size = tensor.parameters.binary_data_size
+    if size is not None:
+        if tensor.data is not None:
+            raise FieldError("images has data both in the JSON and after it; one would be right.")
+        if not len(binary) == size == count:
+            raise FieldError(
+                f"images has binary_data_size {size} and {len(binary)} bytes after the JSON; its "
+                f"shape {tensor.shape} needs {count}."
+            )
+        return np.frombuffer(binary, np.uint8).reshape(tensor.shape)
+    if binary:
+        raise FieldError("There are bytes after the JSON, but images has no binary_data_size.")
+    if tensor.data is None:
+        raise FieldError("images has no data; right would be data, or binary_data_size and bytes.")
+    try:
+        values = np.asarray(tensor.data)
+    except ValueError:
+        raise FieldError("The data of images is ragged; right would be [N, 32, 32, 3].") from None
+    if values.size != count or values.shape not in {(count,), tuple(tensor.shape)}:
+        raise FieldError(
+            f"The data of images has the shape {list(values.shape)}; right would be {tensor.shape}, "
+            f"or {count} values in one list."
+        )
+    if values.dtype.kind != "i" or values.min() < 0 or values.max() > 255:
+        raise FieldError("The data of images must be whole numbers from 0 to 255.")
+    return values.astype(np.uint8).reshape(tensor.shape)
+
+
+def _best(values: npt.NDArray[np.float32], classes: tuple[str, ...], count: int) -> list[list[str]]:
+    """For each image the `count` highest values as Triton writes them: value:index:label."""
+    best = np.argsort(-values, axis=1, kind="stable")[:, :count]
+    return [
+        [f"{row[index]:f}:{index}:{classes[index]}" for index in indices]
+        for row, indices in zip(values, best, strict=True)
+    ]
+
+
+def _blob(texts: list[list[str]]) -> bytes:
+    """Texts as BYTES elements: each its length as a little-endian uint32, then itself."""
+    encoded = [text.encode() for row in texts for text in row]
+    return b"".join(struct.pack("<I", len(text)) + text for text in encoded)
