@@ -96,10 +96,10 @@ def job(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
     network = train.initial_network(recipe, 0, images)
     learner = Learner(recipe, 0, network, images, Processes(), teacher=Path())
     while True:
-        for step, indices in enumerate(learner.order(0)):
-            if len(indices) == recipe.batch_size:
-                learner.learn(indices, 0, step, lambda base_lr: base_lr)
-                yield len(indices)
+        for batch in learner.batches(0):
+            if batch.count == recipe.batch_size:
+                learner.learn(batch, lambda base_lr: base_lr)
+                yield batch.count
 
 
 def job_without_augmentation(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:

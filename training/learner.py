@@ -3,7 +3,8 @@
 All that is random in a step is seeded from (seed, epoch, step), whatever came before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,29 @@ from training.objective import Objective
 from training.processes import Processes
 from training.recipe import Recipe
 
+AHEAD = 512  # images: smaller batches are augmented several at a time, as small calls cost as much
+
 
 class TrainingError(RuntimeError):
     """A training that cannot start or go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step learns from.
+
+    Attributes:
+        epoch, step: where in the run, both from 0; a step's number begins anew with each epoch.
+        count: images of the global batch.
+        inputs: this process's share of them, augmented: float32 [N, 3, S, S] on the device.
+        labels: int64 [N], theirs.
+    """
+
+    epoch: int
+    step: int
+    count: int
+    inputs: Tensor
+    labels: Tensor
 
 
 class Learner:
@@ -91,15 +112,21 @@ class Learner:
         order = torch.randperm(len(self.images), generator=generator)
         return list(order.split(self.recipe.batch_size)[: self.steps])
 
-    def learn(
-        self, indices: Tensor, epoch: int, step: int, rate: Callable[[float], float]
-    ) -> tuple[Tensor, Tensor]:
-        """Make one step on a global batch.
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """What the steps of an epoch learn from, from step ``first`` on.
 
-        Args:
-            indices: the images' places, int64 [N] on the host.
-            epoch, step: where in the run this is, both from 0.
-            rate: the learning rate from the recipe's.
+        Raises:
+            TrainingError: memory does not suffice; the message names a batch that fits.
+        """
+        order = self.order(epoch)
+        ahead = max(1, AHEAD // self.recipe.batch_size)
+        for start in range(first - first % ahead, len(order), ahead):
+            for batch in self._augmented(order[start : start + ahead], epoch, start):
+                if batch.step >= first:
+                    yield batch
+
+    def learn(self, batch: Batch, rate: Callable[[float], float]) -> tuple[Tensor, Tensor]:
+        """Make one step; ``rate`` gives the learning rate from the recipe's.
 
         Returns:
             The sum of the losses of this process's share of the images, and how many of them were
@@ -110,51 +137,65 @@ class Learner:
         """
         self._parallel.train()
         try:
-            return self._learn(indices, epoch, step, rate)
+            return self._learn(batch, rate)
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
         # Only now, without the exception, the step's own memory is free.
-        rows = self.processes.rows(len(indices))
-        size = self._fitting(rows.stop - rows.start, epoch) * self.processes.count
-        advice = f"{size} would fit: --set batch_size={size}, with a learning rate to match"
-        if size == 0:
-            advice = "not even one image fits; this network needs another device"
-        raise TrainingError(f"out of memory with a batch of {len(indices)} on {self.device}: {advice}")
+        raise self._too_large(batch.count, batch.epoch)
 
-    def _learn(
-        self, indices: Tensor, epoch: int, step: int, rate: Callable[[float], float]
-    ) -> tuple[Tensor, Tensor]:
-        count = len(indices)
-        rows = self.processes.rows(count)
-        # The augmentation is drawn for the global batch, so it is the same however that is shared.
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch, step))
-        drawn = [
-            {name: values[rows] for name, values in parameters.items()}
-            for parameters in self._augment.draw(indices, epoch, generator)
+    def _augmented(self, places: Sequence[Tensor], epoch: int, start: int) -> list[Batch]:
+        """Batches of images in these ``places``, of which the first is of step ``start``."""
+        try:
+            return self._augment_all(places, epoch, start)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        raise self._too_large(len(places[0]), epoch)
+
+    def _augment_all(self, places: Sequence[Tensor], epoch: int, start: int) -> list[Batch]:
+        # The augmentation is drawn for the global batches, so it is the same however they are shared.
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch, start))
+        indices = torch.cat(list(places))
+        drawn = self._augment.draw(indices, epoch, generator)
+        shares = [self.processes.rows(len(part)) for part in places]
+        if self.processes.count > 1:
+            offsets = np.cumsum([0, *map(len, places[:-1])])
+            rows = np.concatenate(
+                [np.arange(s.start, s.stop) + o for s, o in zip(shares, offsets, strict=True)]
+            )
+            indices = indices[rows]
+            drawn = [{name: values[rows] for name, values in part.items()} for part in drawn]
+        own = indices.to(self.device, non_blocking=True)
+        sizes = [share.stop - share.start for share in shares]
+        inputs = self._augment.apply(self.images.pixels[own], drawn, epoch).split(sizes)
+        labels = self.images.labels[own].split(sizes)
+        return [
+            Batch(epoch, start + number, len(places[number]), inputs[number], labels[number])
+            for number in range(len(places))
         ]
-        torch.manual_seed(mix(self.seed, epoch, step, 1 + self.processes.rank))
+
+    def _learn(self, batch: Batch, rate: Callable[[float], float]) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1 + self.processes.rank))
         for part in self.optimizers:
             for group in part.param_groups:
                 group["lr"] = rate(group["base_lr"])
-        own = indices[rows].to(self.device, non_blocking=True)
-        labels = self.images.labels[own]
-        inputs = self._augment.apply(self.images.pixels[own], drawn, epoch)
-        inputs, targets = self._objective.mix(inputs, labels)
+        inputs, targets = self._objective.mix(batch.inputs, batch.labels)
         with self._autocast():
             logits = self._parallel(inputs)
             loss = self._objective.loss(logits, targets, inputs)
         # The mean over processes of these is the mean over the global batch, however it was shared.
-        share = len(own) * self.processes.count / count
+        images = len(batch.labels)
+        share = images * self.processes.count / batch.count
         self.scaler.scale(loss * share).backward()
         for part in self.optimizers:
             self.scaler.step(part)
             part.zero_grad()
         self.scaler.update()
         if self.average is not None:
-            self.average.update(self.model, epoch * self.steps + step)
-        correct = (logits.detach().argmax(1) == labels).sum()
-        return loss.detach().double() * len(own), correct
+            self.average.update(self.model, batch.epoch * self.steps + batch.step)
+        correct = (logits.detach().argmax(1) == batch.labels).sum()
+        return loss.detach().double() * images, correct
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -175,6 +216,14 @@ class Learner:
                 "set another batch_size or drop_last"
             )
         return steps
+
+    def _too_large(self, count: int, epoch: int) -> TrainingError:
+        rows = self.processes.rows(count)
+        size = self._fitting(rows.stop - rows.start, epoch) * self.processes.count
+        advice = f"{size} would fit: --set batch_size={size}, with a learning rate to match"
+        if size == 0:
+            advice = "not even one image fits; this network needs another device"
+        return TrainingError(f"out of memory with a batch of {count} on {self.device}: {advice}")
 
     def _fitting(self, batch: int, epoch: int) -> int:
         """The largest halving of ``batch`` whose gradients can be computed; 0 where none can."""

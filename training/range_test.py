@@ -6,6 +6,7 @@ Grid and smoothing are those of the implementation whose grid holds the report's
 low * (high / low) ** (i / n), counted from 1, and 0.112202 is rate 81 of 100.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,11 +56,10 @@ def measure(learner: Learner, tried: list[float]) -> Iterator[Measurement]:
     base = learner.lr
     average, lowest, step = 0.0, math.inf, 0
     while step < len(tried):
-        epoch = step // learner.steps
-        for indices in learner.order(epoch)[: len(tried) - step]:
+        for batch in itertools.islice(learner.batches(step // learner.steps), len(tried) - step):
             rate = tried[step]
-            loss_sum, _ = learner.learn(indices, epoch, step, (rate / base).__mul__)
-            loss = loss_sum.item() / len(indices)
+            loss_sum, _ = learner.learn(batch, (rate / base).__mul__)
+            loss = loss_sum.item() / batch.count
             step += 1
             average = SMOOTHING * average + (1 - SMOOTHING) * loss
             smooth = average / (1 - SMOOTHING**step)

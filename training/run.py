@@ -179,8 +179,7 @@ class Run:
             state.seconds = seconds_before + time.monotonic() - began
             self._save()
 
-        batches = learner.order(state.epoch)
-        for step, indices in list(enumerate(batches))[state.step :]:
+        for batch in learner.batches(state.epoch, state.step):
             wanted = watch.reason(self._needed(self.recipe.batch_size))
             wanted = wanted or SAVE * (time.monotonic() - self._saved > SAVE_SECONDS)
             if wanted := self.processes.highest(wanted):
@@ -188,24 +187,24 @@ class Run:
                 if wanted != SAVE:
                     raise Stopped(wanted)
             before = time.monotonic()
-            done = state.epoch + step / learner.steps
+            done = state.epoch + batch.step / learner.steps
 
             def rate(base: float, done: float = done) -> float:
                 return learning_rate(self.recipe.schedule, base, done, self.recipe.epochs, val_losses)
 
-            loss, right = learner.learn(indices, state.epoch, step, rate)
+            loss, right = learner.learn(batch, rate)
             loss_sum += loss
             correct += right
-            state.step = step + 1
-            images += len(indices)
+            state.step = batch.step + 1
+            images += batch.count
             now = time.monotonic()
-            self._image_seconds = max(0.9 * self._image_seconds, (now - before) / len(indices))
+            self._image_seconds = max(0.9 * self._image_seconds, (now - before) / batch.count)
             progress.update(task, advance=1, speed=f"{images / (now - began):,.0f}")
 
         if wanted := self.processes.highest(watch.reason(self._needed(len(self.val_images)))):
             keep()
             raise Stopped(wanted)
-        seen = sum(map(len, batches))
+        seen = sum(map(len, learner.order(state.epoch)))
         metrics = {
             "epoch": state.epoch + 1,
             "lr": learner.lr,

@@ -65,19 +65,20 @@ def test_two_processes_agree_with_one(name: str, tmp_path: Path) -> None:
             assert other[key] == pytest.approx(line[key], rel=1e-3), key
 
 
-def test_resume_with_another_number_of_processes(
-    short: Path, uninterrupted: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
+def test_resume_with_another_number_of_processes(short: Path, tmp_path: Path) -> None:
+    slow, alone, out = tmp_path / "slow.toml", tmp_path / "alone", tmp_path / "run"
+    slow.write_text(short.read_text().replace("lr = 0.05", "lr = 0.01"))  # small steps, as above
+    assert main(["run", str(slow), "--out", str(alone), "--seed", "7"]) == 0
     # A second is what a checkpoint may take: nothing is left for a step.
-    process = torchrun(2, "run", str(short), "--out", str(out), "--seed", "7", "--max-seconds", "1")
+    process = torchrun(2, "run", str(slow), "--out", str(out), "--seed", "7", "--max-seconds", "1")
     assert process.returncode != 0
     assert process.stderr.count("stopped by the time limit; go on with") == 1
     assert main(["resume", str(out), "--max-seconds", "1"]) == 75
     process = torchrun(2, "resume", str(out))
     assert process.returncode == 0, process.stderr
-    state, expected = (checkpoint.load(f / "checkpoint.pt") for f in (out, uninterrupted))
+    state, expected = (checkpoint.load(f / "checkpoint.pt") for f in (out, alone))
     assert [session["processes"] for session in state.sessions] == [2, 1, 2]
+    assert state.parsed_recipe().optimizer.lr == 0.01
     for key, value in expected.model.items():
         torch.testing.assert_close(state.model[key], value, atol=1e-4, rtol=1e-3)
     assert state.result is not None

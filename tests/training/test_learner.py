@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import data, recipe, train
+from training.learner import Learner
+from training.processes import Processes
+
+
+@pytest.mark.parametrize("size", [4, 64, 300])
+def test_batches_are_the_same_from_whatever_step_on(size: int) -> None:
+    chosen = recipe.load("E1", [f"batch_size={size}", "model.widths=[16,16,16]"])
+    images = data.load_sample().train
+    network = train.initial_network(chosen, 0, images)
+    learner = Learner(chosen, 3, network, images, Processes(), Path())
+    all_of_them = list(learner.batches(1))
+    assert [batch.step for batch in all_of_them] == list(range(learner.steps))
+    assert [batch.count for batch in all_of_them] == [len(part) for part in learner.order(1)]
+    for batch, places in zip(all_of_them, learner.order(1), strict=True):
+        assert torch.equal(batch.labels, images.labels[places])
+        assert batch.inputs.is_contiguous(memory_format=torch.channels_last)
+    for first in (1, learner.steps // 2, learner.steps - 1):
+        for batch, expected in zip(learner.batches(1, first), all_of_them[first:], strict=True):
+            assert (batch.epoch, batch.step) == (1, expected.step)
+            assert torch.equal(batch.inputs, expected.inputs)
