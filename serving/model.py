@@ -1,6 +1,5 @@
-"""The model file: one ONNX graph with its description, loaded into an inference session."""
+"""The model file: one ONNX graph with its description, checked and loaded into an engine."""
 
-import ctypes
 import json
 import logging
 from pathlib import Path
@@ -10,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from serving.errors import ModelError, ProviderError
+from serving.engine import Engine
+from serving.errors import ModelError
+from serving.providers import CPU, session_options
 from serving.settings import Provider
 
 logger = logging.getLogger("serving")
@@ -19,121 +20,93 @@ CONTRACT = "1"
 REQUIRED = ("contract", "name", "version", "classes", "precision")
 # Texts that may look like numbers: a version of twelve hex digits can be 123456789012 or 12e456.
 TEXTS = frozenset({"name", "version", "precision", "commit", "checkpoint_sha256", "recipe"})
-
-ORT_ERRORS_ONLY = 3
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-# The default, EXHAUSTIVE, times every algorithm anew for each batch size that turns up.
-CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
+DOMAINS = ("", "ai.onnx")
 
 
 class Model:
-    """A model file in a session that is safe to call from any thread.
+    """A model file in an engine that is safe to call from any thread.
 
     The file keeps contract 1: input `images` uint8 [N, 32, 32, 3] RGB, output `logits` float32
-    [N, classes], and metadata with at least contract, name, version, classes and precision.
+    [N, classes], operators of ONNX's own domain, and metadata with at least contract, name, version,
+    classes and precision.
 
     Attributes:
         metadata: everything the file says of itself, JSON values decoded.
         name, version: identify the model in every answer.
         classes: label of each index.
-        provider: the execution provider that really runs it.
+        provider: the execution provider that really runs it, and `provider_reason` why it is that one.
     """
 
-    def __init__(self, path: Path, provider: Provider, threads: int) -> None:
-        """Load and check the file, then run it once.
+    def __init__(self, path: Path, provider: Provider, threads: int, *, max_batch_size: int = 1) -> None:
+        """Load and check the file, then run it.
+
+        Args:
+            path: the file.
+            provider: of `serving.engine.Engine`, as are `threads`.
+            max_batch_size: images of the largest batch that will be common, which is run once here.
 
         Raises:
             ModelError: the file is missing, is not ONNX or does not keep the contract.
-            ProviderError: `provider` is "cuda" and CUDA cannot be used here.
+            ProviderError: `provider` is a provider's name and it cannot be used here.
         """
         if not path.is_file():
             raise ModelError(
                 f"There is no model file at {path}; set SERVING_MODEL to an ONNX file "
                 "written by `python -m export`."
             )
-        self._session = _session(path, provider, threads)
-        self.provider: str = self._session.get_providers()[0]
-        self.metadata = _metadata(path, self._session)
+        opened = _opened(path)
+        _check_operators(path, opened)
+        self.metadata = _metadata(path, opened)
         self.name: str = self.metadata["name"]
         self.version: str = self.metadata["version"]
         self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
-        _check_signature(path, self._session, len(self.classes))
-        self._warm_up(path)
+        _check_signature(path, opened, len(self.classes))
+        self._engine = Engine(path, provider, threads)
+        self.provider, self.provider_reason = self._engine.provider, self._engine.reason
+        self._check_runs(path)
+        self._engine.warm_up(max_batch_size)
+        logger.info("%s %s on %s: %s", self.name, self.version, self.provider, self.provider_reason)
 
     def logits(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB."""
-        batch = np.ascontiguousarray(images)
-        result: npt.NDArray[np.float32] = self._session.run(["logits"], {"images": batch})[0]
-        return result
+        return self._engine.run(images)
 
-    def _warm_up(self, path: Path) -> None:
+    def _check_runs(self, path: Path) -> None:
         """Two batch sizes, so that a graph whose batch is fixed is found now and not under load."""
-        for count in (1, 2):
+        for count in (2, 1):
             try:
-                shape = self.logits(np.zeros((count, 32, 32, 3), np.uint8)).shape
+                logits = self.logits(np.zeros((count, 32, 32, 3), np.uint8))
             except Exception as error:
                 raise ModelError(f"{path} does not run on a batch of {count}: {error}") from error
-            if shape != (count, len(self.classes)):
+            if logits.shape != (count, len(self.classes)):
                 raise ModelError(
-                    f"{path} gives logits {list(shape)} for {count} images; "
+                    f"{path} gives logits {list(logits.shape)} for {count} images; "
                     f"right would be {[count, len(self.classes)]}."
                 )
+            if not np.isfinite(logits).all():
+                raise ModelError(f"{path} gives logits that are no finite numbers; it is damaged.")
 
 
-def _session(path: Path, provider: Provider, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Threads that spin while they wait would take the cores from the HTTP server.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Patterns are cached for each batch size, and batch sizes vary.
-    options.enable_mem_pattern = False
-    options.log_severity_level = ORT_ERRORS_ONLY
-
-    obstacle = _cuda_obstacle()
-    if provider == "cuda" and obstacle:
-        raise ProviderError(f"{obstacle}; or set SERVING_PROVIDER=cpu.")
-    providers: list[Any] = [CPU]
-    if provider != "cpu" and not obstacle:
-        # The CUDA libraries of the onnxruntime-gpu[cuda,cudnn] extras lie in site-packages.
-        ort.preload_dlls()
-        providers.insert(0, (CUDA, CUDA_OPTIONS))
+def _opened(path: Path) -> ort.InferenceSession:
+    """The file as it is, for reading only: nothing is optimised, so its own operators are listed."""
+    options = session_options()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        session = ort.InferenceSession(path, options, providers=providers)
+        return ort.InferenceSession(path, options, providers=[CPU])
     except Exception as error:
         raise ModelError(f"{path} is not an ONNX model that can be loaded: {error}") from error
-    # onnxruntime falls back to the CPU without an error; asked by name, that is not good enough.
-    if len(providers) > 1 and session.get_providers()[0] != CUDA:
-        reason = "A GPU is here but CUDA does not start; `pip install onnxruntime-gpu[cuda,cudnn]`"
-        if provider == "cuda":
-            raise ProviderError(f"{reason}, or set SERVING_PROVIDER=cpu.")
-        logger.warning("%s to use it. Going on with the CPU.", reason)
-    return session
 
 
-def _cuda_obstacle() -> str | None:
-    """Why CUDA need not be tried, and what would help; asking first keeps the log clean."""
-    if CUDA not in ort.get_available_providers():
-        return (
-            "The installed onnxruntime has no CUDA provider; "
-            "`pip install onnxruntime-gpu[cuda,cudnn]` in its place"
+def _check_operators(path: Path, session: ort.InferenceSession) -> None:
+    nodes = [node for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
+    foreign = sorted({f"{node.domain}:{node.op_type}" for node in nodes if node.domain not in DOMAINS})
+    if foreign:
+        raise ModelError(
+            f"{path} has the operators {', '.join(foreign)}, which only some providers know; "
+            "right would be operators of ONNX's own domain, as `python -m export` writes them."
         )
-    if _gpu_count() == 0:
-        return "CUDA cannot be used: there is no NVIDIA driver with a GPU"
-    return None
-
-
-def _gpu_count() -> int:
-    """GPUs that the driver shows."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
 
 
 def _metadata(path: Path, session: ort.InferenceSession) -> dict[str, Any]:

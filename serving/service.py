@@ -49,6 +49,7 @@ from serving.settings import Settings
 from serving.submission import read_submission
 
 logger = logging.getLogger("serving")
+logger.setLevel(logging.INFO)  # BentoML shows warnings only, of all loggers but its own
 
 try:
     SETTINGS = Settings.from_environment()
@@ -95,8 +96,10 @@ def page(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
 @page
 @answering
 async def get_model(classifier: "Classifier", request: Request) -> JSONResponse:
-    """The model's metadata, and the execution provider that runs it."""
-    return JSONResponse({**classifier.model.metadata, "provider": classifier.model.provider})
+    """The model's metadata, and the execution provider that runs it and why."""
+    model = classifier.model
+    running = {"provider": model.provider, "provider_reason": model.provider_reason}
+    return JSONResponse({**model.metadata, **running})
 
 
 @page
@@ -174,7 +177,12 @@ class Classifier:
     """Classifies images into the classes of CIFAR-10."""
 
     def __init__(self) -> None:
-        self.model = Model(SETTINGS.model, SETTINGS.provider, SETTINGS.threads)
+        self.model = Model(
+            SETTINGS.model,
+            SETTINGS.provider,
+            SETTINGS.threads,
+            max_batch_size=SETTINGS.max_batch_size,
+        )
         pages.state.classifier = self
         self.batcher = Batcher(
             self.model.logits,
@@ -188,7 +196,9 @@ class Classifier:
     def check() -> None:
         """Before any worker starts: an unusable model ends `bentoml serve` with its reason."""
         try:
-            Model(SETTINGS.model, SETTINGS.provider, SETTINGS.threads)
+            # What "auto" means is for the workers to find out, once.
+            provider = "cpu" if SETTINGS.provider == "auto" else SETTINGS.provider
+            Model(SETTINGS.model, provider, SETTINGS.threads)
         except StartError as error:
             raise BentoMLConfigException(str(error)) from None
         # The workers of a Bento start in its folder, not in the one that the path is relative to.

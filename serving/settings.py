@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import loky
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from serving.errors import SettingsError
@@ -14,14 +15,8 @@ PREFIX = "SERVING_"
 # Found beside the package, not in the working directory: a built Bento starts from anywhere.
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "default.onnx"
 
-Provider = Literal["auto", "cpu", "cuda"]
-
-
-def available_cores() -> int:
-    """Cores that this process may use; `taskset` makes them fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+ProviderName = Literal["cpu", "openvino", "cuda", "tensorrt"]
+Provider = Literal["auto", ProviderName]
 
 
 class Settings(BaseModel):
@@ -31,10 +26,13 @@ class Settings(BaseModel):
 
     model: Path = Field(BUNDLED_MODEL, description="The ONNX model file.")
     provider: Provider = Field(
-        "auto", description="auto (CUDA where a GPU is usable, else CPU), cpu or cuda."
+        "auto",
+        description="auto (CUDA where it works, else the faster of OpenVINO and the CPU provider), "
+        "or the name of one.",
     )
     threads: PositiveInt = Field(
-        default_factory=available_cores,
+        # The cores of the CPU affinity (taskset), or of the cgroup's quota (a container's) if fewer.
+        default_factory=loky.cpu_count,
         description="Threads of the engine on the CPU, and threads that decode images.",
     )
     max_batch_size: PositiveInt = Field(64, description="Images the engine takes in one run.")

@@ -54,21 +54,27 @@ def model_file(tmp_path: Path) -> Callable[..., Path]:
         input_type: int = TensorProto.UINT8,
         input_shape: tuple[Any, ...] = ("N", 32, 32, 3),
         outputs: int = 10,
+        operator: tuple[str, str] = ("", "Relu"),
+        scale: float = 1 / 255,
         name: str = "tiny.onnx",
     ) -> Path:
-        weights = np.random.default_rng(0).normal(size=(3072, outputs)).astype(np.float32) / 255
+        weights = np.random.default_rng(0).normal(size=(3072, outputs)).astype(np.float32) * scale
+        domain, kind = operator  # on pixels, which are positive, Relu does nothing
         graph = helper.make_graph(
             [
                 helper.make_node("Cast", [input_name], ["floats"], to=TensorProto.FLOAT),
                 helper.make_node("Flatten", ["floats"], ["rows"]),
-                helper.make_node("MatMul", ["rows", "weights"], ["logits"]),
+                helper.make_node(kind, ["rows"], ["pixels"], domain=domain),
+                helper.make_node("MatMul", ["pixels", "weights"], ["logits"]),
             ],
             "tiny",
             [helper.make_tensor_value_info(input_name, input_type, input_shape)],
             [helper.make_tensor_value_info("logits", TensorProto.FLOAT, (input_shape[0], outputs))],
             [numpy_helper.from_array(weights, "weights")],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        opsets = {"": 17, domain: 17 if domain == "" else 1}
+        imports = [helper.make_opsetid(*item) for item in opsets.items()]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=9)
         helper.set_model_props(model, METADATA if metadata is None else metadata)
         path = tmp_path / name
         onnx.save(model, path)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from serving.providers import obstacle
 from tests.serving.samples import encoded
 from tests.serving.server import ROOT, service_environment, serving
 
@@ -35,6 +36,10 @@ def bento(folder: Path, *arguments: str, **settings: str) -> "subprocess.Complet
         ("SERVING_MODEL", "bentofile.yaml", "bentofile.yaml is not an ONNX model"),
         ("SERVING_MODLE", "a.onnx", "SERVING_MODLE is not a setting"),
         ("SERVING_PROVIDER", "gpu", "SERVING_PROVIDER='gpu'"),
+        pytest.param(
+            *("SERVING_PROVIDER", "cuda", "pip install 'onnxruntime-gpu[cuda,cudnn]'"),
+            marks=pytest.mark.skipif(obstacle("cuda") is None, reason="CUDA may work here"),
+        ),
     ],
 )
 def test_a_service_that_cannot_start_says_why_and_ends(
@@ -62,7 +67,12 @@ def test_a_built_bento_serves_from_another_folder(
         assert len(response.json()["predictions"]) == 5
     own = model_file(name="own.onnx").rename(elsewhere / "own.onnx")
     with serving(tmp_path, "cifar10:latest", cwd=elsewhere, SERVING_MODEL=own.name) as url:
-        assert httpx.get(f"{url}/model").json()["name"] == "tiny"
+        answer = httpx.get(f"{url}/model").json()
+    assert answer["name"] == "tiny"
+    assert (
+        f"tiny {answer['version']} on {answer['provider']}: {answer['provider_reason']}"
+        in (tmp_path / "serve.log").read_text()
+    )
 
 
 def test_a_bento_installs_what_serving_imports() -> None:
@@ -80,5 +90,5 @@ def test_a_bento_installs_what_serving_imports() -> None:
                 imported.add(node.module.split(".")[0])
     foreign = imported - sys.stdlib_module_names - {"serving"}
     assert {"pillow" if name == "PIL" else name for name in foreign} <= named
-    # Not imported: what makes the HTTP server fast.
-    assert named - foreign == {"httptools", "pillow", "uvloop"}
+    # Not imported, but by name: the plug-in; not at all: what makes the HTTP server fast.
+    assert named - foreign == {"httptools", "onnxruntime-ep-openvino", "pillow", "uvloop"}

@@ -40,7 +40,7 @@ def fragile_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     helper.set_model_props(model, METADATA)
     onnx.save(model, folder / "fragile.onnx")
-    with serving(folder, SERVING_MODEL=str(folder / "fragile.onnx")) as address:
+    with serving(folder, SERVING_MODEL=str(folder / "fragile.onnx"), SERVING_PROVIDER="cpu") as address:
         yield address
 
 

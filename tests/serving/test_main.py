@@ -36,7 +36,7 @@ def test_pickle(tmp_path: Path, images: npt.NDArray[np.uint8]) -> Path:
 
 def test_same_bytes_as_the_endpoint(client: httpx.Client, test_pickle: Path, tmp_path: Path) -> None:
     csv = tmp_path / "submission.csv"
-    result = submit(tmp_path, test_pickle, csv)
+    result = submit(tmp_path, test_pickle, csv, SERVING_PROVIDER="cpu")
     assert (result.returncode, result.stdout) == (0, f"1000 labels in {csv}\n")
     assert "1000/1000" in result.stderr
     response = client.post("/submission", files={"file": test_pickle.read_bytes()})

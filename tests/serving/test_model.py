@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from onnx import TensorProto
 
-from serving.errors import ModelError, ProviderError
+from serving.errors import ModelError
 from serving.model import Model
 from serving.settings import BUNDLED_MODEL
 from tests.serving.conftest import CLASSES, METADATA
@@ -48,11 +48,49 @@ def test_missing_file(tmp_path: Path) -> None:
         load(tmp_path / "none.onnx")
 
 
-def test_not_onnx(tmp_path: Path) -> None:
-    path = tmp_path / "text.onnx"
-    path.write_text("hello")
-    with pytest.raises(ModelError, match=r"text\.onnx is not an ONNX model"):
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello", BUNDLED_MODEL.read_bytes()[:1_000_000], bytes(1000)],
+    ids=["empty", "text", "truncated", "zeros"],
+)
+def test_not_onnx(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "some.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"some\.onnx is not an ONNX model that can be loaded"):
         load(path)
+
+
+def test_damaged_bytes_inside(tmp_path: Path) -> None:
+    """The list of nodes comes first; behind it are weights, of which any value may be right."""
+    content = bytearray(BUNDLED_MODEL.read_bytes())
+    content[200:1200] = np.random.default_rng(0).bytes(1000)
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"damaged\.onnx is not an ONNX model that can be loaded"):
+        load(path)
+
+
+def test_damaged_weights_whose_logits_are_no_numbers(model_file: ModelFile) -> None:
+    with pytest.raises(ModelError, match="logits that are no finite numbers"):
+        load(model_file(scale=float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [
+        (("com.microsoft", "QuickGelu"), "has the operators com.microsoft:QuickGelu, which only some"),
+        (
+            ("com.microsoft", "Nothing"),
+            "is not an ONNX model that can be loaded: .*com.microsoft:Nothing",
+        ),
+        (("elsewhere", "Relu"), "is not an ONNX model that can be loaded: .*elsewhere:Relu"),
+    ],
+)
+def test_operators_of_other_domains(
+    model_file: ModelFile, operator: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(model_file(operator=operator))
 
 
 @pytest.mark.parametrize("key", ["contract", "name", "version", "classes", "precision"])
@@ -90,12 +128,3 @@ def test_unusable_metadata(model_file: ModelFile, key: str, value: str, message:
 def test_wrong_graph(model_file: ModelFile, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load(model_file(**changes))
-
-
-def test_a_provider_asked_for_by_name_is_there_or_an_error(model_file: ModelFile) -> None:
-    """On a machine with CUDA it runs there; on any other it says what to do."""
-    if Model(BUNDLED_MODEL, "auto", 1).provider == "CUDAExecutionProvider":
-        assert Model(model_file(), "cuda", 1).provider == "CUDAExecutionProvider"
-    else:
-        with pytest.raises(ProviderError, match="SERVING_PROVIDER=cpu"):
-            Model(model_file(), "cuda", 1)

@@ -136,7 +136,11 @@ def test_submission(client: httpx.Client, model: Model, images: npt.NDArray[np.u
 
 
 def test_model(client: httpx.Client, model: Model) -> None:
-    assert client.get("/model").json() == {**model.metadata, "provider": model.provider}
+    assert client.get("/model").json() == {
+        **model.metadata,
+        "provider": "CPUExecutionProvider",
+        "provider_reason": "asked for by name",
+    }
 
 
 def test_bentomls_own_client(

@@ -13,6 +13,21 @@ def test_defaults_without_variables() -> None:
     assert 1 <= settings.threads <= (os.cpu_count() or 1)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no CPU affinity")
+def test_no_more_threads_than_cores_that_the_process_may_use() -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        assert Settings.from_environment({}).threads == 1
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def test_no_more_threads_than_the_quota_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # counts like a container's quota
+    assert Settings.from_environment({}).threads == 1
+
+
 def test_variables_are_read() -> None:
     settings = Settings.from_environment(
         {"SERVING_MODEL": "a.onnx", "SERVING_MAX_ROWS": "7", "SERVING_ACCESS_LOG": "true"}

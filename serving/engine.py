@@ -1,0 +1,121 @@
+"""The engine: a model file in an inference session, on the provider that was named or is the fastest."""
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from serving.errors import ProviderError
+from serving.providers import CUDA, FULL_NAMES, TENSORRT, obstacle, open_session
+from serving.settings import Provider, ProviderName
+
+logger = logging.getLogger("serving")
+
+TRIAL_BATCH_SIZE = 8  # of the runs that decide which provider is the fastest
+TRIAL_SECONDS = 0.3
+
+
+class Engine:
+    """Runs a model file; safe to call from any thread.
+
+    Attributes:
+        provider: the execution provider that runs it, by ONNX Runtime's name.
+        reason: why it is that one.
+    """
+
+    def __init__(self, path: Path, provider: Provider, threads: int) -> None:
+        """Open a session.
+
+        Args:
+            path: a model file that keeps the contract.
+            provider: by name, or "auto": CUDA where it works, else the faster of OpenVINO and the CPU
+                provider in a few runs of this model.
+            threads: of the providers that use the CPU.
+
+        Raises:
+            ProviderError: a provider that was asked for by name cannot be used here.
+        """
+        if provider == "auto":
+            self._session, self.reason = _best(path, threads)
+        else:
+            self._session, self.reason = open_session(path, provider, threads), "asked for by name"
+        self.provider: str = self._session.get_providers()[0]
+        self._pads = self.provider in (CUDA, TENSORRT)
+
+    def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB in any strides."""
+        batch = np.ascontiguousarray(images)
+        if self._pads:
+            batch = _padded(batch)
+        return _logits(self._session, batch)[: len(images)]
+
+    def warm_up(self, max_batch_size: int) -> None:
+        """Run the batch sizes that will occur, so that no request waits for what a first run prepares.
+
+        On a GPU these are the powers of two, to which batches are padded, the largest first, so that its
+        memory serves the others. On a CPU a new batch size costs little; the largest gets the memory.
+        """
+        largest = _bucket(max_batch_size) if self._pads else max_batch_size
+        sizes = [largest >> shift for shift in range(largest.bit_length())] if self._pads else [largest]
+        for size in sizes:
+            self.run(np.zeros((size, 32, 32, 3), np.uint8))
+
+
+def _bucket(count: int) -> int:
+    """The power of two that `count` images are padded to."""
+    return 1 << (count - 1).bit_length()
+
+
+def _padded(batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """On a GPU each new batch size is prepared anew, for longer than a larger batch takes."""
+    missing = _bucket(len(batch)) - len(batch)
+    return np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
+
+
+def _logits(session: ort.InferenceSession, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    logits: npt.NDArray[np.float32] = session.run(["logits"], {"images": batch})[0]
+    return logits
+
+
+def _best(path: Path, threads: int) -> tuple[ort.InferenceSession, str]:
+    """The session that "auto" means, and why; what does not start is left out with a warning."""
+    if not obstacle("cuda"):
+        try:
+            return open_session(path, "cuda", threads), "a GPU is here and CUDA works"
+        except ProviderError as error:
+            logger.warning("%s Going on without it.", error)
+    sessions: dict[ProviderName, ort.InferenceSession] = {"cpu": open_session(path, "cpu", threads)}
+    lack = obstacle("openvino")
+    if lack:
+        return sessions["cpu"], f"there is no other. {lack}."
+    try:
+        sessions["openvino"] = open_session(path, "openvino", threads)
+    except ProviderError as error:
+        logger.warning("%s Going on without it.", error)
+        return sessions["cpu"], "there is no other that starts"
+    rates = _rates(sessions)
+    fastest = max(rates, key=lambda name: rates[name])
+    measured = ", ".join(f"{FULL_NAMES[name]} {rate:,.0f}" for name, rate in rates.items())
+    return sessions[fastest], (
+        f"the fastest at start, in images/s by batches of {TRIAL_BATCH_SIZE}: {measured}"
+    )
+
+
+def _rates(sessions: Mapping[ProviderName, ort.InferenceSession]) -> dict[ProviderName, float]:
+    """Images per second of each session's fastest run; they take turns, so that a load meets all."""
+    batch = np.zeros((TRIAL_BATCH_SIZE, 32, 32, 3), np.uint8)
+    for session in sessions.values():
+        _logits(session, batch)
+    seconds = dict.fromkeys(sessions, float("inf"))
+    deadline = time.perf_counter() + TRIAL_SECONDS
+    while True:
+        for name, session in sessions.items():
+            began = time.perf_counter()
+            _logits(session, batch)
+            seconds[name] = min(seconds[name], time.perf_counter() - began)
+        if time.perf_counter() >= deadline:
+            return {name: TRIAL_BATCH_SIZE / fastest for name, fastest in seconds.items()}

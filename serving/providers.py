@@ -1,0 +1,154 @@
+"""Execution providers: which of them can run here, what the others lack, and a session with each.
+
+OpenVINO's is a plug-in: a library of the package onnxruntime-ep-openvino, which the installed
+onnxruntime loads. CUDA's and TensorRT's are in onnxruntime-gpu, their libraries in packages of NVIDIA's.
+"""
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from serving.errors import ProviderError
+from serving.settings import ProviderName
+
+CPU = "CPUExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+FULL_NAMES: dict[ProviderName, str] = {
+    "cpu": CPU,
+    "openvino": OPENVINO,
+    "cuda": CUDA,
+    "tensorrt": TENSORRT,
+}
+
+COMMANDS: dict[ProviderName, str] = {
+    "openvino": "pip install onnxruntime-ep-openvino",
+    "cuda": "pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    "tensorrt": "pip install 'onnxruntime-gpu[cuda,cudnn]' 'tensorrt-cu13<11'",
+}
+
+CUDA_OPTIONS = {
+    # The default, EXHAUSTIVE, times every algorithm anew for each batch size that turns up.
+    "cudnn_conv_algo_search": "HEURISTIC",
+    # The default doubles what the arena has each time that it is too small.
+    "arena_extend_strategy": "kSameAsRequested",
+}
+
+ORT_ERRORS_ONLY = 3
+
+
+def session_options() -> ort.SessionOptions:
+    """Options without ONNX Runtime's warnings; without a GPU its search for one would be such."""
+    options = ort.SessionOptions()
+    options.log_severity_level = ORT_ERRORS_ONLY
+    return options
+
+
+def open_session(path: Path, provider: ProviderName, threads: int) -> ort.InferenceSession:
+    """A session that runs a model file on a provider, with `threads` threads where that is a CPU.
+
+    Raises:
+        ProviderError: the provider cannot be used here; the message has the command that helps.
+    """
+    lack = obstacle(provider)
+    if lack:
+        raise ProviderError(f"{lack}; or set SERVING_PROVIDER=cpu.")
+    options = session_options()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Threads that spin while they wait would take the cores from the HTTP server.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Patterns are cached for each batch size, and batch sizes vary.
+    options.enable_mem_pattern = False
+    try:
+        chain = _chain(options, provider, threads)
+        session = ort.InferenceSession(path, options, providers=chain)
+    except Exception as error:
+        raise ProviderError(
+            f"{FULL_NAMES[provider]} does not start with {path} ({error}); set SERVING_PROVIDER=cpu."
+        ) from error
+    # onnxruntime falls back to the CPU without an error.
+    if session.get_providers()[0] != FULL_NAMES[provider]:
+        raise ProviderError(
+            f"{FULL_NAMES[provider]} does not start, though a GPU is here; "
+            f"`{COMMANDS[provider]}`, or set SERVING_PROVIDER=cpu."
+        )
+    return session
+
+
+def obstacle(provider: ProviderName) -> str | None:
+    """Why a provider need not be tried, and the command that helps; asking first keeps the log clean."""
+    match provider:
+        case "openvino":
+            if importlib.util.find_spec("onnxruntime_ep_openvino") is None:
+                return (
+                    "The OpenVINO plug-in is not installed; "
+                    f"`{COMMANDS[provider]}` (there is a wheel for x86-64 Linux and Windows)"
+                )
+        case "cuda" | "tensorrt":
+            if FULL_NAMES[provider] not in ort.get_available_providers():
+                return (
+                    f"The installed onnxruntime has no {FULL_NAMES[provider]}; "
+                    f"`{COMMANDS[provider]}` in its place"
+                )
+            if _gpu_count() == 0:
+                return (
+                    f"{FULL_NAMES[provider]} cannot be used: there is no NVIDIA driver with a GPU "
+                    f"(where there is one, `{COMMANDS[provider]}`)"
+                )
+    return None
+
+
+def _chain(options: ort.SessionOptions, provider: ProviderName, threads: int) -> list[Any] | None:
+    """The providers in the order in which nodes are offered; None where the options have them."""
+    match provider:
+        case "openvino":
+            options.add_provider_for_devices([_openvino_cpu()], _openvino_options(threads))
+            return None
+        case "cuda" | "tensorrt":
+            # The libraries of NVIDIA's packages lie in site-packages, where no loader looks.
+            ort.preload_dlls()
+            if provider == "tensorrt" and importlib.util.find_spec("tensorrt_libs"):
+                importlib.import_module("tensorrt_libs")
+            gpu: list[Any] = [TENSORRT] if provider == "tensorrt" else []
+            return [*gpu, (CUDA, CUDA_OPTIONS), CPU]
+    return [CPU]
+
+
+@functools.cache
+def _openvino_cpu() -> ort.OrtEpDevice:
+    """OpenVINO's CPU device; loads the plug-in."""
+    plugin = importlib.import_module("onnxruntime_ep_openvino")
+    ort.register_execution_provider_library(OPENVINO, plugin.get_library_path())
+    for device in ort.get_ep_devices():
+        if device.ep_name == OPENVINO and device.ep_metadata.get("ov_device") == "CPU":
+            return device
+    raise ProviderError("The OpenVINO plug-in finds no processor that it can use")
+
+
+def _openvino_options(threads: int) -> dict[str, str]:
+    properties = {
+        "INFERENCE_NUM_THREADS": str(threads),
+        # Threads that are bound to cores meet those of other workers on the same ones.
+        "ENABLE_CPU_PINNING": "NO",
+    }
+    return {"load_config": json.dumps({"CPU": properties})}
+
+
+def _gpu_count() -> int:
+    """GPUs that the driver shows."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
