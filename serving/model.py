@@ -50,7 +50,7 @@ class Model:
         if not path.is_file():
             raise ModelError(
                 f"There is no model file at {path}; set SERVING_MODEL to an ONNX file "
-                "written by `python -m export`."
+                "written by `python -m export write`."
             )
         self._session = _session(path, provider, threads)
         self.provider: str = self._session.get_providers()[0]
@@ -142,7 +142,7 @@ def _metadata(path: Path, session: ort.InferenceSession) -> dict[str, Any]:
     if missing:
         raise ModelError(
             f"{path} lacks the metadata {', '.join(missing)}; a model file of contract {CONTRACT} "
-            f"has {', '.join(REQUIRED)}, as `python -m export` writes them."
+            f"has {', '.join(REQUIRED)}, as `python -m export write` writes them."
         )
     if raw["contract"] != CONTRACT:
         raise ModelError(
