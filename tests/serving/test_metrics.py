@@ -31,7 +31,7 @@ def read(client: httpx.Client) -> Samples:
     }
 
 
-def value(samples: Samples, name: str, **labels: str) -> float:
+def value(samples: Samples, name: str, /, **labels: str) -> float:
     return samples.get((name, frozenset(labels.items())), 0.0)
 
 
@@ -45,7 +45,7 @@ def test_requests_images_and_runs_are_counted(
     client.post("/submission", files={"file": ("a.pkl", pickled({"data": images[:200]}))})
     after = read(client)
 
-    def more(name: str, **labels: str) -> float:
+    def more(name: str, /, **labels: str) -> float:
         return value(after, name, **labels) - value(before, name, **labels)
 
     assert more("cifar10_requests_total", route="/classify", status="200") == 5
