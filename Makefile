@@ -4,6 +4,7 @@ PORT ?= 3000
 RECIPE ?= fast
 RUN ?= runs/$(RECIPE)-seed0
 OUT ?= models/default.onnx
+PRECISION ?= fp32
 GPU ?= 0
 
 .DEFAULT_GOAL := help
@@ -26,8 +27,8 @@ lint: .venv/.dev  ## run ruff and the type checker
 train: .venv/.train  ## train a recipe (RECIPE=fast), which adds its row to training/results.csv
 	.venv/bin/python -m training run $(RECIPE)
 
-export: .venv/.export  ## turn a run's checkpoint into a model file (RUN=runs/fast-seed0 OUT=models/default.onnx)
-	.venv/bin/python -m export $(RUN)/checkpoint.pt $(OUT)
+export: .venv/.export  ## turn a run's checkpoint into a model file (RUN=runs/fast-seed0 OUT=models/default.onnx PRECISION=fp32)
+	.venv/bin/python -m export write $(RUN)/checkpoint.pt $(OUT) --precision $(PRECISION)
 
 bench: .venv/.train  ## measure the training job's pace on this machine, into benchmarks/training.json
 	.venv/bin/python -m benchmarks.training

@@ -1,81 +1,201 @@
-"""Command line: ``python -m export CHECKPOINT OUT.onnx``."""
+"""Command line: ``python -m export write CHECKPOINT... OUT.onnx`` and ``verify FILE.onnx``."""
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import onnx
 from rich.console import Console
 from rich.table import Table
 
-from export import graph, metadata, parity
-from training import checkpoint as checkpoints
+from export import graph, parity, reliability
+from export.graph import GraphError
+from export.parity import ELSEWHERE, LIMITS, Finding, ParityError, percent
+from export.provider import ProviderError
+from export.temperature import TemperatureError
+from export.verify import verify
+from export.write import PRECISIONS, Written, write
 from training.checkpoint import CheckpointError
 from training.data import DataError
-from training.evaluate import Classifier
+from training.learner import TrainingError
+from training.range_test import file_format
 from training.recipe import RecipeError
 
+ALL = "all"
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 1 where no file was written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m export",
-        description="Turn a checkpoint into a model file (ONNX) that holds all that serving needs, "
-        "and check on real test images that it computes what PyTorch computes.",
-        epilog="The images are those of the CIFAR-10 test set where it is present (CIFAR10_ROOT or "
-        "the cache folder of the training job), else the 1,000 of the bundled sample.",
-    )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's checkpoint.pt")
-    parser.add_argument("out", type=Path, metavar="OUT.onnx", help="the model file to write")
-    options = parser.parse_args(arguments)
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 1 where a file is not written or not good."""
+    options = _parser().parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     try:
-        report = export(options.checkpoint, options.out)
-    except (CheckpointError, RecipeError, DataError, parity.ParityError, OSError) as error:
+        if options.command == "write":
+            _write(options, console)
+        else:
+            _verify(options, console)
+    except (
+        *(CheckpointError, RecipeError, DataError, TemperatureError, TrainingError),
+        *(GraphError, ParityError, ProviderError, OSError),
+    ) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
         return 1
-    console.print(_table(report))
-    console.print(f"wrote {options.out} ({options.out.stat().st_size:,} bytes)", markup=False)
     return 0
 
 
-def export(checkpoint_file: Path, out: Path) -> parity.Parity:
-    """Write the model file of a checkpoint, beside ``out`` first and renamed when it has passed.
-
-    Raises:
-        CheckpointError, RecipeError: a checkpoint that cannot be used.
-        DataError: a data set that is present but damaged.
-        ParityError: the file does not compute what PyTorch does; nothing is left behind.
-    """
-    state = checkpoints.load(checkpoint_file)
-    classifier = Classifier(state.network(), state.parsed_recipe())
-    model = graph.build(classifier)
-    images, source = parity.test_images()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + ".new")
-    try:
-        onnx.save(model, beside)
-        report = parity.compare(beside, classifier, images, source)
-        report.check()
-        metadata.write(model, state, checkpoint_file, report)
-        onnx.save(model, beside)
-        beside.replace(out)
-    finally:
-        beside.unlink(missing_ok=True)
-    return report
-
-
-def _table(report: parity.Parity) -> Table:
-    table = Table("parity with PyTorch", "measured", "limit")
-    table.add_row("test images", f"{report.images} ({report.source})", "at least 1000")
-    table.add_row(
-        "scaled difference of logits",
-        f"{report.max_scaled_difference:.2e}",
-        f"{parity.MAX_SCALED_DIFFERENCE:.0e}",
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export",
+        description="Model files (ONNX) that hold all that serving needs.",
+        epilog="Real test images decide: those of the CIFAR-10 test set where it is present "
+        "(CIFAR10_ROOT or the cache folder of the training job), else the 1,000 of the bundled sample.",
     )
-    table.add_row("top-1 agreement", f"{100 * report.top1_agreement:.2f} %", "100 %")
-    table.add_row("accuracy of the model file", f"{100 * report.accuracy:.2f} %", "")
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser(
+        "write",
+        help="turn checkpoints into model files",
+        description="Turn a checkpoint, or an ensemble of several (their probabilities are averaged), "
+        "into a model file, written only if it computes on the test images what it should.",
+    )
+    write.add_argument(
+        "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="a run's checkpoint.pt"
+    )
+    write.add_argument("out", type=Path, metavar="OUT.onnx", help="the model file to write")
+    write.add_argument(
+        "--precision",
+        choices=[*PRECISIONS, ALL],
+        default="fp32",
+        help="fp16 is for CUDA, int8 for CPUs; all writes OUT.onnx in fp32, OUT.fp16.onnx and "
+        "OUT.int8.onnx, or none of them (default: fp32)",
+    )
+    write.add_argument(
+        "--tta",
+        choices=["none", "flip"],
+        help="flip: the logits of an image and its mirror image are averaged (default: as the recipe's "
+        "views say)",
+    )
+    write.add_argument(
+        "--temperature-from",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="CHECKPOINT",
+        help="for runs that held no images out: trials of the same recipes with data.validation above "
+        "0, on whose held-out images the temperature is fitted",
+    )
+    write.add_argument(
+        "--plot", type=Path, metavar="FILE", help="a plot of the probabilities' reliability (.png, .svg)"
+    )
+    check = commands.add_parser(
+        "verify",
+        help="check a model file and say what it is",
+        description="Say what a model file is, and check that it keeps the contract and computes here, "
+        "by every provider, what it says.",
+    )
+    check.add_argument("file", type=Path, metavar="FILE.onnx", help="a model file of ours")
+    check.add_argument(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="CHECKPOINT",
+        help="those that it was made from, to compare it with PyTorch",
+    )
+    return parser
+
+
+def _write(options: argparse.Namespace, console: Console) -> None:
+    if options.plot is not None:
+        file_format(options.plot)
+    with console.status("writing, and running the test images"):
+        files = _files(options.out, options.precision)
+        written = write(options.checkpoints, files, options.tta, options.temperature_from)
+    for file in written:
+        console.print(_report(file))
+        console.print(f"wrote {file.path} ({file.path.stat().st_size:,} bytes)", markup=False)
+    fitted = written[0].temperature
+    console.print(f"temperature {fitted.value:g}: {fitted.origin}", markup=False)
+    if options.plot is not None:
+        before, after = written[0].reliability
+        curves = {"test images": after}
+        if fitted.val_images:
+            curves = {"temperature 1": before, f"temperature {fitted.value:g}": after}
+        reliability.plot(curves, f"{written[0].path.name} on the test images", options.plot)
+        console.print(f"wrote {options.plot}", markup=False)
+
+
+def _files(out: Path, precision: str) -> dict[str, Path]:
+    if precision != ALL:
+        return {precision: out}
+    return {"fp32": out} | {
+        shorter: out.with_name(f"{out.stem}.{shorter}{out.suffix}") for shorter in PRECISIONS[1:]
+    }
+
+
+def _report(file: Written) -> Table:
+    table = Table(file.precision, "measured", "limit")
+    here = file.parity[0]
+    table.add_row("test images", f"{here.images} ({here.source})", "")
+    table.add_row("accuracy", percent(here.accuracy), "")
+    for report in file.parity:
+        limits = LIMITS if report is here else ELSEWHERE
+        _add_parity(table, report, report.findings(limits[file.precision]))
+    before, after = file.reliability
+    table.add_row("expected calibration error", percent(after.error), "")
+    if file.temperature.val_images:
+        table.add_row("without the temperature", percent(before.error), "")
     return table
+
+
+def _verify(options: argparse.Namespace, console: Console) -> None:
+    with console.status("running the test images"):
+        found = verify(options.file, options.checkpoint)
+    console.print(_description(options.file, found.metadata))
+    table = Table("check", "measured", "limit")
+    accuracy = found.accuracy
+    table.add_row(accuracy.what, accuracy.measured, accuracy.limit)
+    for report, findings in found.parity:
+        _add_parity(table, report, findings)
+    table.add_row("expected calibration error", percent(found.ece), "")
+    console.print(table)
+    found.check()
+    console.print(f"{options.file} is good", markup=False)
+
+
+def _description(path: Path, values: dict[str, str]) -> Table:
+    table = Table(str(path), values["name"])
+    table.add_row("version", values["version"])
+    table.add_row("precision", values["precision"])
+    for key in ("parameters", "views", "seed", "commit", "checkpoint_sha256"):
+        if key in values:
+            table.add_row(key, values[key])
+    for member in json.loads(values.get("members", "[]")):
+        text = f"{member['name']} seed {member['seed']}, views {member['views']}"
+        table.add_row("member", f"{text}, checkpoint {member['checkpoint_sha256'][:12]}")
+    if "calibration" in values:
+        calibration = json.loads(values["calibration"])
+        table.add_row("temperature", f"{calibration['value']:g}: {calibration['origin']}")
+        if calibration["val_images"]:
+            table.add_row("calibration error on val", _change(calibration, "val"))
+        table.add_row("calibration error on test", _change(calibration, "test"))
+    made = json.loads(values["parity"])
+    table.add_row("accuracy when made", f"{percent(made['accuracy'])} of {made['images']} test images")
+    table.add_row("graph", f"opset {graph.OPSET}, IR {graph.IR_VERSION}, {path.stat().st_size:,} bytes")
+    return table
+
+
+def _change(calibration: dict[str, float], images: str) -> str:
+    before, after = (calibration[f"{images}_ece_{when}"] for when in ("before", "after"))
+    return percent(after) if before == after else f"{percent(before)} before, {percent(after)} after"
+
+
+def _add_parity(table: Table, report: parity.Parity, findings: list[Finding]) -> None:
+    table.add_section()
+    sides = (side.removesuffix("ExecutionProvider") for side in (report.provider, report.reference))
+    table.add_row(" against ".join(sides))
+    for finding in findings:
+        table.add_row(f"  {finding.what}", finding.measured, finding.limit)
+    table.add_section()
 
 
 if __name__ == "__main__":

@@ -1,28 +1,40 @@
-"""The model file's graph: uint8 NHWC images in, logits out, normalisation and views inside."""
+"""The model file's graph: uint8 NHWC images in, logits out, all else inside."""
 
+import ast
 import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 
 import onnx
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx.checker import ValidationError
+from onnx.shape_inference import InferenceError
+from torch import nn
 
-from training.evaluate import Classifier
-
-OPSET = 20
+OPSET, IR_VERSION = 20, 10
 INPUT, OUTPUT = "images", "logits"
+SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes a node's modules
 
 
-def build(classifier: Classifier) -> ModelProto:
-    """The ONNX graph of a classifier on the CPU, checked by onnx's checker.
+class GraphError(RuntimeError):
+    """A graph that is not as every model file's; the message says what is wrong and what is right."""
 
-    Input ``images``: uint8 [N, 32, 32, 3]; output ``logits``: float32 [N, 10]; N is dynamic.
+
+def build(classifier: nn.Module) -> ModelProto:
+    """The ONNX graph of a classifier on the CPU, in the classifier's own precision.
+
+    A node has its module's name and its operator's (``members.0.model.stem/Conv``), and so has its
+    output.
+
+    Raises:
+        GraphError: the exporter gave something else than ``check`` wants.
     """
     example = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    with _quiet():
+    with quiet("torch.onnx"):
         program = torch.onnx.export(
             classifier.eval(),
             (example,),
@@ -35,26 +47,105 @@ def build(classifier: Classifier) -> ModelProto:
         )
     if program is None:
         raise RuntimeError("the exporter returned no program")
-    graph = program.model_proto
-    graph.graph.name = "classifier"
-    for part in (*graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+    model = program.model_proto
+    model.graph.name = "classifier"
+    _name(model)
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer):
         part.ClearField("metadata_props")  # the exporter's notes on our source code
         part.ClearField("doc_string")
-    batch = graph.graph.input[0].type.tensor_type.shape.dim[0]
-    if not batch.dim_param:
-        raise RuntimeError(f"the exporter fixed the batch to {batch.dim_value} images")
-    onnx.checker.check_model(graph, full_check=True)
-    return graph
+    check(model)
+    return model
+
+
+def check(model: ModelProto) -> None:
+    """Whether a graph keeps the contract and is plain ONNX: one file, no extensions, known shapes.
+
+    Input ``images``: uint8 [N, 32, 32, 3]; output ``logits``: float32 [N, 10]; N is dynamic.
+
+    Raises:
+        GraphError: it is not so.
+    """
+    opsets = [(entry.domain, entry.version) for entry in model.opset_import]
+    wanted = {
+        "IR version": (model.ir_version, IR_VERSION),
+        "operator sets": (opsets, [("", OPSET)]),
+        "inputs": (_signature(model.graph.input), [(INPUT, "UINT8", ["dynamic", 32, 32, 3])]),
+        "outputs": (_signature(model.graph.output), [(OUTPUT, "FLOAT", ["dynamic", 10])]),
+    }
+    for what, (found, right) in wanted.items():
+        if found != right:
+            raise GraphError(f"{what}: {found}; right would be {right}")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise GraphError(f"the values of {tensor.name} are in another file; right would be this one")
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except (ValidationError, InferenceError) as error:
+        raise GraphError(f"not valid ONNX: {error}") from error
+    shaped = {value.name for value in inferred.graph.value_info if _has_shape(value)} | {OUTPUT}
+    for node in model.graph.node:
+        if not shaped.issuperset(node.output):
+            raise GraphError(f"the shape of what {node.name} ({node.op_type}) gives cannot be inferred")
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter, which prints its progress and warns of its own internals."""
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+def quiet(logger: str | None = None) -> Iterator[None]:
+    """Silence tools that print their progress and warn of their own internals; no name: the root."""
+    level = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+        logging.getLogger(logger).setLevel(level)
+
+
+def _signature(values: "list[ValueInfoProto]") -> list[tuple[str, str, list[object]]]:
+    return [
+        (
+            value.name,
+            TensorProto.DataType.Name(value.type.tensor_type.elem_type),
+            [
+                "dynamic" if size.dim_param else size.dim_value
+                for size in value.type.tensor_type.shape.dim
+            ],
+        )
+        for value in values
+    ]
+
+
+def _has_shape(value: ValueInfoProto) -> bool:
+    return bool(value.type.tensor_type.HasField("shape"))
+
+
+def _name(model: ModelProto) -> None:
+    """Name nodes, what they give, and constants by module and operator, not by the exporter's count."""
+    counts: Counter[str] = Counter()
+    names: dict[str, str] = {}
+
+    def unique(name: str) -> str:
+        counts[name] += 1
+        return name if counts[name] == 1 else f"{name}_{counts[name]}"
+
+    constants = {tensor.name for tensor in model.graph.initializer if "." not in tensor.name}
+    for node in model.graph.node:
+        node.name = unique(f"{_module(node)}/{node.op_type}".removeprefix("/"))
+        for place, value in enumerate(node.input):
+            if value in constants:
+                names.setdefault(value, f"{node.name}.{place}")
+        for value in node.output:
+            names[value] = OUTPUT if value == OUTPUT else node.name
+    for node in model.graph.node:
+        node.input[:] = [names.get(value, value) for value in node.input]
+        node.output[:] = [names[value] for value in node.output]
+    for part in (*model.graph.initializer, *model.graph.value_info):
+        part.name = names.get(part.name, part.name)
+
+
+def _module(node: NodeProto) -> str:
+    """The innermost module that a node is of: the exporter lists all, and then the operation."""
+    (scopes,) = [entry.value for entry in node.metadata_props if entry.key == SCOPES] or ["[]"]
+    modules = [scope for scope in ast.literal_eval(scopes)[:-1] if not scope.startswith("_")]
+    return str(modules[-1]) if modules else ""

@@ -2,45 +2,96 @@
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict
 
 import onnx
 from onnx import ModelProto
 
-from export.graph import OPSET
-from export.parity import Parity
-from training.checkpoint import Checkpoint
-from training.model import parameter_count
+from export import reliability
+from export.graph import OPSET, GraphError
+from export.member import Member
+from export.parity import LIMITS, Parity
+from export.reliability import Bins
+from export.temperature import Temperature
+from training.model import CLASSES, parameter_count
 
 CONTRACT = "1"
+REQUIRED = ("contract", "name", "version", "classes", "precision", "parity")
 
 
-def write(graph: ModelProto, checkpoint: Checkpoint, path: Path, parity: Parity) -> None:
-    """Set the graph's metadata: texts, numbers as decimals, lists and objects as JSON.
+def write(
+    model: ModelProto,
+    members: Sequence[Member],
+    precision: str,
+    temperature: Temperature,
+    parity: Parity,
+    providers: Sequence[Parity],
+    sample_accuracy: float,
+    test_reliability: tuple[Bins, Bins],
+) -> None:
+    """Set a model file's metadata: texts, numbers as decimals, lists and objects as JSON.
 
     Args:
-        graph: changed in place; metadata that it has is replaced.
-        checkpoint: that the graph was made from; ``path`` is its file.
-        parity: the result of the comparison with PyTorch.
+        model: changed in place; metadata that it has is replaced.
+        members: what it was made from. Of one, the facts are keys of the file; of several, they are
+            objects in the list ``members``.
+        precision: fp32, fp16 or int8.
+        temperature: that is folded into the graph.
+        parity: the result of the comparison with PyTorch, or with the fp32 file.
+        providers: those of this machine's other providers with the CPU.
+        sample_accuracy: on the test images of the bundled sample.
+        test_reliability: on the test images, without and with the temperature.
     """
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    recipe = checkpoint.parsed_recipe()
-    values = {
+    digests = [member.digest for member in members]
+    several = hashlib.sha256("".join(digests).encode()).hexdigest()
+    before, after = test_reliability
+    values: dict[str, object] = {
         "contract": CONTRACT,
-        "name": checkpoint.recipe_name,
-        "version": digest[:12],
-        "classes": json.dumps(checkpoint.classes),
-        "recipe": recipe.to_toml(),
-        "seed": str(checkpoint.run["seed"]),
-        "parameters": str(parameter_count(checkpoint.network())),
-        "views": recipe.views,
-        "precision": "fp32",
-        "opset": str(OPSET),
-        "commit": checkpoint.run["commit"],
-        "checkpoint_sha256": digest,
+        "name": "+".join(member.checkpoint.recipe_name for member in members),
+        "version": (digests[0] if len(digests) == 1 else several)[:12],
+        "classes": list(CLASSES),
+        "precision": precision,
+        "opset": OPSET,
+        "parameters": sum(parameter_count(member.checkpoint.network()) for member in members),
     }
-    if checkpoint.result is not None:
-        values["test_accuracy"] = str(checkpoint.result["accuracy"])
-        values["test_images"] = str(checkpoint.result["test_images"])
-    values["parity"] = parity.to_json()
-    onnx.helper.set_model_props(graph, values)
+    if len(members) == 1:
+        values |= members[0].facts()
+    else:
+        values["members"] = [member.facts() for member in members]
+    values["temperature"] = temperature.value
+    values["calibration"] = asdict(temperature) | {
+        "bins": reliability.BINS,
+        "test_images": parity.images,
+        "test_ece_before": before.error,
+        "test_ece_after": after.error,
+    }
+    values["parity"] = asdict(parity)
+    values["providers"] = [asdict(other) for other in providers]
+    values["sample_accuracy"] = sample_accuracy
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
+    onnx.helper.set_model_props(model, texts)
+
+
+def read(model: ModelProto) -> dict[str, str]:
+    """A model file's metadata.
+
+    Raises:
+        GraphError: it is not of a file of ours: a key is missing, or its value is unknown.
+    """
+    values = {entry.key: entry.value for entry in model.metadata_props}
+    missing = [key for key in REQUIRED if not values.get(key)]
+    if missing:
+        raise GraphError(
+            f"the metadata lacks {', '.join(missing)}; right would be {', '.join(REQUIRED)}, as "
+            f"`python -m export write` sets them"
+        )
+    for key, known in {"contract": [CONTRACT], "precision": [*LIMITS]}.items():
+        if values[key] not in known:
+            raise GraphError(f"{key} {values[key]!r} in the metadata; known are {', '.join(known)}")
+    try:
+        for key in values.keys() & {"classes", "parity", "calibration", "members"}:
+            json.loads(values[key])
+    except ValueError as error:
+        raise GraphError(f"{key} in the metadata is not JSON: {error}") from error
+    return values

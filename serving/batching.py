@@ -8,6 +8,7 @@ fills its batches, with no delay to tune.
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ Logits = npt.NDArray[np.float32]
 class _Job:
     images: Images
     logits: asyncio.Future[Logits]
+    queued: float
 
 
 class Batcher:
@@ -36,17 +38,24 @@ class Batcher:
     """
 
     def __init__(
-        self, run: Callable[[Images], Logits], *, max_batch_size: int, max_waiting: int
+        self,
+        run: Callable[[Images], Logits],
+        *,
+        max_batch_size: int,
+        max_waiting: int,
+        waited: Callable[[float], None],
     ) -> None:
         """
         Args:
             run: uint8 [N, 32, 32, 3] to float32 [N, classes]; called in one thread.
             max_batch_size: images in one call of `run`.
             max_waiting: requests under way, single or bulk, before new ones are refused.
+            waited: told, when its run begins, for how many seconds each image or chunk has waited.
         """
         self._run = run
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
+        self._waited = waited
         self._waiting = 0
         self._singles: deque[_Job] = deque()
         self._chunks: deque[_Job] = deque()
@@ -66,12 +75,10 @@ class Batcher:
                 await self._turns
         self._engine.shutdown()
 
-    def check_room(self) -> None:
-        """Raise OverloadedError where a further request would be refused."""
-        if self._waiting >= self._max_waiting:
-            raise OverloadedError(
-                f"{self._waiting} requests wait already, which is the limit; try again shortly."
-            )
+    @property
+    def full(self) -> bool:
+        """Whether a further request would be refused."""
+        return self._waiting >= self._max_waiting
 
     async def one(self, image: Images) -> Logits:
         """Logits float32 [classes] of one image uint8 [32, 32, 3].
@@ -96,7 +103,10 @@ class Batcher:
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
-        self.check_room()
+        if self.full:
+            raise OverloadedError(
+                f"{self._waiting} requests wait already, which is the limit; try again shortly."
+            )
         self._waiting += 1
         try:
             yield
@@ -104,7 +114,7 @@ class Batcher:
             self._waiting -= 1
 
     async def _result(self, queue: deque[_Job], images: Images) -> Logits:
-        job = _Job(images, asyncio.get_running_loop().create_future())
+        job = _Job(images, asyncio.get_running_loop().create_future(), time.perf_counter())
         queue.append(job)
         self._work.set()
         return await job.logits
@@ -131,7 +141,9 @@ class Batcher:
         """One run; its failure is the failure of these jobs only."""
         if not jobs:
             return
-        loop = asyncio.get_running_loop()
+        loop, now = asyncio.get_running_loop(), time.perf_counter()
+        for job in jobs:
+            self._waited(now - job.queued)
         try:
             batch = jobs[0].images if len(jobs) == 1 else np.concatenate([j.images for j in jobs])
             logits = await loop.run_in_executor(self._engine, self._run, batch)

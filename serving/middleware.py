@@ -1,10 +1,11 @@
-"""Around every request: the limit of its body, and one shape for every error.
+"""Around every request: its figures, the limit of its body, and one shape for every error.
 
-Both are plain ASGI and raise nothing before the answer starts: BentoML would let such a request
+All are plain ASGI and raise nothing before the answer starts: BentoML would let such a request
 hang until its timeout.
 """
 
 import logging
+import time
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
@@ -16,6 +17,38 @@ from serving.inference_protocol import PREFIX
 from serving.responses import ErrorBody, ErrorDetail, error_body, error_response
 
 logger = logging.getLogger("serving")
+
+
+GONE = "499"  # as nginx has it: the client left before the answer
+
+
+class Measured:
+    """Counts and times every request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        from serving import metrics  # in a worker only, as it says
+
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), GONE
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            route = self.metrics.route(scope["path"])
+            self.metrics.requests.labels(route, status).inc()
+            self.metrics.request_seconds.labels(route).observe(time.perf_counter() - began)
 
 
 class BodyLimit:

@@ -52,7 +52,7 @@ class Model:
         if not path.is_file():
             raise ModelError(
                 f"There is no model file at {path}; set SERVING_MODEL to an ONNX file "
-                "written by `python -m export`."
+                "written by `python -m export write`."
             )
         opened = _opened(path)
         _check_operators(path, opened)
@@ -115,7 +115,7 @@ def _metadata(path: Path, session: ort.InferenceSession) -> dict[str, Any]:
     if missing:
         raise ModelError(
             f"{path} lacks the metadata {', '.join(missing)}; a model file of contract {CONTRACT} "
-            f"has {', '.join(REQUIRED)}, as `python -m export` writes them."
+            f"has {', '.join(REQUIRED)}, as `python -m export write` writes them."
         )
     if raw["contract"] != CONTRACT:
         raise ModelError(

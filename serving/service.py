@@ -7,6 +7,7 @@ import asyncio
 import functools
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, TypeVarTuple
@@ -25,6 +26,7 @@ from serving.batching import Batcher
 from serving.errors import (
     ImageError,
     InternalError,
+    OverloadedError,
     RequestError,
     RequestTimeoutError,
     SettingsError,
@@ -32,7 +34,7 @@ from serving.errors import (
     TooLargeError,
 )
 from serving.images import decode
-from serving.middleware import BodyLimit, ErrorShape
+from serving.middleware import BodyLimit, ErrorShape, Measured
 from serving.model import Model
 from serving.openapi import openapi_document
 from serving.predictions import top_predictions
@@ -70,6 +72,8 @@ def answering(endpoint: Endpoint) -> Endpoint:
             async with asyncio.timeout(SETTINGS.request_timeout):
                 return await endpoint(self, request)
         except RequestError as error:
+            if isinstance(error, OverloadedError):
+                self.metrics.shed.inc()
             return error_response(error)
         except TimeoutError:
             return error_response(
@@ -111,6 +115,14 @@ async def get_openapi(classifier: "Classifier", request: Request) -> JSONRespons
 
 @page
 @answering
+async def get_metrics(classifier: "Classifier", request: Request) -> Response:
+    """For Prometheus."""
+    figures = await classifier.in_reader(classifier.metrics.exposition)
+    return Response(figures, media_type=classifier.metrics.CONTENT_TYPE_LATEST)
+
+
+@page
+@answering
 async def get_v2(classifier: "Classifier", request: Request) -> JSONResponse:
     """What the server can do, by the Open Inference Protocol."""
     return JSONResponse(inference_protocol.server_metadata(classifier.model))
@@ -129,7 +141,8 @@ async def get_v2_ready(classifier: "Classifier", request: Request) -> JSONRespon
     """Whether requests are taken: of the server, or of a model by its name."""
     if "name" in request.path_params:
         inference_protocol.check_named(classifier.model, request.path_params)
-    classifier.batcher.check_room()
+    if classifier.batcher.full:
+        return error_response(OverloadedError("As many requests wait as may; try again shortly."))
     return JSONResponse({"ready": True})
 
 
@@ -154,6 +167,7 @@ pages = Starlette(
     routes=[
         Route("/model", get_model),
         Route("/docs.json", get_openapi),
+        Route("/metrics", get_metrics),
         Route("/v2", get_v2),
         Route("/v2/health/live", get_v2_live),
         Route("/v2/health/ready", get_v2_ready),
@@ -172,22 +186,28 @@ for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
     # A little later than our own limit, which answers in our shape.
     traffic={"timeout": SETTINGS.request_timeout + 5},
     logging={"access": {"enabled": SETTINGS.access_log}},
+    metrics={"enabled": False},  # serving.metrics says why
 )
 class Classifier:
     """Classifies images into the classes of CIFAR-10."""
 
     def __init__(self) -> None:
+        from serving import metrics  # in a worker only, as it says
+
+        self.metrics = metrics
         self.model = Model(
             SETTINGS.model,
             SETTINGS.provider,
             SETTINGS.threads,
             max_batch_size=SETTINGS.max_batch_size,
         )
+        metrics.serves(self.model)
         pages.state.classifier = self
         self.batcher = Batcher(
-            self.model.logits,
+            self.run,
             max_batch_size=SETTINGS.max_batch_size,
             max_waiting=SETTINGS.max_waiting,
+            waited=metrics.queue_seconds.observe,
         )
         self.readers = ThreadPoolExecutor(SETTINGS.threads, "reader")
 
@@ -220,7 +240,7 @@ class Classifier:
     async def classify(self, request: Request) -> Response:
         """Classify one image."""
         content, top_k = await read_image(request)
-        image = await self._in_reader(decode, content, SETTINGS.max_image_pixels)
+        image = await self.in_reader(decode, content, SETTINGS.max_image_pixels)
         return JSONResponse(self._classification(await self.batcher.one(image), top_k))
 
     @bentoml.api(input_spec=ClassifyBatchForm, output_spec=Answers)
@@ -229,7 +249,7 @@ class Classifier:
         """Classify several images; the answer to a bad one is its error."""
         contents, top_k = await read_images(request, SETTINGS.max_batch_images)
         decoded = await asyncio.gather(
-            *(self._in_reader(decode, content, SETTINGS.max_image_pixels) for content in contents),
+            *(self.in_reader(decode, content, SETTINGS.max_image_pixels) for content in contents),
             return_exceptions=True,
         )
         images = [image for image in decoded if not isinstance(image, BaseException)]
@@ -249,13 +269,20 @@ class Classifier:
     async def submission(self, request: Request) -> Response:
         """Label a pickle of images."""
         async with read_file(request) as upload:
-            submission = await self._in_reader(read_submission, upload.file, SETTINGS.max_rows)
+            submission = await self.in_reader(read_submission, upload.file, SETTINGS.max_rows)
         labels = (await self._bulk(submission.images)).argmax(axis=1)
         return Response(submission.csv(labels.tolist()), media_type="text/csv")
 
+    def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """A run of the engine, counted."""
+        began = time.perf_counter()
+        logits = self.model.logits(images)
+        self.metrics.ran(self.model, logits, time.perf_counter() - began)
+        return logits
+
     async def infer(self, request: Request) -> Response:
         """Answer an inference request of the Open Inference Protocol."""
-        inference = await self._in_reader(
+        inference = await self.in_reader(
             inference_protocol.read,
             await request.body(),
             request.headers.get(inference_protocol.JSON_LENGTH),
@@ -267,7 +294,7 @@ class Classifier:
             logits = await self._bulk(inference.images)
         return inference_protocol.respond(inference, logits, self.model)
 
-    async def _in_reader(
+    async def in_reader(
         self, function: Callable[[*Arguments], Result], *arguments: *Arguments
     ) -> Result:
         """Run what reads a client's bytes off the event loop."""
@@ -286,5 +313,6 @@ class Classifier:
 
 service: Any = Classifier  # the decorator has made a BentoML service of the class
 service.mount_asgi_app(pages)
+service.add_asgi_middleware(Measured)
 service.add_asgi_middleware(ErrorShape)
 service.add_asgi_middleware(BodyLimit, max_bytes=SETTINGS.max_body_bytes)

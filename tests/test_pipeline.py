@@ -27,7 +27,7 @@ def test_from_recipe_to_submission(tmp_path: Path) -> None:
                 "optimizer.lr=0.05", "resolution=[{from_epoch = 0, size = 16}]"]  # fmt: skip
     (tmp_path / "small.toml").write_text(recipe.load("fast", settings).to_toml())
     command("training", "run", str(tmp_path / "small.toml"), "--out", str(run))
-    command("export", str(run / "checkpoint.pt"), str(model_file))
+    command("export", "write", str(run / "checkpoint.pt"), str(model_file))
 
     test = data.load_sample().test
     order = np.random.default_rng(0).permutation(len(test))

@@ -9,6 +9,7 @@ import pytest
 from httpx import Client
 
 from benchmarks import training as benchmark
+from export.parity import LIMITS, percent
 from serving.settings import BUNDLED_MODEL, PREFIX, Settings
 from tests.serving.server import ROOT
 from training import results
@@ -47,6 +48,17 @@ def test_every_setting_is_in_the_table_with_its_default() -> None:
         default = Settings.model_fields[name.removeprefix(PREFIX).lower()].default
         if isinstance(default, int | float | str):
             assert shown == f"`{str(default).lower()}`"
+
+
+def test_limits_of_export_are_as_told() -> None:
+    rows = re.findall(
+        r"^\| `(fp32|fp16|int8)` \|.*\| (?:at least )?(.+?) \| (?:at most )?(.+?) \|$", README, re.M
+    )
+    assert rows == [
+        (precision, percent(limits.top1_agreement), percent(limits.accuracy_loss))
+        for precision, limits in LIMITS.items()
+    ]
+    assert f"within {LIMITS['fp32'].max_scaled_difference:.0e} of the largest" in README
 
 
 def test_make_targets_that_are_named_exist() -> None:
@@ -94,6 +106,14 @@ def test_card_describes_the_bundled_model(metadata: dict[str, str]) -> None:
     parity = json.loads(metadata["parity"])
     assert (parity["images"], parity["top1_agreement"]) == (10000, 1.0)
     assert f"{parity['max_scaled_difference']:.1e}" in CARD
+
+
+def test_card_says_how_reliable_the_probabilities_are(metadata: dict[str, str]) -> None:
+    if "calibration" not in metadata:
+        pytest.skip("the bundled file was written before export measured it")
+    calibration = json.loads(metadata["calibration"])
+    assert f"{100 * calibration['test_ece_before']:.2f} %" in CARD
+    assert f"{100 * calibration['test_ece_after']:.2f} %" in CARD
 
 
 def test_bundled_model_is_of_a_recorded_run(metadata: dict[str, str]) -> None:

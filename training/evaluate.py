@@ -58,7 +58,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def logits(classifier: Classifier, pixels: Tensor, batch_size: int = 500) -> Tensor:
+def logits(classifier: nn.Module, pixels: Tensor, batch_size: int = 500) -> Tensor:
     """Logits, float32 [N, 10], of ``pixels``, uint8 [N, 32, 32, 3], in evaluation mode."""
     classifier.eval()
     return torch.cat([classifier(batch) for batch in pixels.split(batch_size)])

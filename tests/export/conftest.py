@@ -1,34 +1,122 @@
-from collections.abc import Callable
+"""Checkpoints to export: of runs of a few steps, and one of the bundled model's weights."""
+
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+import torch
+from onnx import numpy_helper
 
-from training import data, recipe
+from export.__main__ import main as export
+from tests.serving.server import ROOT
+from training import checkpoint, data, model, recipe
 from training.__main__ import main
+from training.checkpoint import Checkpoint
 
-Train = Callable[[str], Path]
+TRAIN, TEST = 500, 250
+BUNDLED = ROOT / "models" / "default.onnx"
+
+Train = Callable[..., Path]
+Bundled = Callable[..., Path]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package", autouse=True)
+def _few_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The sample's training images and its first test images: a quarter of the time."""
+    path = tmp_path_factory.mktemp("images") / "few.npz"
+    with np.load(data.SAMPLE) as sample:
+        np.savez(path, **{name: sample[name][: TRAIN if "train" in name else TEST] for name in sample})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(data.ROOT_VARIABLE, str(path))
+        yield
+
+
+@pytest.fixture(scope="package")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Trains a few steps on the bundled sample; gives the checkpoint, made once.
+    """Trains a few steps on a few images; gives the checkpoint, made once for each seed.
 
     ``fast`` is a complete run, with a test accuracy; the others are trials.
     """
-    made: dict[str, Path] = {}
+    made: dict[tuple[str, int], Path] = {}
 
-    def checkpoint(name: str) -> Path:
-        if name not in made:
+    def checkpoint(name: str, seed: int = 0) -> Path:
+        if (name, seed) not in made:
             out = tmp_path_factory.mktemp(name)
             arguments = [name, "--epochs", "1", "--limit", "40", "--set", "batch_size=20"]
             if name == "fast":
                 path = out / "fast.toml"
                 path.write_text(recipe.load("fast", ["epochs=1", "batch_size=250"]).to_toml())
                 arguments = [str(path)]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
-                assert main(["run", *arguments, "--out", str(out)]) == 0
-            made[name] = out / "checkpoint.pt"
-        return made[name]
+            assert main(["run", *arguments, "--seed", str(seed), "--out", str(out)]) == 0
+            made[name, seed] = out / "checkpoint.pt"
+        return made[name, seed]
 
     return checkpoint
+
+
+@pytest.fixture(scope="package")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Bundled:
+    """Writes a checkpoint with the bundled model's weights, and with ``changes`` of its recipe's data.
+
+    What the exporter folded into a convolution comes back as its bias in the BatchNorm behind it.
+    """
+    file = onnx.load(BUNDLED)
+    values = {entry.key: entry.value for entry in file.metadata_props}
+    weights = {
+        tensor.name.rpartition("model.")[2]: torch.from_numpy(numpy_helper.to_array(tensor).copy())
+        for tensor in file.graph.initializer
+        if "model." in tensor.name
+    }
+
+    def write(validation: float = 0.0, epoch: int = 15, **changes: Any) -> Path:
+        described = tomllib.loads(values["recipe"]) | changes
+        described["data"] = described["data"] | {"validation": validation}
+        state = model.build(recipe.parse(described, "bundled").model).state_dict()
+        state |= {name: tensor for name, tensor in weights.items() if name in state}
+        for name, tensor in weights.items():
+            if name.endswith(".weight_bias"):
+                place, _, index = name.removesuffix(".weight_bias").rpartition(".")
+                state[f"{place}.{int(index) + 1}.bias"] = tensor
+        path = tmp_path_factory.mktemp("bundled") / "checkpoint.pt"
+        made = Checkpoint(
+            recipe=described,
+            recipe_name=values["name"],
+            classes=list(model.CLASSES),
+            run={
+                "seed": 0,
+                "limit": None,
+                "complete": False,
+                "data": "sample",
+                "commit": values["commit"],
+            },
+            model=state,
+            optimizers=[],
+            scaler={},
+            epoch=epoch,
+        )
+        checkpoint.save(made, path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="package")
+def trained(bundled: Bundled) -> Path:
+    """A checkpoint of the bundled model's weights, which held no images out."""
+    return bundled()
+
+
+@pytest.fixture(scope="package")
+def files(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model files of ``trained``, by their precision, written by one command."""
+    out = tmp_path_factory.mktemp("files") / "model.onnx"
+    assert export(["write", str(trained), str(out), "--precision", "all"]) == 0
+    return {
+        "fp32": out,
+        "fp16": out.with_name("model.fp16.onnx"),
+        "int8": out.with_name("model.int8.onnx"),
+    }

@@ -24,6 +24,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
+        self.waits: list[float] = []
         self.running = threading.Semaphore(0)
         self.permission = threading.Semaphore(0)
 
@@ -43,7 +44,7 @@ def run(test: Callable[[Engine, Batcher], Awaitable[None]], max_waiting: int = 1
     engine = Engine()
 
     async def main() -> None:
-        batcher = Batcher(engine, max_batch_size=4, max_waiting=max_waiting)
+        batcher = Batcher(engine, max_batch_size=4, max_waiting=max_waiting, waited=engine.waits.append)
         batcher.start()
         try:
             await asyncio.wait_for(test(engine, batcher), 60)
@@ -52,6 +53,8 @@ def run(test: Callable[[Engine, Batcher], Awaitable[None]], max_waiting: int = 1
             await batcher.stop()
 
     asyncio.run(main())
+    assert len(engine.waits) >= len(engine.batches), "each image or chunk has waited"
+    assert min(engine.waits) >= 0
     return engine
 
 

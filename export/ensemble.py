@@ -1,0 +1,60 @@
+"""What a model file computes: trained networks with their views, averaged, at a temperature."""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.evaluate import Classifier
+
+
+class Ensemble(nn.Module):
+    """One classifier, or several whose probabilities are averaged, and a temperature.
+
+    Probabilities are averaged (Lakshminarayanan et al., 2017, arXiv:1612.01474) and not logits, so that
+    a member counts the same whatever the scale of its logits; the result's logits are the logarithms
+    of the averages. The views of one member are averaged by their logits, as in training.
+
+    Args:
+        members: what is averaged.
+        temperature: what the logits are divided by (Guo et al., 2017, arXiv:1706.04599).
+    """
+
+    def __init__(self, members: Sequence[Classifier], temperature: float = 1.0) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.temperature = temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, float32 [N, 10], of RGB ``images``, uint8 [N, 32, 32, 3]."""
+        each = [member(images) for member in self.members]
+        logits: Tensor = each[0]
+        if len(each) > 1:
+            stacked = torch.stack([F.log_softmax(logits, 1) for logits in each])
+            logits = stacked.logsumexp(0) - math.log(len(each))
+        return logits if self.temperature == 1 else logits / self.temperature
+
+
+class Half(nn.Module):
+    """A network in fp16 whose input and logits are float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, float32 [N, 10], of normalised images, float32 [N, 3, 32, 32]."""
+        logits: Tensor = self.network(x.half()).float()
+        return logits
+
+
+def half(ensemble: Ensemble) -> Ensemble:
+    """A copy whose networks compute in fp16; normalisation, averages and temperature stay float32."""
+    ensemble = copy.deepcopy(ensemble)
+    for member in ensemble.members:
+        assert isinstance(member, Classifier)
+        member.model = Half(member.model)
+    return ensemble

@@ -1,0 +1,63 @@
+"""Members: the checkpoints that a model file is made from."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training import checkpoint as checkpoints
+from training.checkpoint import Checkpoint
+from training.evaluate import Classifier
+from training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Member:
+    """A checkpoint, the SHA-256 of its file in hexadecimal, and the recipe with the file's views."""
+
+    checkpoint: Checkpoint
+    digest: str
+    recipe: Recipe
+
+    def __str__(self) -> str:
+        run = self.checkpoint
+        return f"{run.recipe_name} seed {run.run['seed']} ({self.digest[:12]})"
+
+    def classifier(self) -> Classifier:
+        """The network with normalisation and views, on the CPU.
+
+        Raises:
+            CheckpointError: the weights are not those of the recipe's network.
+        """
+        return Classifier(self.checkpoint.network(), self.recipe)
+
+    def facts(self) -> dict[str, Any]:
+        """What a model file says of a member; the accuracy is that of its run, where it was measured."""
+        run = self.checkpoint
+        facts = {
+            "name": run.recipe_name,
+            "recipe": run.parsed_recipe().to_toml(),
+            "seed": run.run["seed"],
+            "views": self.recipe.views,
+            "commit": run.run["commit"],
+            "checkpoint_sha256": self.digest,
+        }
+        if run.result is not None:
+            measured = {"none": "single_view_accuracy", run.result["views"]: "accuracy"}
+            if self.recipe.views in measured:
+                facts["test_accuracy"] = run.result[measured[self.recipe.views]]
+                facts["test_images"] = run.result["test_images"]
+        return facts
+
+
+def load(path: Path, views: str | None) -> Member:
+    """Read a checkpoint; ``views`` take the place of its recipe's, where they are given.
+
+    Raises:
+        CheckpointError, RecipeError: a checkpoint that cannot be used.
+    """
+    state = checkpoints.load(path)
+    recipe = state.parsed_recipe()
+    if views is not None:
+        recipe = recipe.model_copy(update={"views": views})
+    return Member(state, hashlib.sha256(path.read_bytes()).hexdigest(), recipe)

@@ -1,0 +1,136 @@
+"""The temperature that makes probabilities honest, fitted on training images that no member saw.
+
+Logits are divided by it (Guo et al., 2017, arXiv:1706.04599). The test images have no part in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export import reliability
+from export.ensemble import Ensemble
+from export.member import Member
+from training import data
+from training.data import Images
+from training.evaluate import logits
+
+RANGE = 0.05, 20.0
+DIGITS = 4  # more would be the rounding of one processor
+
+
+class TemperatureError(RuntimeError):
+    """Checkpoints whose held-out images cannot give a temperature; the message says why."""
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """A temperature and where it is from.
+
+    Attributes:
+        value: 1 where none was fitted.
+        origin: whose held-out images it was fitted on, or why it was not fitted.
+        val_images: how many they are; 0 where it was not fitted.
+        val_ece_before, val_ece_after: expected calibration error on them, a fraction, without and with
+            the temperature; None where it was not fitted.
+    """
+
+    value: float
+    origin: str
+    val_images: int = 0
+    val_ece_before: float | None = None
+    val_ece_after: float | None = None
+
+
+def of(members: Sequence[Member], trials: Sequence[Member]) -> Temperature:
+    """The temperature for an ensemble of ``members``.
+
+    It is fitted on the images that all of ``trials`` held out: the same recipes, trained on fewer
+    images. Without trials it is fitted on the images that the members held out themselves, and where
+    these are not there it is 1 and ``origin`` says why.
+
+    Raises:
+        TemperatureError: trials that are not of the members' recipes, are unfinished, held nothing
+            out, or whose images are not on this machine.
+        DataError: a data set that is present but damaged.
+    """
+    if trials:
+        _check_alike(members, trials)
+        return _fit(trials, _held_out(trials))
+    try:
+        images = _held_out(members)
+    except TemperatureError as error:
+        return Temperature(1.0, f"not calibrated: {error}")
+    return _fit(members, images)
+
+
+def fit(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    """The temperature at which ``logits``, [N, 10], make ``labels``, [N] in 0..9, most likely.
+
+    In 1/T the likelihood has one maximum, where the mean logit that the probabilities expect is that of
+    the labels; T is found by bisection between the ends of ``RANGE``.
+    """
+    wide = logits.astype(np.float64)
+    wide -= wide.max(1, keepdims=True)
+    of_labels = wide[np.arange(len(labels)), labels].mean()
+    low, high = np.log(RANGE)
+    for _ in range(60):
+        middle = (low + high) / 2
+        weights = np.exp(wide / np.exp(middle))
+        expected = ((weights * wide).sum(1) / weights.sum(1)).mean()
+        low, high = (middle, high) if expected > of_labels else (low, middle)
+    return float(f"{np.exp(middle):.{DIGITS}g}")
+
+
+def _fit(trials: Sequence[Member], images: Images) -> Temperature:
+    ensemble = Ensemble([trial.classifier() for trial in trials])
+    values, labels = logits(ensemble, images.pixels).numpy(), images.labels.numpy()
+    temperature = fit(values, labels)
+    return Temperature(
+        value=temperature,
+        origin="held-out training images of " + ", ".join(map(str, trials)),
+        val_images=len(images),
+        val_ece_before=reliability.measure(values, labels).error,
+        val_ece_after=reliability.measure(values / temperature, labels).error,
+    )
+
+
+def _held_out(members: Sequence[Member]) -> Images:
+    """The training images that none of the members saw; of two splits one contains the other."""
+    share = min(member.recipe.data.validation for member in members)
+    if share == 0:
+        raise TemperatureError("all training images were trained on, none was held out")
+    dataset = data.load() if data.present() else data.load_sample()
+    for member in members:
+        source = member.checkpoint.run["data"]
+        if source != dataset.source:
+            raise TemperatureError(
+                f"the images that {member} held out are of {source}, and here is {dataset.source}"
+            )
+    return data.split(dataset.train, share)[1]
+
+
+def _check_alike(members: Sequence[Member], trials: Sequence[Member]) -> None:
+    if len(members) != len(trials):
+        raise TemperatureError(
+            f"{len(trials)} checkpoints to take a temperature from for {len(members)} checkpoints; "
+            f"right would be one for each, in the same order"
+        )
+    for member, trial in zip(members, trials, strict=True):
+        mine, its = (part.recipe.model_dump(exclude={"title", "report"}) for part in (member, trial))
+        mine["data"].pop("validation")
+        its["data"].pop("validation")
+        for part, described in ((member, mine), (trial, its)):
+            run = part.checkpoint.run
+            described |= {"--limit": run["limit"], "data set": run["data"]}
+        differing = [key for key in mine if mine[key] != its[key]]
+        if differing:
+            raise TemperatureError(
+                f"{trial} is of another recipe than {member}: {', '.join(differing)} differ; "
+                f"right would be the same but for data.validation"
+            )
+        if trial.checkpoint.epoch < trial.recipe.epochs:
+            raise TemperatureError(
+                f"{trial} is not finished: epoch {trial.checkpoint.epoch} of {trial.recipe.epochs}"
+            )

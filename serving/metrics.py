@@ -1,0 +1,98 @@
+"""What Prometheus reads at /metrics.
+
+BentoML's own request metrics are off: their labels are raw paths, a new series for each that a scanner
+tries, and their buckets begin at 5 ms. To be imported in a worker only: prometheus_client decides at its
+import, by PROMETHEUS_MULTIPROC_DIR, that the workers' figures are added up.
+"""
+
+import os
+
+import numpy as np
+import numpy.typing as npt
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from serving.model import Model
+from serving.predictions import softmax
+
+__all__ = ["CONTENT_TYPE_LATEST"]
+
+MILLISECONDS = (1, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500)
+SECONDS = (*(value / 1000 for value in MILLISECONDS), 1, 2, 5, 10, 30, 60, 120, 300)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+
+# The routes by which requests are told apart; all others are one.
+ROUTES = frozenset(
+    {"/", "/classify", "/classify_batch", "/submission", "/model", "/docs.json", "/metrics"}
+    | {"/healthz", "/livez", "/readyz"}
+)
+OTHER = "other"
+
+requests = Counter("cifar10_requests", "Requests answered", ["route", "status"])
+request_seconds = Histogram(
+    "cifar10_request_seconds",
+    "From a request's first byte to its answer's last",
+    ["route"],
+    buckets=SECONDS,
+)
+queue_seconds = Histogram("cifar10_queue_seconds", "Images' wait for the engine", buckets=SECONDS)
+engine_seconds = Histogram("cifar10_engine_seconds", "A run of the engine", buckets=SECONDS)
+batch_images = Histogram("cifar10_batch_images", "Images in a run of the engine", buckets=SIZES)
+shed = Counter("cifar10_shed_requests", "Requests refused because too many waited")
+predictions = Counter("cifar10_predictions", "Images by their most probable class", ["label"])
+confidence = Histogram(
+    "cifar10_confidence", "Probability of an image's most probable class", buckets=TENTHS
+)
+model_info = Gauge(
+    "cifar10_model_info",
+    "1, with the model that is served in the labels",
+    ["name", "version", "provider"],
+    multiprocess_mode="max",
+)
+
+
+def serves(model: Model) -> None:
+    """Tell which model is served; its classes begin at 0, so that each has its series."""
+    model_info.labels(model.name, model.version, model.provider).set(1)
+    for label in model.classes:
+        predictions.labels(label)
+
+
+def ran(model: Model, logits: npt.NDArray[np.float32], seconds: float) -> None:
+    """Count a run of the engine that gave ``logits``, float32 [N, classes]."""
+    engine_seconds.observe(seconds)
+    batch_images.observe(len(logits))
+    probabilities = softmax(logits)
+    counts = np.bincount(probabilities.argmax(axis=1), minlength=len(model.classes))
+    for label, count in zip(model.classes, counts.tolist(), strict=True):
+        if count:
+            predictions.labels(label).inc(count)
+    for probability in probabilities.max(axis=1).tolist():
+        confidence.observe(probability)
+
+
+def exposition() -> bytes:
+    """All figures of all workers in Prometheus' text format."""
+    registry = REGISTRY
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+    return generate_latest(registry)
+
+
+def route(path: str) -> str:
+    """The label of a request's path: one of few, whatever clients ask for."""
+    if path in ROUTES:
+        return path
+    if path == "/v2" or path.startswith("/v2/"):
+        return "/v2/infer" if path.endswith("/infer") else "/v2"
+    return OTHER

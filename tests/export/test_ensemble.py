@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from export import graph
+from export.ensemble import Ensemble, half
+from export.member import load
+from export.provider import CPU
+from tests.export.conftest import Train
+from training import data
+
+
+@pytest.fixture(scope="module")
+def pixels() -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = data.load_sample().test.pixels[:50].numpy()
+    return pixels
+
+
+def logits(ensemble: Ensemble, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return CPU.logits(graph.build(ensemble).SerializeToString(), pixels)
+
+
+def test_probabilities_of_members_are_averaged(
+    train: Train, trained: Path, pixels: NDArray[np.uint8]
+) -> None:
+    members = [load(path, None) for path in (train("A1"), train("fast"), trained)]
+    with torch.no_grad():
+        each = [part.classifier().eval()(torch.from_numpy(pixels)).softmax(1) for part in members]
+    together = logits(Ensemble([part.classifier() for part in members]), pixels)
+    expected = torch.stack(each).mean(0).numpy()
+    np.testing.assert_allclose(np.exp(together), expected, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(np.exp(together), each[2].numpy(), atol=1e-2)
+
+
+def test_temperature_divides_the_logits(trained: Path, pixels: NDArray[np.uint8]) -> None:
+    member = load(trained, None)
+    cold, warm = (logits(Ensemble([member.classifier()], t), pixels) for t in (1.0, 2.5))
+    np.testing.assert_allclose(warm * 2.5, cold, rtol=1e-4, atol=1e-5)
+
+
+def test_views_average_the_image_and_its_mirror_image(trained: Path, pixels: NDArray[np.uint8]) -> None:
+    mirrored: NDArray[np.uint8] = np.ascontiguousarray(pixels[:, :, ::-1])
+    averaged = Ensemble([load(trained, None).classifier()])  # the recipe's views are flip
+    np.testing.assert_allclose(
+        logits(averaged, mirrored), logits(averaged, pixels), rtol=1e-4, atol=1e-5
+    )
+    single = Ensemble([load(trained, "none").classifier()])
+    both = [logits(single, view) for view in (pixels, mirrored)]
+    np.testing.assert_allclose(logits(averaged, pixels), (both[0] + both[1]) / 2, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(both[0], both[1], atol=1e-2)
+
+
+def test_any_batch_size_gives_the_same_logits(trained: Path, pixels: NDArray[np.uint8]) -> None:
+    model = graph.build(Ensemble([load(trained, None).classifier()])).SerializeToString()
+    one_by_one = np.concatenate([CPU.logits(model, pixels[i : i + 1]) for i in range(7)])
+    np.testing.assert_allclose(CPU.logits(model, pixels[:7]), one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def test_half_has_its_weights_in_fp16_and_leaves_the_original(trained: Path) -> None:
+    ensemble = Ensemble([load(trained, None).classifier()])
+    kinds = {
+        precision: {
+            tensor.name.rpartition("model.")[2].removeprefix("network."): tensor.data_type
+            for tensor in graph.build(part).graph.initializer
+            if tensor.name.endswith(("conv.weight", "normalize.mean"))
+        }
+        for precision, part in (("fp16", half(ensemble)), ("fp32", ensemble))
+    }
+    assert kinds["fp16"]["stages.0.conv.weight"] == TensorProto.FLOAT16
+    assert kinds["fp16"]["members.0.normalize.mean"] == TensorProto.FLOAT
+    assert set(kinds["fp32"].values()) == {TensorProto.FLOAT}

@@ -1,0 +1,101 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import ModelProto, TensorProto
+
+from export import graph
+from export.ensemble import Ensemble
+from export.graph import GraphError
+from tests.export.conftest import Train
+from tests.serving.server import ROOT
+from training import checkpoint
+from training.evaluate import Classifier
+
+
+def built(path: Path) -> ModelProto:
+    state = checkpoint.load(path)
+    return graph.build(Ensemble([Classifier(state.network(), state.parsed_recipe())]))
+
+
+# One of each kind of network, and of each way to predict.
+@pytest.mark.parametrize("name", ["A1", "D1", "fast"])
+def test_graph_keeps_the_contract(name: str, train: Train) -> None:
+    model = built(train(name))
+    (image,), (logits,) = model.graph.input, model.graph.output
+    assert (image.name, logits.name) == ("images", "logits")
+    assert image.type.tensor_type.elem_type == TensorProto.UINT8
+    assert logits.type.tensor_type.elem_type == TensorProto.FLOAT
+    shapes = [value.type.tensor_type.shape.dim for value in (image, logits)]
+    assert [d.dim_param or d.dim_value for d in shapes[0]] == ["N", 32, 32, 3]
+    assert [d.dim_param or d.dim_value for d in shapes[1]] == ["N", 10]
+    assert {opset.domain for opset in model.opset_import} == {""}
+    assert str(ROOT) not in str(model), "a path of this machine is in the file"
+
+
+def test_names_are_those_of_the_modules(train: Train) -> None:
+    model = built(train("fast"))
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    for node in model.graph.node:
+        assert node.op_type in node.name
+    modules = {"normalize/Sub", "model.stem/Conv", "model.head/Gemm"}
+    assert {f"members.0.{name}" for name in modules} <= {*names}
+    known = {tensor.name for tensor in model.graph.initializer} | {"images", "logits"} | {*names}
+    assert known.issuperset(name for node in model.graph.node for name in (*node.input, *node.output))
+    assert not [name for name in known if "val_" in name or "scalar" in name]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_written_files_keep_the_contract_and_all_shapes_are_known(
+    precision: str, files: dict[str, Path]
+) -> None:
+    model = onnx.load(files[precision])
+    graph.check(model)
+    noted = {value.name for value in model.graph.value_info} | {"logits"}
+    assert noted.issuperset(name for node in model.graph.node for name in node.output)
+
+
+def _external(model: ModelProto) -> None:
+    model.graph.initializer[0].data_location = TensorProto.EXTERNAL
+
+
+def _extension(model: ModelProto) -> None:
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+
+
+def _fixed_batch(model: ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+
+
+def _half_logits(model: ModelProto) -> None:
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+
+
+def _other_version(model: ModelProto) -> None:
+    model.ir_version = 9
+
+
+def _loose_end(model: ModelProto) -> None:
+    model.graph.node[1].input[0] = "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_external, "are in another file"),
+        (_extension, r"operator sets: .*com\.microsoft.*; right would be"),
+        (_fixed_batch, r"inputs: .*4, 32, 32, 3.*; right would be .*dynamic"),
+        (_half_logits, r"outputs: .*FLOAT16.*; right would be"),
+        (_other_version, "IR version: 9; right would be 10"),
+        (_loose_end, "not valid ONNX: .*nowhere"),
+    ],
+)
+def test_a_graph_that_is_not_as_it_should_be(
+    change: Callable[[ModelProto], None], message: str, train: Train
+) -> None:
+    model = built(train("A1"))
+    change(model)
+    with pytest.raises(GraphError, match=f"(?s){message}"):
+        graph.check(model)

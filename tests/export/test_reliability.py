@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export import reliability
+from training.learner import TrainingError
+
+
+def logits(confidence: float, count: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
+    """Of class 0 with a probability, the rest shared by the others."""
+    rest = np.full((count, 10), np.log((1 - confidence) / 9))
+    rest[:, 0] = np.log(confidence)
+    return rest
+
+
+def test_error_is_the_gap_between_confidence_and_accuracy() -> None:
+    # 60 images at 0.9, two thirds right, and 40 at 0.5, half of them right.
+    both = np.concatenate([logits(0.9, 60), logits(0.5, 40)])
+    labels = np.array([0] * 40 + [1] * 20 + [0] * 20 + [1] * 20)
+    bins = reliability.measure(both, labels)
+    assert bins.share[bins.share > 0].tolist() == [0.4, 0.6]
+    np.testing.assert_allclose(bins.confidence[bins.share > 0], [0.5, 0.9])
+    np.testing.assert_allclose(bins.accuracy[bins.share > 0], [0.5, 2 / 3])
+    assert bins.error == pytest.approx(0.6 * (0.9 - 2 / 3))
+
+
+def test_certainty_has_a_bin() -> None:
+    certain = np.zeros((4, 10))
+    certain[:, 2] = 1000
+    bins = reliability.measure(certain, np.array([2, 2, 2, 3]))
+    assert (bins.share[-1], bins.confidence[-1], bins.accuracy[-1]) == (1, 1, 0.75)
+
+
+def test_plot_is_the_kind_of_file_that_its_name_says(tmp_path: Path) -> None:
+    bins = reliability.measure(logits(0.9, 10), np.zeros(10, np.int64))
+    for name, start in (("plot.png", b"\x89PNG"), ("plot.svg", b"<?xml"), ("plot.pdf", b"%PDF")):
+        reliability.plot({"before": bins, "after": bins}, "title", tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    with pytest.raises(TrainingError, match=r"plot\.txt"):
+        reliability.plot({"before": bins}, "title", tmp_path / "plot.txt")

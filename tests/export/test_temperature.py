@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from export import temperature
+from export.member import Member, load
+from export.temperature import TemperatureError
+from tests.export.conftest import Bundled
+
+
+def drawn(at: float) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Logits, and labels drawn from their probabilities at a temperature."""
+    generator = np.random.default_rng(0)
+    logits = 3 * generator.normal(size=(20_000, 10))
+    noise = generator.gumbel(size=logits.shape)
+    return logits.astype(np.float32), (logits / at + noise).argmax(1)
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 2.0])
+def test_fit_finds_the_temperature_that_labels_were_drawn_at(true: float) -> None:
+    assert temperature.fit(*drawn(true)) == pytest.approx(true, rel=0.02)
+
+
+def test_fit_is_where_the_likelihood_is_highest() -> None:
+    logits, labels = drawn(1.7)
+    found = temperature.fit(logits, labels)
+
+    def loss(at: float) -> float:
+        scaled = logits.astype(np.float64) / at
+        return float((np.log(np.exp(scaled).sum(1)) - scaled[np.arange(len(labels)), labels]).mean())
+
+    assert loss(found) < min(loss(found * 0.99), loss(found * 1.01))
+
+
+def test_always_right_stays_in_the_range() -> None:
+    certain = np.eye(10, dtype=np.float32) * 5
+    assert temperature.fit(certain, np.arange(10)) == temperature.RANGE[0]
+
+
+def members(*paths: Path) -> list[Member]:
+    return [load(path, None) for path in paths]
+
+
+def test_without_held_out_images_there_is_none_and_it_says_why(trained: Path) -> None:
+    found = temperature.of(members(trained), [])
+    assert (found.value, found.val_images, found.val_ece_after) == (1.0, 0, None)
+    assert found.origin.startswith("not calibrated: all training images were trained on")
+
+
+def test_held_out_images_of_the_run_itself(bundled: Bundled) -> None:
+    found = temperature.of(members(bundled(0.2)), [])
+    assert found.val_images == 100
+    assert found.value != 1
+    assert found.origin.startswith("held-out training images of fast seed 0")
+    assert found.val_ece_before is not None
+    assert found.val_ece_after is not None
+    assert found.val_ece_after < found.val_ece_before
+
+
+def test_an_ensemble_is_fitted_on_what_all_held_out(bundled: Bundled) -> None:
+    assert temperature.of(members(bundled(0.2), bundled(0.1)), []).val_images == 50
+    found = temperature.of(members(bundled(0.2), bundled(0.0)), [])
+    assert (found.value, found.val_images) == (1.0, 0)
+
+
+def test_trials_give_it_to_runs_on_all_images(trained: Path, bundled: Bundled) -> None:
+    trial = bundled(0.2)
+    found = temperature.of(members(trained), members(trial))
+    assert found == temperature.of(members(trial), [])
+
+
+def test_trials_that_cannot(trained: Path, bundled: Bundled) -> None:
+    def attempt(*trials: Path) -> None:
+        temperature.of(members(trained), members(*trials))
+
+    with pytest.raises(TemperatureError, match="none was held out"):
+        attempt(trained)
+    with pytest.raises(TemperatureError, match=r"of another recipe than .*: batch_size differ"):
+        attempt(bundled(0.2, batch_size=100))
+    with pytest.raises(TemperatureError, match="not finished: epoch 3 of 15"):
+        attempt(bundled(0.2, epoch=3))
+    with pytest.raises(TemperatureError, match=r"2 checkpoints .* for 1 checkpoints"):
+        attempt(bundled(0.2), bundled(0.2))
+
+
+def test_images_of_another_data_set_are_not_taken(
+    bundled: Bundled,
+) -> None:
+    path = bundled(0.2)
+    state = load(path, None).checkpoint
+    state.run["data"] = "cifar10"
+    elsewhere = [Member(state, "0" * 64, state.parsed_recipe())]
+    found = temperature.of(elsewhere, [])
+    assert found.value == 1
+    assert "are of cifar10, and here is sample" in found.origin

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, numpy_helper
+
+from export.__main__ import main
+from tests.export.conftest import Train
+
+
+def saved(model: ModelProto, path: Path) -> str:
+    onnx.save(model, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_good_file_and_what_it_is(
+    precision: str, files: dict[str, Path], trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(files[precision]), "--checkpoint", str(trained)]) == 0
+    shown = capsys.readouterr().out
+    assert precision in shown
+    assert "fast" in shown
+    assert "CPU against PyTorch" in shown
+    assert "is good" in shown
+
+
+def test_other_weights_than_the_metadata_says(
+    files: dict[str, Path], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(files["fp32"])
+    (head,) = [t for t in model.graph.initializer if t.name.endswith("head.weight")]
+    weights = numpy_helper.to_array(head)
+    noise = np.random.default_rng(0).normal(size=weights.shape, scale=weights.std())
+    head.CopyFrom(numpy_helper.from_array((weights + 3 * noise).astype(np.float32), head.name))
+    file = saved(model, tmp_path / "noisy.onnx")
+    assert main(["verify", file]) == 1
+    assert "accuracy on the test images of sample" in capsys.readouterr().err
+
+    # So little noise that the accuracy is the same: PyTorch tells them apart.
+    head.CopyFrom(numpy_helper.from_array((weights + noise / 500).astype(np.float32), head.name))
+    file = saved(model, tmp_path / "hardly.onnx")
+    assert main(["verify", file]) == 0
+    assert main(["verify", file, "--checkpoint", str(trained)]) == 1
+    assert "scaled difference of logits" in capsys.readouterr().err
+
+
+def test_another_checkpoint(
+    files: dict[str, Path], train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(files["fp32"]), "--checkpoint", str(train("A1"))]) == 1
+    assert "made from the checkpoints" in capsys.readouterr().err
+
+
+def test_an_ensemble_is_compared_with_all_its_members(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, out = [str(train("A1")), str(train("A1", seed=1))], str(tmp_path / "both.onnx")
+    assert main(["write", *paths, out, "--tta", "flip"]) == 0
+    assert main(["verify", out, "--checkpoint", *paths]) == 0
+    assert "A1+A1" in capsys.readouterr().out
+    assert main(["verify", out, "--checkpoint", paths[0]]) == 1
+    assert main(["verify", out, "--checkpoint", *reversed(paths)]) == 1
+
+
+def test_what_is_no_file_of_ours(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error(path: Path | str) -> str:
+        assert main(["verify", str(path)]) == 1
+        return capsys.readouterr().err
+
+    assert "no model file at" in error(tmp_path / "none.onnx")
+    assert "not an ONNX file" in error(Path(__file__))
+    model = onnx.load(files["fp32"])
+    kept = [entry for entry in model.metadata_props if entry.key not in ("classes", "parity")]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    assert "the metadata lacks classes, parity" in error(saved(model, tmp_path / "bare.onnx"))
+    model.metadata_props.add(key="classes", value="[]")
+    model.metadata_props.add(key="parity", value="100 %")
+    assert "parity in the metadata is not JSON" in error(saved(model, tmp_path / "text.onnx"))
+    model.opset_import[0].version = 21
+    assert "operator sets" in error(saved(model, tmp_path / "newer.onnx"))

@@ -1,0 +1,206 @@
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import ModelProto, numpy_helper
+
+from export import graph, metadata, parity, quantize
+from export.__main__ import main
+from export.ensemble import Ensemble
+from export.provider import CPU
+from tests.export.conftest import TEST, Bundled, Train
+from training import checkpoint, data, recipe
+from training.data import Images
+from training.evaluate import Classifier
+from training.model import CLASSES, parameter_count
+
+
+@pytest.fixture(scope="module")
+def exported(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "model.onnx"
+    assert main(["write", str(train("fast")), str(out)]) == 0
+    return out
+
+
+def described(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def test_metadata_says_what_the_file_is(exported: Path, train: Train) -> None:
+    state = checkpoint.load(train("fast"))
+    values = described(exported)
+    digest = hashlib.sha256(train("fast").read_bytes()).hexdigest()
+    assert values["contract"] == metadata.CONTRACT
+    assert (values["name"], values["version"]) == ("fast", digest[:12])
+    assert values["checkpoint_sha256"] == digest
+    assert json.loads(values["classes"]) == list(CLASSES)
+    assert int(values["parameters"]) == parameter_count(state.network())
+    assert (values["views"], values["precision"]) == ("flip", "fp32")
+    assert state.result is not None
+    assert float(values["test_accuracy"]) == state.result["accuracy"]
+    assert int(values["test_images"]) == TEST
+    assert values["commit"] == state.run["commit"]
+    report = json.loads(values["parity"])
+    assert (report["images"], report["source"], report["reference"]) == (TEST, "sample", "PyTorch")
+    assert (report["top1_agreement"], report["accuracy_loss"]) == (1.0, 0.0)
+    assert report["max_scaled_difference"] <= 1e-4
+    assert float(values["sample_accuracy"]) == report["accuracy"]
+    assert json.loads(values["calibration"])["origin"].startswith("not calibrated: all training images")
+
+
+def test_recipe_in_the_metadata_is_the_resolved_one(
+    exported: Path, train: Train, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(described(exported)["recipe"])
+    assert recipe.load(path) == checkpoint.load(train("fast")).parsed_recipe()
+
+
+def test_every_precision_comes_from_one_command_within_its_limits(files: dict[str, Path]) -> None:
+    sample, logits = data.load_sample().test, {}
+    for precision, path in files.items():  # fp32 first
+        values = described(path)
+        report = json.loads(values["parity"])
+        assert values["precision"] == precision
+        assert values["version"] == described(files["fp32"])["version"]
+        assert report["reference"] == ("PyTorch" if precision == "fp32" else "fp32")
+        assert report["top1_agreement"] >= parity.LIMITS[precision].top1_agreement
+        logits[precision] = CPU.logits(path.read_bytes(), sample.pixels.numpy())
+        few = Images(sample.pixels[:TEST], sample.labels[:TEST])
+        assert parity.accuracy(logits[precision][:TEST], few) == report["accuracy"]
+        assert parity.accuracy(logits[precision], sample) > 0.93
+        everywhere = parity.compare(
+            logits["fp32"], logits[precision], sample, "sample", "fp32", CPU.name
+        )
+        everywhere.check(parity.LIMITS[precision])
+
+
+def test_same_checkpoint_gives_the_same_bytes(
+    files: dict[str, Path], trained: Path, tmp_path: Path
+) -> None:
+    assert main(["write", str(trained), str(tmp_path / "model.onnx"), "--precision", "all"]) == 0
+    again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert again == {path.name: path.read_bytes() for path in files.values()}
+
+
+def test_tta_takes_the_place_of_the_recipes_views(train: Train, tmp_path: Path) -> None:
+    out = tmp_path / "single.onnx"
+    assert main(["write", str(train("fast")), str(out), "--tta", "none"]) == 0
+    result = checkpoint.load(train("fast")).result
+    assert result is not None
+    values = described(out)
+    assert values["views"] == "none"
+    assert float(values["test_accuracy"]) == result["single_view_accuracy"]
+    assert json.loads(values["parity"])["accuracy"] == result["single_view_accuracy"]
+
+    # A run that was not evaluated so has no such accuracy; the file's own is there all the same.
+    assert main(["write", str(train("A1")), str(out), "--tta", "flip"]) == 0
+    values = described(out)
+    assert values["views"] == "flip"
+    assert "test_accuracy" not in values
+    assert json.loads(values["parity"])["accuracy"] > 0
+
+
+def test_several_checkpoints_are_one_file(train: Train, tmp_path: Path) -> None:
+    paths, out = [train("A1"), train("A1", seed=1)], tmp_path / "both.onnx"
+    assert main(["write", *map(str, paths), str(out)]) == 0
+    values = described(out)
+    members = json.loads(values["members"])
+    assert values["name"] == "A1+A1"
+    assert [member["checkpoint_sha256"] for member in members] == [
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+    ]
+    assert values["version"] not in [member["checkpoint_sha256"][:12] for member in members]
+    assert "recipe" not in values
+    sizes = [parameter_count(checkpoint.load(path).network()) for path in paths]
+    assert int(values["parameters"]) == sum(sizes)
+
+
+def test_the_temperature_is_in_the_graph(
+    trained: Path, bundled: Bundled, files: dict[str, Path], tmp_path: Path
+) -> None:
+    out, plot, trial = tmp_path / "calibrated.onnx", tmp_path / "plot.svg", bundled(0.2)
+    arguments = ["write", str(trained), str(out), "--temperature-from", str(trial), "--plot", str(plot)]
+    assert main(arguments) == 0
+    calibration = json.loads(described(out)["calibration"])
+    assert float(described(out)["temperature"]) == calibration["value"] != 1
+    assert hashlib.sha256(trial.read_bytes()).hexdigest()[:12] in calibration["origin"]
+    assert calibration["val_images"] == 100
+    pixels = data.load_sample().test.pixels[:50].numpy()
+    plain, scaled = (CPU.logits(path.read_bytes(), pixels) for path in (files["fp32"], out))
+    np.testing.assert_allclose(scaled * calibration["value"], plain, rtol=1e-4, atol=1e-5)
+    before = json.loads(described(files["fp32"])["calibration"])["test_ece_after"]
+    assert calibration["test_ece_before"] == pytest.approx(before, abs=1e-4)
+    assert calibration["test_ece_after"] < calibration["test_ece_before"]
+    assert plot.read_bytes().startswith(b"<?xml")
+
+
+def test_broken_parity_leaves_no_file(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A graph of other weights than the checkpoint's, as a defect of the exporter would make it.
+    build = graph.build
+
+    def broken(ensemble: Ensemble) -> ModelProto:
+        (member,) = ensemble.members
+        assert isinstance(member, Classifier)
+        head = member.model.head
+        assert isinstance(head, torch.nn.Linear)
+        weight = head.weight.data.clone()
+        head.weight.data += 0.01 * weight.std() * torch.randn_like(weight)
+        try:
+            return build(ensemble)
+        finally:
+            head.weight.data = weight
+
+    monkeypatch.setattr(graph, "build", broken)
+    out = tmp_path / "model.onnx"
+    assert main(["write", str(train("A1")), str(out)]) == 1
+    assert "differs from PyTorch" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+    out.write_bytes(b"the last good one")
+    assert main(["write", str(train("A1")), str(out)]) == 1
+    assert out.read_bytes() == b"the last good one"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_broken_int8_file_leaves_none_of_all_three(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # One layer's activations at a tenth of their scale, as bad calibration would make it.
+    int8 = quantize.int8
+
+    def broken(model: ModelProto) -> ModelProto:
+        model = int8(model)
+        name = "members.0.model.stages.0/Gelu_2_scale"
+        (scale,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
+        values = numpy_helper.to_array(scale) / 10
+        scale.CopyFrom(numpy_helper.from_array(values, scale.name))
+        return model
+
+    monkeypatch.setattr(quantize, "int8", broken)
+    assert main(["write", str(trained), str(tmp_path / "model.onnx"), "--precision", "all"]) == 1
+    assert "differs from fp32" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plot_of_no_known_kind_is_an_error_before_anything_is_written(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["write", str(train("A1")), str(tmp_path / "out.onnx"), "--plot", "plot.txt"]
+    assert main(arguments) == 1
+    assert "plot.txt" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_a_checkpoint_is_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign = tmp_path / "foreign.pt"
+    foreign.write_bytes(b"foreign")
+    assert main(["write", str(foreign), str(tmp_path / "out.onnx")]) == 1
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "out.onnx").exists()

@@ -1,0 +1,123 @@
+"""What Prometheus reads from a real service, and the dashboard that shows it."""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serving.model import Model
+from serving.predictions import softmax
+from tests.serving.samples import encoded, pickled
+from tests.serving.server import ROOT, serving
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+DASHBOARD = json.loads((ROOT / "serving" / "grafana.json").read_text())
+
+
+def read(client: httpx.Client) -> Samples:
+    response = client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def value(samples: Samples, name: str, /, **labels: str) -> float:
+    return samples.get((name, frozenset(labels.items())), 0.0)
+
+
+def test_requests_images_and_runs_are_counted(
+    client: httpx.Client, model: Model, images: npt.NDArray[np.uint8]
+) -> None:
+    before = read(client)
+    for image in images[:5]:
+        client.post("/classify", files={"image": ("a.png", encoded(image))})
+    client.post("/classify", files={"image": ("a.png", b"none")})
+    client.post("/submission", files={"file": ("a.pkl", pickled({"data": images[:200]}))})
+    after = read(client)
+
+    def more(name: str, /, **labels: str) -> float:
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    assert more("cifar10_requests_total", route="/classify", status="200") == 5
+    assert more("cifar10_requests_total", route="/classify", status="400") == 1
+    assert more("cifar10_requests_total", route="/submission", status="200") == 1
+    assert more("cifar10_request_seconds_count", route="/classify") == 6
+    assert more("cifar10_request_seconds_sum", route="/classify") > 0
+    assert more("cifar10_batch_images_sum") == 205
+    runs = more("cifar10_batch_images_count")
+    assert 6 <= runs == more("cifar10_engine_seconds_count")
+    assert more("cifar10_queue_seconds_count") >= runs
+    assert more("cifar10_confidence_count") == 205
+    probabilities = softmax(model.logits(np.concatenate([images[:5], images[:200]])))
+    assert more("cifar10_confidence_sum") == pytest.approx(probabilities.max(axis=1).sum(), rel=1e-3)
+    predicted = np.bincount(probabilities.argmax(axis=1), minlength=10).tolist()
+    counted = [more("cifar10_predictions_total", label=label) for label in model.classes]
+    assert counted == predicted
+    shown = {"name": model.name, "version": model.version, "provider": model.provider}
+    assert value(after, "cifar10_model_info", **shown) == 1
+
+
+def test_unknown_paths_are_one_series(client: httpx.Client) -> None:
+    for number in range(20):
+        client.get(f"/wp-admin/{number}.php")
+        client.get(f"/v2/models/{number}")
+    routes = {dict(labels).get("route") for _, labels in read(client)} - {None}
+    assert {"other", "/v2"} <= routes
+    assert len(routes) < 15
+    # BentoML's own series have the path as a label.
+    assert "wp-admin" not in client.get("/metrics").text
+
+
+def test_full_service_says_so_and_counts_whom_it_refuses(
+    tmp_path: Path, images: npt.NDArray[np.uint8]
+) -> None:
+    picture = {"image": ("a.png", encoded(images[0]))}
+    bulk = {"file": ("a.pkl", pickled({"data": np.concatenate([images, images])}))}
+    with (
+        serving(tmp_path, SERVING_MAX_WAITING="1") as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert client.get("/v2/health/ready").status_code == 200
+        submission = pool.submit(httpx.post, f"{url}/submission", files=bulk, timeout=60)
+        while client.get("/v2/health/ready").status_code == 200:
+            assert not submission.done()
+        answer = client.post("/classify", files=picture)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        assert submission.result().status_code == 200
+        assert client.get("/v2/health/ready").status_code == 200
+        samples = read(client)
+    assert value(samples, "cifar10_requests_total", route="/classify", status="503") == 1
+    assert value(samples, "cifar10_shed_requests_total") == 1
+
+
+def test_dashboard_shows_only_what_there_is(client: httpx.Client) -> None:
+    samples = read(client)
+    names = {name for name, _ in samples}
+    labels = {label for _, pairs in samples for label, _ in pairs}
+    expressions = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    used = {name for text in expressions for name in re.findall(r"cifar10_\w+", text)}
+    assert used <= names
+    assert {name.removesuffix("_total") for name in names if name.endswith("_total")} == {
+        name.removesuffix("_total") for name in used if name.endswith("_total")
+    }, "each counter is shown"
+    grouped = {
+        label.strip()
+        for text in expressions
+        for part in re.findall(r"by \(([^)]*)\)", text)
+        for label in part.split(",")
+    }
+    assert grouped <= labels
+    legends = [target["legendFormat"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    assert {label for text in legends for label in re.findall(r"{{(\w+)}}", text)} <= labels
