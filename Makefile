@@ -30,8 +30,9 @@ train: .venv/.train  ## train a recipe (RECIPE=fast), which adds its row to trai
 export: .venv/.export  ## turn a run's checkpoint into a model file (RUN=runs/fast-seed0 OUT=models/default.onnx PRECISION=fp32)
 	.venv/bin/python -m export write $(RUN)/checkpoint.pt $(OUT) --precision $(PRECISION)
 
-bench: .venv/.train  ## measure the training job's pace on this machine, into benchmarks/training.json
+bench: .venv/.bench  ## measure the pace of training and of inference on this machine, into benchmarks/
 	.venv/bin/python -m benchmarks.training
+	.venv/bin/python -m benchmarks.inference
 
 image:  ## build the Docker image (GPU=1 for CUDA)
 	docker build --tag cifar10 --build-arg GPU=$(GPU) .

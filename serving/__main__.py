@@ -1,6 +1,7 @@
 """`python -m serving`: the service's work from the command line, without a server."""
 
 import argparse
+import asyncio
 import os
 import sys
 from errno import ENOTDIR
@@ -9,10 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from serving.batching import Batcher
 from serving.errors import RequestError, StartError
 from serving.model import Model
 from serving.settings import Settings
-from serving.submission import read_submission
+from serving.submission import Submission, read_submission
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +47,22 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
         raise NotADirectoryError(ENOTDIR, "not a folder to write into", str(csv.parent))
     with pickle.open("rb") as file:
         submission = read_submission(file, settings.max_rows)
-    model = Model(model_file or settings.model, settings.provider, settings.threads)
+    model = Model(
+        model_file or settings.model,
+        settings.provider,
+        settings.threads,
+        max_batch_size=settings.max_batch_size,
+    )
+    labels = asyncio.run(_labels(model, submission, settings.max_batch_size))
+    _write(csv, submission.csv(labels))
+    print(f"{len(submission)} labels in {csv}")
+
+
+async def _labels(model: Model, submission: Submission, max_batch_size: int) -> list[int]:
+    """The most probable class of each image; a bar on the terminal says how far it is."""
+    batcher = Batcher(
+        model.logits, max_batch_size=max_batch_size, max_waiting=1, waited=lambda seconds: None
+    )
     labels: list[int] = []
     with Progress(
         "[progress.description]{task.description}",
@@ -55,12 +72,14 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
         console=Console(stderr=True),
     ) as progress:
         task = progress.add_task(f"{model.name} {model.version}", total=len(submission))
-        for start in range(0, len(submission), settings.max_batch_size):
-            chunk = submission.images[start : start + settings.max_batch_size]
-            labels.extend(model.logits(chunk).argmax(axis=1).tolist())
-            progress.advance(task, len(chunk))
-    _write(csv, submission.csv(labels))
-    print(f"{len(submission)} labels in {csv}")
+        batcher.start()
+        try:
+            async for logits in batcher.many(submission.images):
+                labels.extend(logits.argmax(axis=1).tolist())
+                progress.advance(task, len(logits))
+        finally:
+            await batcher.stop()
+    return labels
 
 
 def _write(path: Path, content: bytes) -> None:

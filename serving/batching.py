@@ -87,19 +87,33 @@ class Batcher:
             OverloadedError: too many requests wait already.
         """
         with self._admitted():
-            logits: Logits = (await self._result(self._singles, image[np.newaxis]))[0]
+            logits: Logits = (await self._queued(self._singles, image[np.newaxis]))[0]
             return logits
 
     async def many(self, images: Images) -> AsyncIterator[Logits]:
         """Logits of images uint8 [N, 32, 32, 3], in order, as float32 [n, classes] a chunk.
 
+        While the engine runs a chunk the next one is laid out in memory and queued, so `images` can be a
+        view in any strides, and of a file that is larger than the memory; it is never copied whole.
+
         Raises:
             OverloadedError: too many requests wait already.
         """
         with self._admitted():
-            for start in range(0, len(images), self._max_batch_size):
-                chunk = images[start : start + self._max_batch_size]
-                yield await self._result(self._chunks, chunk)
+            under_way: deque[asyncio.Future[Logits]] = deque()
+            try:
+                for start in range(0, len(images), self._max_batch_size):
+                    chunk = images[start : start + self._max_batch_size]
+                    chunk = await asyncio.to_thread(np.ascontiguousarray, chunk)
+                    under_way.append(self._queued(self._chunks, chunk))
+                    if len(under_way) > 1:
+                        yield await under_way.popleft()
+                while under_way:
+                    yield await under_way.popleft()
+            finally:
+                for logits in under_way:
+                    if not logits.cancel():
+                        logits.exception()  # looked at, or asyncio would log it
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -113,11 +127,11 @@ class Batcher:
         finally:
             self._waiting -= 1
 
-    async def _result(self, queue: deque[_Job], images: Images) -> Logits:
+    def _queued(self, queue: deque[_Job], images: Images) -> asyncio.Future[Logits]:
         job = _Job(images, asyncio.get_running_loop().create_future(), time.perf_counter())
         queue.append(job)
         self._work.set()
-        return await job.logits
+        return job.logits
 
     async def _take_turns(self) -> None:
         while True:

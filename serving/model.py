@@ -61,9 +61,9 @@ class Model:
         self.version: str = self.metadata["version"]
         self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
         _check_signature(path, opened, len(self.classes))
+        _check_runs(path, opened, len(self.classes))
         self._engine = Engine(path, provider, threads)
         self.provider, self.provider_reason = self._engine.provider, self._engine.reason
-        self._check_runs(path)
         self._engine.warm_up(max_batch_size)
         logger.info("%s %s on %s: %s", self.name, self.version, self.provider, self.provider_reason)
 
@@ -71,24 +71,9 @@ class Model:
         """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB."""
         return self._engine.run(images)
 
-    def _check_runs(self, path: Path) -> None:
-        """Two batch sizes, so that a graph whose batch is fixed is found now and not under load."""
-        for count in (2, 1):
-            try:
-                logits = self.logits(np.zeros((count, 32, 32, 3), np.uint8))
-            except Exception as error:
-                raise ModelError(f"{path} does not run on a batch of {count}: {error}") from error
-            if logits.shape != (count, len(self.classes)):
-                raise ModelError(
-                    f"{path} gives logits {list(logits.shape)} for {count} images; "
-                    f"right would be {[count, len(self.classes)]}."
-                )
-            if not np.isfinite(logits).all():
-                raise ModelError(f"{path} gives logits that are no finite numbers; it is damaged.")
-
 
 def _opened(path: Path) -> ort.InferenceSession:
-    """The file as it is, for reading only: nothing is optimised, so its own operators are listed."""
+    """The file as it is, to check it: nothing is optimised, so that its own operators are listed."""
     options = session_options()
     options.intra_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -155,3 +140,19 @@ def _check_signature(path: Path, session: ort.InferenceSession, classes: int) ->
         raise ModelError(
             f"{path} gives {outputs}; right would be one output, logits float32 [N, {classes}]."
         )
+
+
+def _check_runs(path: Path, session: ort.InferenceSession, classes: int) -> None:
+    """Two batch sizes, so that a graph whose batch is fixed is found now and not under load."""
+    for count in (1, 2):
+        try:
+            logits = session.run(["logits"], {"images": np.zeros((count, 32, 32, 3), np.uint8)})[0]
+        except Exception as error:
+            raise ModelError(f"{path} does not run on a batch of {count}: {error}") from error
+        if logits.shape != (count, classes):
+            raise ModelError(
+                f"{path} gives logits {list(logits.shape)} for {count} images; "
+                f"right would be {[count, classes]}."
+            )
+        if not np.isfinite(logits).all():
+            raise ModelError(f"{path} gives logits that are no finite numbers; it is damaged.")

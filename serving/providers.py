@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
 from serving.errors import ProviderError
@@ -52,7 +53,7 @@ def session_options() -> ort.SessionOptions:
 
 
 def open_session(path: Path, provider: ProviderName, threads: int) -> ort.InferenceSession:
-    """A session that runs a model file on a provider, with `threads` threads where that is a CPU.
+    """A session that has run a model file on a provider, with `threads` threads where that is a CPU.
 
     Raises:
         ProviderError: the provider cannot be used here; the message has the command that helps.
@@ -70,6 +71,7 @@ def open_session(path: Path, provider: ProviderName, threads: int) -> ort.Infere
     try:
         chain = _chain(options, provider, threads)
         session = ort.InferenceSession(path, options, providers=chain)
+        session.run(["logits"], {"images": np.zeros((1, 32, 32, 3), np.uint8)})
     except Exception as error:
         raise ProviderError(
             f"{FULL_NAMES[provider]} does not start with {path} ({error}); set SERVING_PROVIDER=cpu."

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from httpx import Client
 
-from benchmarks import training as benchmark
+from benchmarks import inference, training
 from export.parity import LIMITS, percent
 from serving.settings import BUNDLED_MODEL, PREFIX, Settings
 from tests.serving.server import ROOT
@@ -36,9 +36,14 @@ def test_linked_page_is_of_the_run_of_the_bundled_model(metadata: dict[str, str]
     assert f"run <b>{metadata['name']}-seed{metadata['seed']}</b>" in page
 
 
-@pytest.mark.skipif(not benchmark.FIGURES.exists(), reason="the benchmark was not run")
-def test_pace_is_the_table_of_the_benchmark() -> None:
-    assert benchmark.markdown(benchmark.read()) in README
+@pytest.mark.skipif(not training.FIGURES.exists(), reason="the benchmark was not run")
+def test_pace_of_training_is_the_table_of_the_benchmark() -> None:
+    assert training.markdown(training.read()) in README
+
+
+@pytest.mark.skipif(not inference.FIGURES.exists(), reason="the benchmark was not run")
+def test_pace_of_inference_is_the_tables_of_the_benchmark() -> None:
+    assert inference.markdown(inference.read()) in README
 
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:

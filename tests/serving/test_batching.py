@@ -1,6 +1,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -125,6 +126,62 @@ def test_what_nobody_waits_for_is_not_run() -> None:
         await asyncio.gather(*first, kept)
 
     assert run(test).batches == [[0], [2]]
+
+
+class Recorded:
+    """Images that note which chunks were taken of them."""
+
+    def __init__(self, count: int) -> None:
+        self.images = np.stack([image(number) for number in range(count)])
+        self.starts: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, chunk: slice) -> npt.NDArray[np.uint8]:
+        self.starts.append(chunk.start)
+        return self.images[chunk]
+
+
+async def taken(images: Recorded, starts: list[int]) -> None:
+    while images.starts != starts:
+        await asyncio.sleep(0)
+
+
+def test_a_chunk_is_laid_out_while_the_engine_runs_another_and_no_more_are() -> None:
+    images = Recorded(14)
+
+    async def bulk(batcher: Batcher) -> list[int]:
+        chunks = batcher.many(cast(npt.NDArray[np.uint8], images))
+        return [int(row[0]) async for logits in chunks for row in logits]
+
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        labels = asyncio.create_task(bulk(batcher))
+        await engine.started()
+        await taken(images, [0, 4])
+        engine.permission.release()
+        await engine.started()
+        await taken(images, [0, 4, 8])
+        assert engine.batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        engine.permission.release(100)
+        assert await labels == list(range(14))
+
+    run(test)
+    assert images.starts == [0, 4, 8, 12]
+
+
+def test_what_is_left_of_bulk_work_that_nobody_waits_for_is_not_run() -> None:
+    images = Recorded(12)
+
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        bulk = asyncio.create_task(anext(batcher.many(cast(npt.NDArray[np.uint8], images))))
+        await engine.started()
+        await taken(images, [0, 4])
+        bulk.cancel()
+        engine.permission.release(100)
+        assert await collected(batcher, 20) == [20]
+
+    assert run(test).batches == [[0, 1, 2, 3], [20]]
 
 
 def test_a_full_queue_refuses_at_once_and_recovers() -> None:

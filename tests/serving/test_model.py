@@ -128,3 +128,8 @@ def test_unusable_metadata(model_file: ModelFile, key: str, value: str, message:
 def test_wrong_graph(model_file: ModelFile, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load(model_file(**changes))
+
+
+def test_a_graph_that_does_another_thing_with_one_image(model_file: ModelFile) -> None:
+    with pytest.raises(ModelError, match=r"gives logits \[10\] for 1 images; right would be \[1, 10\]"):
+        load(model_file(operator=("", "Squeeze")))

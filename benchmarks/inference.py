@@ -1,0 +1,456 @@
+"""Images per second and memory of the service's engine, beside what else could run its models.
+
+For the bundled model and for the networks of two reports with random weights, B1 and A3, by batch size:
+the service's engine with each provider and precision of this machine, plain ONNX Runtime (its CPU
+provider, default options, float32), eager PyTorch as the reports' own scripts ran it, the same in
+bfloat16, and OpenVINO's own runtime as the limit. Then the whole of ``python -m serving submit``, from
+the process's start to the CSV, beside the engine's part of it. Measurements take turns in rounds, so
+that a change of the machine's pace meets all, and each has a process of its own.
+
+``python -m benchmarks.inference`` measures and writes ``benchmarks/inference.json``;
+``--markdown`` prints the tables that the README has from that file.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnx
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.engines import SUBMISSION_BATCH
+from export import graph, quantize
+from export.ensemble import Ensemble, half
+from serving.providers import obstacle
+from serving.settings import BUNDLED_MODEL, PREFIX
+from training import data, device, provenance, recipe, train
+from training.__main__ import markdown_table
+from training.evaluate import Classifier
+from training.files import replacing
+from training.model import CLASSES
+from training.recipe import RecipeError
+
+FIGURES = Path(__file__).with_suffix(".json")
+ROOT = Path(__file__).resolve().parent.parent
+BATCH_SIZES = (1, 8, 32, 128, 512)
+PYTORCH_BATCH = 128
+MODELS = (str(BUNDLED_MODEL.relative_to(ROOT)), "B1", "A3")
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino", "openvino", "torch")
+
+CONSOLE = Console(stderr=True)
+REFERENCE = ("onnxruntime", "fp32")  # what the ratios are to
+NAMES = {
+    "service:cpu": "service, CPU provider",
+    "service:openvino": "service, OpenVINO provider",
+    "service:cuda": "service, CUDA provider",
+    "service:tensorrt": "service, TensorRT provider",
+    "onnxruntime": "plain ONNX Runtime",
+    "openvino": "OpenVINO's own runtime",
+    "pytorch:fp32": "eager PyTorch",
+    "pytorch:bf16": "eager PyTorch",
+}
+
+
+class BenchmarkError(RuntimeError):
+    """A benchmark that cannot run; the message says why."""
+
+
+class Rates(BaseModel):
+    """An engine with a model in a precision: images per second by batch size, a number a round.
+
+    ``memory`` is each round's peak of the process in RAM, in MiB.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    engine: str
+    precision: str
+    rates: dict[int, list[float]]
+    memory: list[float]
+
+    @classmethod
+    def begin(cls, model: str, engine: str, precision: str) -> "Rates":
+        """None measured yet; in bfloat16 PyTorch runs the float32 network."""
+        precision = "bf16" if engine == "pytorch:bf16" else precision
+        return cls(
+            model=model,
+            engine=engine,
+            precision=precision,
+            rates={size: [] for size in BATCH_SIZES},
+            memory=[],
+        )
+
+
+class Submissions(BaseModel):
+    """Seconds for a pickle of ``rows`` images, a number a round.
+
+    ``submit`` is the whole command, ``engine`` the same provider's part of it, warm.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    engine: str
+    precision: str
+    rows: int
+    submit: list[float]
+    engine_alone: list[float]
+
+
+class Figures(BaseModel):
+    """What ``inference.json`` holds; ``n`` rounds, each of ``seconds`` a batch size."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    date: str
+    commit: str
+    device: str
+    python: str
+    packages: dict[str, str]
+    n: int
+    seconds: float
+    rates: list[Rates]
+    submissions: list[Submissions]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with its file in each precision; the recipe is for PyTorch."""
+
+    name: str
+    recipe: str
+    files: dict[str, Path]
+
+
+# -- models -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def built(names: Sequence[str], precisions: Sequence[str]) -> Iterator[list[Model]]:
+    """Models by names of recipes (random weights) or of files, in their precision and others.
+
+    A file that is in fp32 is quantised to int8, if that is one of ``precisions``; for fp16 it takes the
+    network itself, and so a recipe.
+
+    Raises:
+        BenchmarkError: a file that is not a model file of ours.
+        RecipeError: no such recipe.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        yield [
+            _built(name, precisions, Path(folder) / f"{number}")
+            for number, name in enumerate(track(names, "building models", console=CONSOLE))
+        ]
+
+
+def _built(name: str, precisions: Sequence[str], folder: Path) -> Model:
+    if name.endswith(".onnx"):
+        graphs, metadata = _loaded(Path(name))
+    else:
+        classifier = Ensemble([_classifier(name)])
+        graphs = {"fp32": graph.build(classifier)}
+        if "fp16" in precisions:
+            graphs["fp16"] = graph.build(half(classifier))
+        metadata = {"contract": "1", "name": name, "version": "random", "classes": json.dumps(CLASSES)}
+    if "int8" in precisions and "fp32" in graphs:
+        graphs["int8"] = quantize.int8(graphs["fp32"])
+    folder.mkdir()
+    files = {}
+    for precision, content in graphs.items():
+        onnx.helper.set_model_props(content, {**metadata, "precision": precision})
+        files[precision] = folder / f"{precision}.onnx"
+        onnx.save(content, files[precision])
+    return Model(name, metadata["name"], files)
+
+
+def _loaded(path: Path) -> tuple[dict[str, onnx.ModelProto], dict[str, str]]:
+    try:
+        content = onnx.load(path)
+        metadata = {entry.key: entry.value for entry in content.metadata_props}
+        recipe.load(metadata["name"])
+        return {metadata["precision"]: content}, metadata
+    except Exception as error:  # protobuf's and the file system's have no base class in common
+        raise BenchmarkError(f"{path} is not a model file of a recipe of ours ({error})") from error
+
+
+def _classifier(name: str) -> Classifier:
+    chosen = recipe.load(name)
+    network = train.initial_network(chosen, 0, data.load_sample().train)
+    return Classifier(network, chosen).eval()
+
+
+# -- measuring --------------------------------------------------------------------------------------
+
+
+def engines(precision: str) -> list[str]:
+    """What can run a file of a precision here."""
+    providers = [name for name in ("cpu", "openvino", "cuda", "tensorrt") if not obstacle(name)]
+    if precision == "fp16":
+        return [f"service:{name}" for name in providers if name in ("cuda", "tensorrt")]
+    found = [f"service:{name}" for name in providers]
+    if _version("openvino"):
+        found.append("openvino")
+    return ["onnxruntime", *found, "pytorch:fp32", "pytorch:bf16"] if precision == "fp32" else found
+
+
+def compare(models: Sequence[Model], seconds: float, rounds: int) -> list[Rates]:
+    """Measure every engine with every model in every precision, in ``rounds``."""
+    turns = [
+        (model, file, engine, Rates.begin(model.name, engine, precision))
+        for model in models
+        for precision, file in model.files.items()
+        for engine in engines(precision)
+    ]
+    sizes = [str(size) for size in BATCH_SIZES]
+    arguments = ["--batch-sizes", *sizes, "--seconds", str(seconds)]
+    for model, file, engine, rates in track(turns * rounds, "measuring engines", console=CONSOLE):
+        found = _apart(engine, file, model.recipe, *arguments)
+        for size, rate in found["rates"].items():
+            rates.rates[int(size)].append(rate)
+        rates.memory.append(found["memory"])
+    return [rates for *_, rates in turns]
+
+
+def _apart(engine: str, file: Path, recipe_name: str, *arguments: str) -> dict[str, Any]:
+    """What a measurement in a process of its own found."""
+    command = [sys.executable, "-m", "benchmarks.engines", engine]
+    given = ["--file", str(file), "--recipe", recipe_name, *arguments]
+    done = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BenchmarkError(f"{engine} with {file.name} failed: {done.stderr.strip()[-500:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def submissions(models: Sequence[Model], rows: int, rounds: int) -> list[Submissions]:
+    """Time ``python -m serving submit`` on a pickle of ``rows`` images, and the engine alone."""
+    provider = "cpu" if obstacle("openvino") else "openvino"
+    turns = [
+        (
+            *(model, file),
+            Submissions(
+                model=model.name,
+                engine=f"service:{provider}",
+                precision=precision,
+                rows=rows,
+                submit=[],
+                engine_alone=[],
+            ),
+        )
+        for model in models
+        for precision, file in model.files.items()
+        if f"service:{provider}" in engines(precision)
+    ]
+    pixels = data.load_sample().test.pixels.numpy()
+    content = {b"data": np.resize(pixels, (rows, *pixels.shape[1:])), b"ids": np.arange(rows)}
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "test.pkl"
+        images.write_bytes(pickle.dumps(content))
+        for model, file, times in track(turns * rounds, "measuring submissions", console=CONSOLE):
+            times.submit.append(_submit(images, file, provider))
+            found = _apart(times.engine, file, model.recipe, "--rows", str(rows))
+            times.engine_alone.append(found["seconds"])
+    return [times for *_, times in turns]
+
+
+def _submit(file: Path, model_file: Path, provider: str) -> float:
+    """Seconds from the process's start to the CSV."""
+    csv = file.with_suffix(".csv")
+    command = [sys.executable, "-m", "serving", "submit", str(file), str(csv)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    environment["SERVING_PROVIDER"] = provider
+    began = time.perf_counter()
+    done = subprocess.run(
+        [*command, "--model", str(model_file)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise BenchmarkError(f"python -m serving submit failed: {done.stderr.strip()[-500:]}")
+    return time.perf_counter() - began
+
+
+# -- figures ----------------------------------------------------------------------------------------
+
+
+def read(path: Path = FIGURES) -> Figures:
+    """The figures of an earlier benchmark.
+
+    Raises:
+        BenchmarkError: there are none, or the file is not one of ours.
+    """
+    try:
+        return Figures.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BenchmarkError(f"no figures at {path}: run python -m benchmarks.inference") from error
+    except ValidationError as error:
+        raise BenchmarkError(f"{path} does not hold the figures of this benchmark: {error}") from error
+
+
+def write(figures: Figures, path: Path = FIGURES) -> None:
+    """Write the figures beside ``path`` and rename them there."""
+    with replacing(path) as file:
+        file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
+
+
+def markdown(figures: Figures) -> str:
+    """The figures as Markdown tables, each with what it says, and where they are from."""
+    packages = ", ".join(f"{name} {found}" for name, found in figures.packages.items())
+    of_engines = (
+        "Images per second by batch size, and in brackets as multiples of plain ONNX Runtime: medians "
+        f"of n={figures.n} measurements of {figures.seconds:g} s that took turns, each in a process of "
+        "its own, whose peak memory (RSS) is the last column."
+    )
+    of_submissions = (
+        "`python -m serving submit`, from the process's start to the CSV; its engine alone (warm, in "
+        f"batches of {SUBMISSION_BATCH}); float32 PyTorch alone (in batches of {PYTORCH_BATCH}); *ratio* "
+        f"is that of PyTorch's time to submit's. Both tables: {figures.device}; Python {figures.python}, "
+        f"{packages}; commit {figures.commit[:12]}, {figures.date[:10]}."
+    )
+    tables = (_engines_table(figures), of_engines, _submissions_table(figures), of_submissions)
+    return "\n\n".join(part if part.startswith("|") else textwrap.fill(part, 120) for part in tables)
+
+
+def _engines_table(figures: Figures) -> str:
+    sizes = [f"{size}" for size in figures.rates[0].rates]
+    rows = [["model", "engine", "precision", *sizes, "memory (MiB)"]]
+    references = {
+        rates.model: rates.rates
+        for rates in figures.rates
+        if (rates.engine, rates.precision) == REFERENCE
+    }
+    for rates in figures.rates:
+        cells = []
+        for size, measured in rates.rates.items():
+            cell = f"{median(measured):,.0f}"
+            if rates.model in references:
+                cell += f" ({median(measured) / median(references[rates.model][size]):.2f})"
+            cells.append(cell)
+        engine = NAMES[rates.engine]
+        rows.append([rates.model, engine, rates.precision, *cells, f"{median(rates.memory):,.0f}"])
+    return markdown_table(rows)
+
+
+def _submissions_table(figures: Figures) -> str:
+    rows = [
+        ["model", "precision", "images", "submit (s)", "engine alone (s)", "eager PyTorch (s)", "ratio"]
+    ]
+    eager = {
+        rates.model: median(rates.rates[PYTORCH_BATCH])
+        for rates in figures.rates
+        if rates.engine == "pytorch:fp32"
+    }
+    for times in figures.submissions:
+        submit, alone = median(times.submit), median(times.engine_alone)
+        row = [times.model, times.precision, f"{times.rows:,}", f"{submit:.1f}", f"{alone:.1f}", "", ""]
+        if times.model in eager:
+            pytorch = times.rows / eager[times.model]
+            row[-2:] = f"{pytorch:.1f}", f"{pytorch / submit:.1f}"
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        figures = read(options.figures) if options.markdown else _run(options)
+    except (BenchmarkError, RecipeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(markdown(figures))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> Figures:
+    if options.rounds < 1 or options.seconds <= 0 or options.rows < 1:
+        raise BenchmarkError("--rounds and --rows have to be at least 1, and --seconds above 0")
+    with built(options.models, options.precisions) as models:
+        rates = compare(models, options.seconds, options.rounds)
+        times = submissions(models, options.rows, options.rounds)
+    figures = Figures(
+        date=provenance.now(),
+        commit=provenance.commit(),
+        device=device.describe(device.choose()),
+        python=platform.python_version(),
+        packages={name: found for name in PACKAGES if (found := _version(name))},
+        n=options.rounds,
+        seconds=options.seconds,
+        rates=rates,
+        submissions=times,
+    )
+    write(figures, options.figures)
+    return figures
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inference",
+        description="Images per second and memory of the service's engine beside other engines, and the "
+        "time of a submission.",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=MODELS,
+        metavar="MODEL",
+        help="recipes, with random weights, or model files (default: %(default)s)",
+    )
+    precisions = ["int8"] if obstacle("cuda") else ["int8", "fp16"]
+    parser.add_argument(
+        "--precisions",
+        nargs="*",
+        choices=["int8", "fp16"],
+        default=precisions,
+        help="beside fp32; fp16 is for CUDA (default: those for this machine)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="of each batch size (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument(
+        "--rows", type=int, default=10_000, help="images of a submission (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        default=FIGURES,
+        metavar="FILE",
+        help="default: benchmarks/inference.json",
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="measure nothing: print the tables of the figures"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

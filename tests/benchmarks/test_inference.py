@@ -1,0 +1,151 @@
+"""The benchmark of inference runs; what it measures depends on the machine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from benchmarks import engines
+from benchmarks import inference as benchmark
+from serving.model import Model
+from serving.settings import BUNDLED_MODEL
+
+SIZES = [1, 2]
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "BATCH_SIZES", SIZES)
+
+
+def test_figures_are_written_and_become_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "PYTORCH_BATCH", 2)
+    path = tmp_path / "inference.json"
+    small = ["--seconds", "0.01", "--rounds", "1", "--rows", "70", "--figures", str(path)]
+    assert benchmark.main(["--models", "A1", "--precisions", "int8", *small]) == 0
+    printed = capsys.readouterr().out
+
+    figures = benchmark.read(path)
+    assert (figures.n, figures.seconds) == (1, 0.01)
+    assert figures.packages["torch"]
+    measured = {(rates.engine, rates.precision) for rates in figures.rates}
+    assert measured >= {
+        *(("onnxruntime", "fp32"), ("service:cpu", "fp32"), ("service:cpu", "int8")),
+        *(("pytorch:fp32", "fp32"), ("pytorch:bf16", "bf16")),
+    }
+    for rates in figures.rates:
+        assert list(rates.rates) == SIZES
+        assert all(len(each) == 1 and each[0] > 0 for each in rates.rates.values())
+        (memory,) = rates.memory
+        assert 10 < memory < 10_000
+    assert [(times.precision, times.rows) for times in figures.submissions] == [
+        ("fp32", 70),
+        ("int8", 70),
+    ]
+    for times in figures.submissions:
+        assert times.submit[0] > times.engine_alone[0] > 0
+    assert [file.name for file in tmp_path.iterdir()] == ["inference.json"]
+
+    assert benchmark.main(["--markdown", "--figures", str(path)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_tables_have_medians_and_their_ratios() -> None:
+    def rates(engine: str, *each: float) -> benchmark.Rates:
+        begun = benchmark.Rates.begin("B1", engine, "fp32")
+        measured = {size: list(each) for size in (1, 128)}
+        return begun.model_copy(update={"rates": measured, "memory": [99.6]})
+
+    times = benchmark.Submissions(
+        model="B1",
+        engine="service:cpu",
+        precision="fp32",
+        rows=10_000,
+        submit=[9.0, 8.0, 50.0],
+        engine_alone=[7.0, 1.0, 8.0],
+    )
+    figures = benchmark.Figures(
+        date="2026-01-02T03:04:05+00:00",
+        commit="0123456789abcdef",
+        device="a processor",
+        python="3.11",
+        packages={"onnxruntime": "1"},
+        n=3,
+        seconds=2,
+        rates=[
+            rates("onnxruntime", 100.0, 10.0, 200.0),
+            rates("service:cpu", 150.0, 150.0, 1000.0),
+            rates("pytorch:fp32", 50.0, 50.0, 50.0),
+        ],
+        submissions=[times],
+    )
+    tables = benchmark.markdown(figures)
+    assert "| B1 | plain ONNX Runtime | fp32 | 100 (1.00) | 100 (1.00) | 100 |" in tables
+    assert "| B1 | service, CPU provider | fp32 | 150 (1.50) | 150 (1.50) | 100 |" in tables
+    assert "| B1 | fp32 | 10,000 | 9.0 | 7.0 | 200.0 | 22.2 |" in tables
+    assert "medians of n=3 measurements of 2 s" in tables
+    assert "onnxruntime 1; commit 0123456789ab, 2026-01-02." in tables.replace("\n", " ")
+
+
+def test_models_by_file_and_by_recipe() -> None:
+    with benchmark.built([str(BUNDLED_MODEL), "A1"], ["int8", "fp16"]) as (bundled, random):
+        assert (bundled.recipe, list(bundled.files)) == ("fast", ["fp32", "int8"])
+        assert (random.recipe, list(random.files)) == ("A1", ["fp32", "fp16", "int8"])
+        for model in (bundled, random):
+            for precision, file in model.files.items():
+                assert Model(file, "cpu", 1).metadata["precision"] == precision
+        operators = {node.op_type for node in onnx.load(bundled.files["int8"]).graph.node}
+        assert {"QuantizeLinear", "DequantizeLinear", "Conv"} <= operators
+
+
+def test_a_measurements_process_has_no_more_than_its_engine_needs(tmp_path: Path) -> None:
+    """PyTorch's libraries would count as the memory of the others."""
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.engines import ENGINES; "
+        f"ENGINES['service:cpu'](Path({str(BUNDLED_MODEL)!r}), 'fast'); "
+        "print(sorted({'torch', 'onnx', 'openvino', 'bentoml'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=benchmark.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_a_submission_is_run_in_its_batches() -> None:
+    batches: list[int] = []
+    assert engines.submission_seconds(lambda images: batches.append(len(images)), 150) > 0
+    assert batches == [64, 64, 64, 22]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "A9"], "no recipe 'A9'"),
+        (["--models", "nothing.onnx"], "nothing.onnx is not a model file of a recipe of ours"),
+        (["--rounds", "0"], "--rounds and --rows have to be at least 1"),
+        (["--markdown", "--figures", "nowhere.json"], "no figures at nowhere.json"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert message in error
+
+
+def test_an_engine_that_fails_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "text.onnx"
+    file.write_text(json.dumps({}))
+    with pytest.raises(benchmark.BenchmarkError, match=r"onnxruntime with text\.onnx failed: "):
+        benchmark._apart("onnxruntime", file, "A1", "--rows", "1")
