@@ -36,7 +36,6 @@ def test_linked_page_is_of_the_run_of_the_bundled_model(metadata: dict[str, str]
     assert f"run <b>{metadata['name']}-seed{metadata['seed']}</b>" in page
 
 
-@pytest.mark.skipif(not training.FIGURES.exists(), reason="the benchmark was not run")
 def test_pace_of_training_is_the_table_of_the_benchmark() -> None:
     assert training.markdown(training.read()) in README
 
