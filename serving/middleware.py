@@ -193,8 +193,8 @@ def _given_keys(scope: Scope) -> list[bytes]:
 class Reception:
     """Receives the body within its limits, and drops the work of a client that has left.
 
-    A body of more than `max_bytes` is refused, by its Content-Length at once and else while it comes, and
-    so is one that has not arrived after `seconds`.
+    A body of more than `max_bytes` is refused, by its Content-Length at once and else while it comes,
+    and so is one that has not arrived after `seconds`.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:

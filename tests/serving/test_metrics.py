@@ -9,30 +9,14 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from serving.model import Model
 from serving.predictions import softmax
+from tests.serving.figures import read, value
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import ROOT, serving
 
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 DASHBOARD = json.loads((ROOT / "serving" / "grafana.json").read_text())
-
-
-def read(client: httpx.Client) -> Samples:
-    response = client.get("/metrics")
-    assert response.status_code == 200
-    assert response.headers["content-type"].startswith("text/plain; version=")
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(response.text)
-        for sample in family.samples
-    }
-
-
-def value(samples: Samples, name: str, /, **labels: str) -> float:
-    return samples.get((name, frozenset(labels.items())), 0.0)
 
 
 def test_requests_images_and_runs_are_counted(
