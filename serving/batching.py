@@ -126,7 +126,7 @@ class Batcher:
     def _admitted(self) -> Iterator[None]:
         if self.full:
             raise OverloadedError(
-                f"{self._waiting} requests wait already, which is the limit; try again shortly."
+                f"As many requests wait as may ({self._max_waiting}); try again shortly."
             )
         self._waiting += 1
         self._idle.clear()
