@@ -12,6 +12,7 @@ import pytest
 from serving.middleware import OPEN_PATHS
 from tests.serving.samples import encoded
 from tests.serving.server import Server, running
+from tests.transcripts import assert_as_shown
 
 KEY = "clé secrète"
 PICTURE = {"image": ("a.png", encoded(np.zeros((32, 32, 3), np.uint8)))}
@@ -36,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     ],
 )
 def test_the_key_opens(server: Server, name: str, value: str) -> None:
-    headers = {name: value.encode()}
+    headers = {name.encode(): value.encode()}
     for path in ("/classify", "/v2/models/fast/infer"):
         answer = httpx.post(f"{server.url}{path}", files=PICTURE, headers=headers)
         assert answer.status_code != 401
@@ -47,21 +48,25 @@ def test_the_key_opens(server: Server, name: str, value: str) -> None:
     "headers",
     [
         {},
-        {"Authorization": ""},
-        {"Authorization": "Bearer"},
-        {"Authorization": "Bearer wrong"},
-        {"Authorization": f"Basic {KEY}".encode()},
-        {"Authorization": KEY.encode()},
-        {"X-API-Key": KEY[:-1].encode()},
-        {"X-API-Key": KEY.encode() + b"x"},
+        {b"Authorization": b""},
+        {b"Authorization": b"Bearer"},
+        {b"Authorization": b"Bearer wrong"},
+        {b"Authorization": f"Basic {KEY}".encode()},
+        {b"Authorization": KEY.encode()},
+        {b"X-API-Key": KEY[:-1].encode()},
+        {b"X-API-Key": KEY.encode() + b"x"},
     ],
 )
 @pytest.mark.parametrize("path", ["/classify", "/v2/models/fast/infer", "/", "/model", "/nothing"])
-def test_nothing_else_does(server: Server, path: str, headers: dict[str, str]) -> None:
+def test_nothing_else_does(server: Server, path: str, headers: dict[bytes, bytes]) -> None:
     answer = httpx.post(f"{server.url}{path}", files=PICTURE, headers=headers)
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
     assert KEY not in answer.text
+
+
+def test_a_missing_key_is_answered_as_shown(server: Server) -> None:
+    assert_as_shown("unauthorized", server.url)
 
 
 @pytest.mark.parametrize("path", sorted(OPEN_PATHS))
@@ -81,7 +86,7 @@ def test_a_sane_request_id_is_kept(client: httpx.Client, given: str) -> None:
 
 @pytest.mark.parametrize("given", [None, "", "a b", 'a"b', "<script>", "x" * 129, "é"])
 def test_another_is_replaced(client: httpx.Client, given: str | None) -> None:
-    headers = {} if given is None else {"X-Request-Id": given.encode()}
+    headers = {} if given is None else {b"X-Request-Id": given.encode()}
     made = {client.post("/classify", headers=headers).headers["x-request-id"] for _ in range(3)}
     assert len(made) == 3
     assert all(re.fullmatch("[0-9a-f]{32}", identity) for identity in made)
@@ -101,10 +106,10 @@ def test_each_request_is_a_line_of_json(server: Server) -> None:
         f"{server.url}/classify?top_k=1",
         content=body,
         headers={
-            "X-API-Key": KEY.encode(),
-            "X-Request-Id": "mine",
-            "Content-Type": "image/png",
-            "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01",
+            b"X-API-Key": KEY.encode(),
+            b"X-Request-Id": b"mine",
+            b"Content-Type": b"image/png",
+            b"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01".encode(),
         },
     )
     assert answer.status_code == 200

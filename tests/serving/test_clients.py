@@ -13,6 +13,7 @@ import pytest
 from tests.serving.figures import Samples, read, under_way, value
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import serving
+from tests.transcripts import assert_as_shown
 
 HEAD = b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\n"
 PATIENCE = 60.0  # seconds a test waits for what must come
@@ -101,6 +102,10 @@ def test_tricklers_are_hung_up_on_and_hold_up_nobody(
                 pass
     with httpx.Client(base_url=strict_url, timeout=60) as client:
         assert under_way(client) == 0
+
+
+def test_a_slow_body_is_answered_as_shown(strict_url: str) -> None:
+    assert_as_shown("slow_body", strict_url)
 
 
 def test_endless_headers_are_hung_up_on(strict_url: str) -> None:

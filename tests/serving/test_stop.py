@@ -16,6 +16,7 @@ import psutil
 from tests.serving.figures import under_way
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import START_SECONDS, Server, running
+from tests.transcripts import assert_as_shown
 
 
 def test_a_stop_answers_what_was_accepted_and_refuses_the_rest(
@@ -55,6 +56,7 @@ def test_a_stop_answers_what_was_accepted_and_refuses_the_rest(
         unready = httpx.get(f"{server.url}/readyz")
         alive = httpx.get(f"{server.url}/healthz")
         refused = httpx.post(f"{server.url}/classify", files=picture)
+        assert_as_shown("stopping", server.url)
         answers = [job.result() for job in submissions]
         assert server.process.wait(START_SECONDS) == 0
 
