@@ -21,6 +21,7 @@ from serving.errors import StoppingError
 logger = logging.getLogger("serving")
 
 ARRIVING_SECONDS = 0.3  # in which requests that were sent before the signal still come in
+REFUSING_SECONDS = 0.3  # at least, in which clients on kept connections are told, not cut off
 CLOSING_SECONDS = 5  # for clients that do not read their answers, after all has been answered
 
 
@@ -97,6 +98,7 @@ class Drain:
         logger.info("stopping; %d requests are under way", len(self._under_way))
         try:
             async with asyncio.timeout(self._limit):
+                await asyncio.sleep(REFUSING_SECONDS)
                 await self._idle.wait()
         except TimeoutError:
             logger.warning("%d requests took over %g s to finish", len(self._under_way), self._limit)

@@ -324,19 +324,28 @@ class Classifier:
     async def _replace(self) -> None:
         """Let each new model file take over that passes the checks."""
         async for _ in replacements(SETTINGS.model, self.deployment.file):
-            old = self.deployment
             try:
                 new = await asyncio.to_thread(Deployment, SETTINGS, self.metrics)
             except Exception as error:
                 self.metrics.swaps.labels("refused").inc()
-                logger.error("%s goes on; the new model file is refused: %s", old, error)
-                continue
-            self.metrics.retired(old.model)
-            new.start()
-            self.deployment = new
-            self.metrics.swaps.labels("done").inc()
-            logger.info("%s took over from %s", new, old)
-            await old.batcher.finish()
+                logger.error(
+                    "%s goes on; the new model file is refused: %s",
+                    self.deployment,
+                    error,
+                    exc_info=not isinstance(error, StartError),
+                )
+            else:
+                await self._hand_over(new)
+
+    async def _hand_over(self, new: Deployment) -> None:
+        """Let a deployment take new requests, and the one before it finish those that it has."""
+        old = self.deployment
+        self.metrics.retired(old.model)
+        new.start()
+        self.deployment = new
+        self.metrics.swaps.labels("done").inc()
+        logger.info("%s took over from %s", new, old)
+        await old.batcher.finish()
 
 
 async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -28,6 +28,7 @@ def limit_heads(server: uvicorn.Server, seconds: float) -> None:
     class Connection(HttpToolsProtocol):
         _overdue: asyncio.TimerHandle | None = None  # set while the head of a request is awaited
         _head_bytes = 0
+        _in_body = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -37,20 +38,29 @@ def limit_heads(server: uvicorn.Server, seconds: float) -> None:
             if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
                 self._await_head()
             super().data_received(data)
-            if self._overdue is not None:
+            # The rest of a body that was refused is read, or the client might not see its answer.
+            if self._overdue is not None and not self._in_body:
                 self._head_bytes += len(data)
                 if self._head_bytes > MAX_HEAD_BYTES:
                     self._give_up()
 
         def on_headers_complete(self) -> None:
             self._cancel()
+            self._in_body = True
             super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            self._in_body = False
+            if self._overdue is not None:  # the time of a refused body is not that of the next head
+                self._await_head()
+            super().on_message_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
             super().connection_lost(exc)
 
         def _await_head(self) -> None:
+            self._cancel()
             self._head_bytes = 0
             self._overdue = self.loop.call_later(seconds, self._give_up)
 

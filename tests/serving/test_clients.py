@@ -11,12 +11,10 @@ import numpy.typing as npt
 import pytest
 
 from tests.serving.figures import Samples, read, under_way, value
+from tests.serving.raw import PATIENCE, connected, post
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import serving
 from tests.transcripts import assert_as_shown
-
-HEAD = b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\n"
-PATIENCE = 60.0  # seconds a test waits for what must come
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +22,13 @@ def strict_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with serving(
         tmp_path_factory.mktemp("strict"),
         SERVING_PROVIDER="cpu",
-        SERVING_HEAD_TIMEOUT="1",
+        SERVING_HEAD_TIMEOUT="3",
         SERVING_BODY_TIMEOUT="2",
         SERVING_REQUEST_TIMEOUT="4",
+        SERVING_MAX_BODY_BYTES="13000000",
         SERVING_THREADS="1",
     ) as url:
         yield url
-
-
-def connected(url: str) -> socket.socket:
-    host, port = url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), PATIENCE)
 
 
 def images_run(samples: Samples) -> float:
@@ -67,14 +61,14 @@ def trickle(connection: socket.socket, piece: bytes) -> bytes:
         (b"", b"\r\n", b""),
         (b"POST /classify HTTP/1.1\r\n", b"X-A: b\r\n", b""),
         (b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n", b"\r\n", b"HTTP/1.1 200 OK"),
-        (HEAD + b"Content-Length: 100000\r\n\r\n", b"x", b"HTTP/1.1 408 Request Timeout"),
+        (post("/classify", 100_000), b"x", b"HTTP/1.1 408 Request Timeout"),
         (
-            HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+            post("/classify", None),
             b"1\r\nx\r\n",
             b"HTTP/1.1 408 Request Timeout",
         ),
         (
-            HEAD + b"Content-Length: 99999999\r\n\r\n",
+            post("/classify", 99_999_999),
             b"x",
             b"HTTP/1.1 413 ",
         ),
@@ -108,6 +102,15 @@ def test_a_slow_body_is_answered_as_shown(strict_url: str) -> None:
     assert_as_shown("slow_body", strict_url)
 
 
+def test_who_sends_on_after_a_refusal_can_read_it(strict_url: str) -> None:
+    body = bytes(14_000_000)
+    with connected(strict_url) as connection:
+        connection.sendall(post("/classify", len(body)) + body)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
 def test_endless_headers_are_hung_up_on(strict_url: str) -> None:
     with connected(strict_url) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\n")
@@ -134,12 +137,8 @@ def test_work_that_nobody_waits_for_is_dropped(
         if leaves:
             with connected(strict_url) as connection:
                 form = httpx.Request("POST", strict_url, files={"file": ("a.pkl", content)})
-                connection.sendall(
-                    b"POST /submission HTTP/1.1\r\nHost: a\r\n"
-                    + b"".join(b"%s: %s\r\n" % item for item in form.headers.raw[1:])
-                    + b"\r\n"
-                    + form.read()
-                )
+                body = form.read()
+                connection.sendall(post("/submission", len(body), form.headers["content-type"]) + body)
                 while images_run(read(client)) == images_run(before):
                     pass
         else:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import psutil
 
 from tests.serving.figures import under_way
+from tests.serving.raw import connected, post
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import START_SECONDS, Server, running
 from tests.transcripts import assert_as_shown
@@ -22,15 +22,17 @@ from tests.transcripts import assert_as_shown
 def test_a_stop_answers_what_was_accepted_and_refuses_the_rest(
     tmp_path: Path, images: npt.NDArray[np.uint8]
 ) -> None:
-    bulk = {"file": ("a.pkl", pickled({"data": images[:600]}))}
-    picture = {"image": ("a.png", encoded(images[0]))}
+    content = encoded(images[0])
+    picture = {"image": ("a.png", content)}
+    bulk = {"file": ("a.pkl", pickled({"data": images[:300]}))}
     signalled = threading.Event()
     outcomes: list[tuple[bool, httpx.Response]] = []  # whether sent before the signal, the answer
 
     with (
         running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="120") as server,
         httpx.Client(base_url=server.url, timeout=120) as client,
-        ThreadPoolExecutor(8) as pool,
+        ThreadPoolExecutor(6) as pool,
+        connected(server.url) as slow,
     ):
 
         def ask_on() -> None:
@@ -42,12 +44,13 @@ def test_a_stop_answers_what_was_accepted_and_refuses_the_rest(
                     if answer.status_code != 200:
                         return
 
+        slow.sendall(post("/classify", len(content)) + content[:100])
+        loads = [pool.submit(ask_on) for _ in range(4)]
         submissions = [
             pool.submit(httpx.post, f"{server.url}/submission", files=bulk, timeout=120)
             for _ in range(2)
         ]
-        loads = [pool.submit(ask_on) for _ in range(4)]
-        while under_way(client) < 6 or len(outcomes) < 8:
+        while under_way(client) < 7:
             assert not any(job.done() for job in submissions + loads)
         server.process.send_signal(signal.SIGTERM)
         signalled.set()
@@ -58,6 +61,8 @@ def test_a_stop_answers_what_was_accepted_and_refuses_the_rest(
         refused = httpx.post(f"{server.url}/classify", files=picture)
         assert_as_shown("stopping", server.url)
         answers = [job.result() for job in submissions]
+        slow.sendall(content[100:])
+        last = slow.makefile("rb").read()
         assert server.process.wait(START_SECONDS) == 0
 
     assert unready.status_code == 503
@@ -70,20 +75,15 @@ def test_a_stop_answers_what_was_accepted_and_refuses_the_rest(
     assert all(answer.status_code == 200 for before, answer in outcomes if before)
     for answer in answers:
         assert answer.status_code == 200
-        assert len(answer.text.splitlines()) == 601
+        assert len(answer.text.splitlines()) == 301
+    assert last.startswith(b"HTTP/1.1 200 ")
+    assert b'"predictions"' in last
 
 
 def test_a_stop_does_not_wait_for_ever(tmp_path: Path) -> None:
     with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="0.5") as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        with (
-            socket.create_connection((host, int(port)), 60) as slow,
-            httpx.Client(base_url=server.url) as client,
-        ):
-            slow.sendall(
-                b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\n"
-                b"Content-Length: 100\r\n\r\nbeginning"
-            )
+        with connected(server.url) as slow, httpx.Client(base_url=server.url) as client:
+            slow.sendall(post("/classify", 100) + b"beginning")
             while under_way(client) < 1:
                 pass
             server.process.send_signal(signal.SIGTERM)
