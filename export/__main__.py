@@ -12,7 +12,7 @@ from rich.table import Table
 from export import graph, parity, reliability
 from export.graph import GraphError
 from export.parity import ELSEWHERE, LIMITS, Finding, ParityError, percent
-from export.provider import ProviderError
+from serving.errors import ProviderError
 from export.temperature import TemperatureError
 from export.verify import verify
 from export.write import PRECISIONS, Written, write
