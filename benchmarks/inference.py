@@ -325,8 +325,8 @@ def markdown(figures: Figures) -> str:
     of_submissions = (
         "`python -m serving submit`, from the process's start to the CSV; its engine alone (warm, in "
         f"batches of {SUBMISSION_BATCH}); float32 PyTorch alone (in batches of {PYTORCH_BATCH}); "
-        f"*ratio* is that of PyTorch's time to submit's. Both tables: {figures.device}; Python {figures.python}, "
-        f"{packages}; commit {figures.commit[:12]}, {figures.date[:10]}."
+        f"*ratio* is that of PyTorch's time to submit's. Both tables: {figures.device}; "
+        f"Python {figures.python}, {packages}; commit {figures.commit[:12]}, {figures.date[:10]}."
     )
     tables = (_engines_table(figures), of_engines, _submissions_table(figures), of_submissions)
     return "\n\n".join(part if part.startswith("|") else textwrap.fill(part, 120) for part in tables)
