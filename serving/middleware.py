@@ -8,10 +8,11 @@ import asyncio
 import hmac
 import logging
 import time
+from collections.abc import Iterable
 from http import HTTPStatus
 
 from pydantic import SecretStr
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +24,9 @@ from serving.responses import ErrorBody, ErrorDetail, error_body, error_response
 
 logger = logging.getLogger("serving")
 
+Header = tuple[bytes, bytes]
+
+HIDDEN_HEADERS = frozenset({b"server", b"x-bentoml-request-id"})  # what runs here is nobody's business
 GONE = 499  # as nginx has it: the client left before the answer
 
 # For the machines that watch the service: they need no key, and are answered while it stops.
@@ -60,7 +64,7 @@ class Observed:
             nonlocal status, bytes_out
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._complete(MutableHeaders(raw=message["headers"]), identity)
+                message = {**message, "headers": self._completed(message["headers"], identity)}
             else:
                 bytes_out += len(message.get("body", b""))
             await send(message)
@@ -84,13 +88,12 @@ class Observed:
                 bytes_out=bytes_out,
             )
 
-    def _complete(self, headers: MutableHeaders, identity: str) -> None:
-        for name in ("server", "x-bentoml-request-id"):  # what runs here is nobody's business
-            del headers[name]
-        headers[REQUEST_ID] = identity
-        headers["x-content-type-options"] = "nosniff"
+    def _completed(self, headers: Iterable[Header], identity: str) -> list[Header]:
+        completed = [header for header in headers if header[0] not in HIDDEN_HEADERS]
+        completed += [(REQUEST_ID.encode(), identity.encode()), (b"x-content-type-options", b"nosniff")]
         if self.drain.stopping:
-            headers["connection"] = "close"
+            completed.append((b"connection", b"close"))
+        return completed
 
 
 class ErrorShape:
