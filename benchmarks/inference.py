@@ -375,7 +375,7 @@ def _run(options: argparse.Namespace) -> Figures:
         commit=provenance.commit(),
         device=device.describe(device.choose()),
         python=platform.python_version(),
-        packages={name: found for name in PACKAGES if (found := _version(name))},
+        packages=packages(PACKAGES),
         n=options.rounds,
         seconds=options.seconds,
         rates=rates,
@@ -383,6 +383,11 @@ def _run(options: argparse.Namespace) -> Figures:
     )
     write(figures, options.figures)
     return figures
+
+
+def packages(names: Sequence[str]) -> dict[str, str]:
+    """The versions of those that are installed."""
+    return {name: found for name in names if (found := _version(name))}
 
 
 def _version(package: str) -> str | None:
