@@ -6,9 +6,10 @@ RUN ?= runs/$(RECIPE)-seed0
 OUT ?= models/default.onnx
 PRECISION ?= fp32
 GPU ?= 0
+SECONDS ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint train export bench image
+.PHONY: help serve test lint train export bench fuzz image
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -33,6 +34,9 @@ export: .venv/.export  ## turn a run's checkpoint into a model file (RUN=runs/fa
 bench: .venv/.bench  ## measure the pace of training and of inference on this machine, into benchmarks/
 	.venv/bin/python -m benchmarks.training
 	.venv/bin/python -m benchmarks.inference
+
+fuzz: .venv/.dev  ## search for bytes that break the service's readers (SECONDS=120 for each of three)
+	.venv/bin/python -m tests.serving.fuzz --seconds $(SECONDS)
 
 image:  ## build the Docker image (GPU=1 for CUDA)
 	docker build --tag cifar10 --build-arg GPU=$(GPU) .
