@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from serving.errors import PickleError
 
+OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 MAX_OPCODES = 400_000  # twenty for each of the most rows that the settings allow by default
 MAX_LINE = 512  # of an opcode whose argument is a line: the module or the name of a global
 MAX_DIMENSIONS = 32
@@ -144,7 +145,7 @@ class _Source:
         if self._position == self.size:
             raise PickleError("The pickle is truncated: it ends without a STOP.")
         code = self.read(1)
-        opcode = pickletools.code2op.get(code.decode("latin-1"))
+        opcode = OPCODES.get(code)
         if opcode is None:
             raise ValueError(f"there is no opcode {code!r}")
         name = opcode.name

@@ -2,9 +2,9 @@
 
 Atheris (libFuzzer) changes files of the corpus and others, and goes on with those that reach new lines
 of the readers, each reader in a process of its own. Bytes that raise anything but the errors that a
-client may see, that run or open anything, take over 10 seconds or over a gibibyte are a finding: they are
-kept in ``fuzzing/READER/`` and the command fails. A finding belongs into tests/serving/corpus when it is
-mended. What reached new lines is kept there too, and the next search begins with it.
+client may see, that run or open anything, take over 10 seconds or over a gibibyte are a finding: they
+are kept in ``fuzzing/READER/`` and the command fails. A finding belongs into tests/serving/corpus when
+it is mended. What reached new lines is kept there too, and the next search begins with it.
 """
 
 import argparse

@@ -1,0 +1,58 @@
+"""The soak runs, and its figures become its table."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import soak
+
+
+def test_seconds_of_it_with_an_answer_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls, wrong = soak.calls, soak.Call("GET /healthz", 20, 404, {})
+    monkeypatch.setattr(soak, "calls", lambda model: [*calls(model), wrong])
+    path = tmp_path / "soak.json"
+    assert soak.main(["--seconds", "4", "--clients", "3", "--figures", str(path)]) == 1
+    printed = capsys.readouterr().out
+
+    figures = soak.read(path)
+    assert figures.unexpected == {"GET /healthz": {"200": figures.counts["GET /healthz"]["200"]}}
+    assert figures.n == sum(sum(counts.values()) for counts in figures.counts.values()) > 0
+    assert {status for counts in figures.counts.values() for status in counts} >= {"200", "400"}
+    assert len(figures.memory) == soak.SAMPLES
+    assert all(100 < memory < 10_000 for memory in figures.memory)
+    assert min(*figures.descriptors, *figures.threads) > 0
+    assert figures.slope == soak.slope(figures.memory, 4)
+    assert [file.name for file in tmp_path.iterdir()] == ["soak.json"]
+
+    assert soak.main(["--markdown", "--figures", str(path)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_slope_is_that_after_the_warm_up() -> None:
+    begin, rest = soak.SAMPLES // 5, soak.SAMPLES * 4 // 5
+    flat = [*range(begin), *([100.0] * rest)]
+    assert soak.slope(flat, 600) == pytest.approx(0, abs=1e-9)
+    minutes = [10 * n / (soak.SAMPLES - 1) for n in range(soak.SAMPLES)]
+    assert soak.slope([50 + 3 * minute for minute in minutes], 600) == pytest.approx(3)
+
+
+def test_only_shedding_may_come_instead_of_an_answer() -> None:
+    tally = soak.Tally()
+    call = soak.Call("GET /", 1, 200, {})
+    for status in ("200", "503", soak.LEFT, "500", "404", "500"):
+        tally.add(call, status)
+    assert tally.n == 6
+    assert tally.unexpected == {"GET /": {"500": 2, "404": 1}}
+
+
+@pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--clients", "0"]])
+def test_arguments_that_measure_nothing(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = str(tmp_path / "soak.json")
+    assert soak.main([*arguments, "--figures", figures]) == 1
+    assert "has to be at least 1" in capsys.readouterr().err
+    assert soak.main(["--markdown", "--figures", figures]) == 1
+    assert f"no figures at {figures}: run python -m benchmarks.soak" in capsys.readouterr().err
