@@ -54,7 +54,9 @@ FIGURES = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "tests" / "serving" / "corpus"
 PACKAGES = ("bentoml", "numpy", "onnxruntime-gpu", "pillow", "starlette", "uvicorn")
-WARM_UP = 0.2  # of the time, before the memory's slope is taken
+# Of the time, before the memory's slope is taken: threads and batch sizes that have not met yet take
+# memory once when they do, for minutes.
+WARM_UP = 0.5
 SAMPLES = 120  # of memory, over the whole time
 START_SECONDS = 120.0
 ANSWER_SECONDS = 300.0
@@ -78,7 +80,6 @@ class Figures(BaseModel):
         counts: by route and by status, or ``left``.
         unexpected: of those, by route and status: not the status that the request should have.
         memory: MiB (RSS) of all processes of the server, at even times from begin to end.
-        slope: MiB per minute, of a line through ``memory`` after the warm-up.
         descriptors, threads: of all processes, when each request was made once and after the last.
     """
 
@@ -95,9 +96,19 @@ class Figures(BaseModel):
     counts: dict[str, dict[str, int]]
     unexpected: dict[str, dict[str, int]]
     memory: list[float]
-    slope: float
     descriptors: tuple[int, int]
     threads: tuple[int, int]
+
+    @property
+    def warm(self) -> list[float]:
+        """The memory after the warm-up."""
+        return self.memory[int(WARM_UP * len(self.memory)) :]
+
+    @property
+    def slope(self) -> float:
+        """MiB per minute, of the least-squares line through the memory after the warm-up."""
+        minutes = np.arange(len(self.warm)) * self.seconds / 60 / len(self.memory)
+        return float(np.polyfit(minutes, self.warm, 1)[0])
 
 
 # -- the server -------------------------------------------------------------------------------------
@@ -327,7 +338,6 @@ async def soak(url: str, process: psutil.Process, seconds: float, count: int) ->
         "counts": tally.counts,
         "unexpected": tally.unexpected,
         "memory": memory,
-        "slope": slope(memory, seconds),
         "descriptors": (began.descriptors, ended.descriptors),
         "threads": (began.threads, ended.threads),
     }
@@ -341,13 +351,6 @@ async def _settled(process: psutil.Process, before: State | None) -> State:
             break
         await asyncio.sleep(0.05)
     return state
-
-
-def slope(memory: list[float], seconds: float) -> float:
-    """Per minute, of the least-squares line through ``memory``, sampled over ``seconds``."""
-    minutes = np.linspace(0, seconds / 60, len(memory))
-    warm = int(WARM_UP * len(memory))
-    return float(np.polyfit(minutes[warm:], memory[warm:], 1)[0])
 
 
 # -- figures ----------------------------------------------------------------------------------------
@@ -381,14 +384,15 @@ def markdown(figures: Figures) -> str:
         rows.append([f"`{route}`", *(f"{counts[s]:,}" if s in counts else "" for s in statuses)])
     packages = ", ".join(f"{name} {found}" for name, found in figures.packages.items())
     wrong = sum(sum(counts.values()) for counts in figures.unexpected.values())
-    warm = figures.memory[int(WARM_UP * len(figures.memory)) :]
     begin = WARM_UP * figures.seconds / 60
+    first, *_, last = figures.memory
     text = (
         f"{figures.n:,} requests of {figures.clients} clients in {figures.seconds / 60:g} minutes, by "
         f"status; *{LEFT}* are those of clients that left while they sent. {wrong} had another status "
-        f"than they should. The server's processes took {min(warm):,.0f} to {max(warm):,.0f} MiB (RSS) "
-        f"after the first {begin:g} minutes; a line through that rises by {figures.slope:.2f} MiB per "
-        f"minute. They had {figures.descriptors[0]} file descriptors open before and "
+        f"than they should. The server's processes took {first:,.0f} MiB (RSS) at the begin, "
+        f"{figures.warm[0]:,.0f} MiB after {begin:g} minutes and {last:,.0f} MiB at the end; a line through "
+        f"the time after {begin:g} minutes rises by {figures.slope:.2f} MiB per minute. They had "
+        f"{figures.descriptors[0]} file descriptors open before and "
         f"{figures.descriptors[1]} after, {figures.threads[0]} threads before and {figures.threads[1]} "
         f"after. {figures.device}; Python {figures.python}, {packages}; commit {figures.commit[:12]}, "
         f"{figures.date[:10]}."
@@ -405,17 +409,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return 1
     print(markdown(figures))
-    return 1 if figures.unexpected else 0
+    return 1 if figures.unexpected and not options.markdown else 0
 
 
 def _run(options: argparse.Namespace) -> Figures:
     if options.seconds <= 0 or options.clients < 1:
         raise SoakError("--clients has to be at least 1, and --seconds above 0")
+    date, commit = provenance.now(), provenance.commit()  # of the server's code, at its start
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (url, process):
         measured = asyncio.run(soak(url, process, options.seconds, options.clients))
     figures = Figures(
-        date=provenance.now(),
-        commit=provenance.commit(),
+        date=date,
+        commit=commit,
         device=device.describe(device.choose()),
         python=platform.python_version(),
         packages={name: version(name) for name in PACKAGES},
