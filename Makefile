@@ -4,7 +4,8 @@ PORT ?= 3000
 RECIPE ?= fast
 RUN ?= runs/$(RECIPE)-seed0
 OUT ?= models/default.onnx
-PRECISION ?= fp32
+PRECISION ?= int8
+TRIAL ?=
 GPU ?= 0
 SECONDS ?= 120
 
@@ -28,8 +29,9 @@ lint: .venv/.dev  ## run ruff and the type checker
 train: .venv/.train  ## train a recipe (RECIPE=fast), which adds its row to training/results.csv
 	.venv/bin/python -m training run $(RECIPE)
 
-export: .venv/.export  ## turn a run's checkpoint into a model file (RUN=runs/fast-seed0 OUT=models/default.onnx PRECISION=fp32)
-	.venv/bin/python -m export write $(RUN)/checkpoint.pt $(OUT) --precision $(PRECISION)
+export: .venv/.export  ## turn a run into a model file (RUN=runs/fast-seed0 OUT=models/default.onnx PRECISION=int8 TRIAL=)
+	.venv/bin/python -m export write $(RUN)/checkpoint.pt $(OUT) --precision $(PRECISION) \
+		$(if $(TRIAL),--temperature-from $(TRIAL)/checkpoint.pt)
 
 bench: .venv/.bench  ## measure the pace of training and of inference on this machine, into benchmarks/
 	.venv/bin/python -m benchmarks.training

@@ -10,8 +10,10 @@ from httpx import Client
 
 from benchmarks import inference, soak, training
 from export.parity import LIMITS, percent
+from serving.errors import RequestError
 from serving.settings import BUNDLED_MODEL, PREFIX, Settings
 from tests.serving.server import ROOT
+from tests.transcripts import assert_as_shown, transcripts
 from training import results
 from training.__main__ import markdown_table, table_rows
 
@@ -87,6 +89,29 @@ def test_classify_answers_as_shown(client: Client, url: str) -> None:
     for actual, expected in zip(answer["predictions"], shown["predictions"], strict=True):
         # Rounding differs between processors.
         assert actual["probability"] == pytest.approx(expected["probability"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("bad_request", "bad_image", "bad_pickle", "not_found", "method_not_allowed", "too_large"),
+        *("unsupported_media_type", "invalid_field"),
+    ],
+)
+def test_errors_are_answered_as_shown(url: str, code: str) -> None:
+    """Those of a service with other settings, or in another state, are in tests/serving."""
+    assert_as_shown(code, url)
+
+
+def test_every_error_is_in_the_table_and_shown() -> None:
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.MULTILINE)
+    kinds = {(str(kind.status.value), kind.code) for kind in errors_of(RequestError)}
+    assert set(rows) == kinds | {("405", "method_not_allowed")}
+    assert sorted(transcripts()) == sorted(code for _, code in rows)
+
+
+def errors_of(kind: type[RequestError]) -> set[type[RequestError]]:
+    return {kind}.union(*(errors_of(lower) for lower in kind.__subclasses__()))
 
 
 def test_python_code_runs_as_shown(
