@@ -32,7 +32,22 @@ def test_seconds_of_it_with_an_answer_that_is_wrong(
 
 def test_slope_is_that_after_the_warm_up() -> None:
     def slope(memory: list[float]) -> float:
-        return soak.Figures.model_construct(seconds=600, memory=memory).slope
+        figures = soak.Figures(
+            date="2026-01-02T03:04:05+00:00",
+            commit="0123456789abcdef",
+            device="a processor",
+            python="3.11",
+            packages={},
+            seconds=600,
+            clients=1,
+            n=0,
+            counts={},
+            unexpected={},
+            memory=memory,
+            descriptors=(1, 1),
+            threads=(1, 1),
+        )
+        return figures.slope
 
     half = soak.SAMPLES // 2
     assert slope([*map(float, range(half)), *[100.0] * half]) == pytest.approx(0, abs=1e-9)

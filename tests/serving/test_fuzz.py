@@ -37,7 +37,7 @@ def test_search(reader: str, tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert any((tmp_path / reader / "reached").iterdir())
 
 
