@@ -7,9 +7,10 @@ OUT ?= models/default.onnx
 PRECISION ?= int8
 TRIAL ?=
 GPU ?= 0
+SECONDS ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint train export bench image
+.PHONY: help serve test lint train export bench soak fuzz image
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -35,6 +36,12 @@ export: .venv/.export  ## turn a run into a model file (RUN=runs/fast-seed0 OUT=
 bench: .venv/.bench  ## measure the pace of training and of inference on this machine, into benchmarks/
 	.venv/bin/python -m benchmarks.training
 	.venv/bin/python -m benchmarks.inference
+
+soak: .venv/.bench  ## ten minutes of mixed load and bad input against a server, into benchmarks/soak.json
+	.venv/bin/python -m benchmarks.soak
+
+fuzz: .venv/.dev  ## search for bytes that break the service's readers (SECONDS=120 for each of three)
+	.venv/bin/python -m tests.serving.fuzz --seconds $(SECONDS)
 
 image:  ## build the Docker image (GPU=1 for CUDA)
 	docker build --tag cifar10 --build-arg GPU=$(GPU) .

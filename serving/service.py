@@ -4,11 +4,13 @@
 # mypy: disable-error-code="untyped-decorator"
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar, TypeVarTuple
 
 import bentoml
@@ -16,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from bentoml.exceptions import BentoMLConfigException
 from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -60,6 +64,9 @@ try:
     SETTINGS = Settings.from_environment()
 except SettingsError as error:
     raise BentoMLConfigException(str(error)) from None
+
+# Large submissions in memory: one that the engine works on, and one that is read meanwhile.
+LARGE_FILES = 2
 
 drain = Drain(SETTINGS.stop_timeout)
 
@@ -205,6 +212,7 @@ class Classifier:
         self.watch: asyncio.Task[None] | None = None
         pages.state.classifier = self
         self.readers = ThreadPoolExecutor(SETTINGS.threads, "reader")
+        self.large_files = asyncio.Semaphore(LARGE_FILES)
 
     @bentoml.on_deployment
     @staticmethod
@@ -293,9 +301,9 @@ class Classifier:
     @answering
     async def submission(self, request: Request) -> Response:
         """Label a pickle of images."""
-        async with read_file(request) as upload:
+        async with read_file(request) as upload, self._room(upload):
             submission = await self.in_reader(read_submission, upload.file, SETTINGS.max_rows)
-        labels = (await _bulk(self.deployment, submission.images)).argmax(axis=1)
+            labels = (await _bulk(self.deployment, submission.images)).argmax(axis=1)
         return Response(submission.csv(labels.tolist()), media_type="text/csv")
 
     async def infer(self, request: Request) -> Response:
@@ -320,6 +328,11 @@ class Classifier:
         """Run what reads a client's bytes off the event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.readers, function, *arguments)
+
+    def _room(self, upload: UploadFile) -> AbstractAsyncContextManager[None]:
+        """Held while a file is in memory: files that lie on disk wait there for their turn."""
+        on_disk = (upload.size or 0) > MultiPartParser.spool_max_size
+        return self.large_files if on_disk else contextlib.nullcontext()
 
     async def _replace(self) -> None:
         """Let each new model file take over that passes the checks."""
