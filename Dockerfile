@@ -27,4 +27,4 @@ USER cifar10
 EXPOSE 3000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://localhost:3000/readyz', timeout=2)"]
-CMD ["bentoml", "serve", "--host", "0.0.0.0", "--port", "3000", "--timeout-graceful-shutdown", "30"]
+CMD ["bentoml", "serve", "--host", "0.0.0.0", "--port", "3000"]

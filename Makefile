@@ -4,11 +4,13 @@ PORT ?= 3000
 RECIPE ?= fast
 RUN ?= runs/$(RECIPE)-seed0
 OUT ?= models/default.onnx
-PRECISION ?= fp32
+PRECISION ?= int8
+TRIAL ?=
 GPU ?= 0
+SECONDS ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint train export bench image
+.PHONY: help serve test lint train export bench soak fuzz image
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -27,12 +29,19 @@ lint: .venv/.dev  ## run ruff and the type checker
 train: .venv/.train  ## train a recipe (RECIPE=fast), which adds its row to training/results.csv
 	.venv/bin/python -m training run $(RECIPE)
 
-export: .venv/.export  ## turn a run's checkpoint into a model file (RUN=runs/fast-seed0 OUT=models/default.onnx PRECISION=fp32)
-	.venv/bin/python -m export write $(RUN)/checkpoint.pt $(OUT) --precision $(PRECISION)
+export: .venv/.export  ## turn a run into a model file (RUN=runs/fast-seed0 OUT=models/default.onnx PRECISION=int8 TRIAL=)
+	.venv/bin/python -m export write $(RUN)/checkpoint.pt $(OUT) --precision $(PRECISION) \
+		$(if $(TRIAL),--temperature-from $(TRIAL)/checkpoint.pt)
 
 bench: .venv/.bench  ## measure the pace of training and of inference on this machine, into benchmarks/
 	.venv/bin/python -m benchmarks.training
 	.venv/bin/python -m benchmarks.inference
+
+soak: .venv/.bench  ## ten minutes of mixed load and bad input against a server, into benchmarks/soak.json
+	.venv/bin/python -m benchmarks.soak
+
+fuzz: .venv/.dev  ## search for bytes that break the service's readers (SECONDS=120 for each of three)
+	.venv/bin/python -m tests.serving.fuzz --seconds $(SECONDS)
 
 image:  ## build the Docker image (GPU=1 for CUDA)
 	docker build --tag cifar10 --build-arg GPU=$(GPU) .

@@ -1,6 +1,6 @@
 """Images per second and memory of the service's engine, beside what else could run its models.
 
-For the bundled model and for the networks of two reports with random weights, B1 and A3, by batch size:
+For the bundled model's network and those of two reports, B1 and A3, with random weights, by batch size:
 the service's engine with each provider and precision of this machine, plain ONNX Runtime (its CPU
 provider, default options, float32), eager PyTorch as the reports' own scripts ran it, the same in
 bfloat16, and OpenVINO's own runtime as the limit. Then the whole of ``python -m serving submit``, from
@@ -39,7 +39,7 @@ from benchmarks.engines import SUBMISSION_BATCH
 from export import graph, quantize
 from export.ensemble import Ensemble, half
 from serving.providers import obstacle
-from serving.settings import BUNDLED_MODEL, PREFIX
+from serving.settings import PREFIX
 from training import data, device, provenance, recipe, train
 from training.__main__ import markdown_table
 from training.evaluate import Classifier
@@ -51,7 +51,7 @@ FIGURES = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZES = (1, 8, 32, 128, 512)
 PYTORCH_BATCH = 128
-MODELS = (str(BUNDLED_MODEL.relative_to(ROOT)), "B1", "A3")
+MODELS = ("fast", "B1", "A3")
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino", "openvino", "torch")
 
 CONSOLE = Console(stderr=True)
@@ -133,10 +133,9 @@ class Figures(BaseModel):
 
 @dataclass(frozen=True)
 class Model:
-    """A network with its file in each precision; the recipe is for PyTorch."""
+    """A recipe's network with its file in each precision."""
 
     name: str
-    recipe: str
     files: dict[str, Path]
 
 
@@ -145,13 +144,9 @@ class Model:
 
 @contextmanager
 def built(names: Sequence[str], precisions: Sequence[str]) -> Iterator[list[Model]]:
-    """Models by names of recipes (random weights) or of files, in their precision and others.
-
-    A file that is in fp32 is quantised to int8, if that is one of ``precisions``; for fp16 it takes the
-    network itself, and so a recipe.
+    """The networks of recipes with random weights, in fp32 and in ``precisions``.
 
     Raises:
-        BenchmarkError: a file that is not a model file of ours.
         RecipeError: no such recipe.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -162,33 +157,20 @@ def built(names: Sequence[str], precisions: Sequence[str]) -> Iterator[list[Mode
 
 
 def _built(name: str, precisions: Sequence[str], folder: Path) -> Model:
-    if name.endswith(".onnx"):
-        graphs, metadata = _loaded(Path(name))
-    else:
-        classifier = Ensemble([_classifier(name)])
-        graphs = {"fp32": graph.build(classifier)}
-        if "fp16" in precisions:
-            graphs["fp16"] = graph.build(half(classifier))
-        metadata = {"contract": "1", "name": name, "version": "random", "classes": json.dumps(CLASSES)}
-    if "int8" in precisions and "fp32" in graphs:
+    classifier = Ensemble([_classifier(name)])
+    graphs = {"fp32": graph.build(classifier)}
+    if "fp16" in precisions:
+        graphs["fp16"] = graph.build(half(classifier))
+    if "int8" in precisions:
         graphs["int8"] = quantize.int8(graphs["fp32"])
+    metadata = {"contract": "1", "name": name, "version": "random", "classes": json.dumps(CLASSES)}
     folder.mkdir()
     files = {}
     for precision, content in graphs.items():
         onnx.helper.set_model_props(content, {**metadata, "precision": precision})
         files[precision] = folder / f"{precision}.onnx"
         onnx.save(content, files[precision])
-    return Model(name, metadata["name"], files)
-
-
-def _loaded(path: Path) -> tuple[dict[str, onnx.ModelProto], dict[str, str]]:
-    try:
-        content = onnx.load(path)
-        metadata = {entry.key: entry.value for entry in content.metadata_props}
-        recipe.load(metadata["name"])
-        return {metadata["precision"]: content}, metadata
-    except Exception as error:  # protobuf's and the file system's have no base class in common
-        raise BenchmarkError(f"{path} is not a model file of a recipe of ours ({error})") from error
+    return Model(name, files)
 
 
 def _classifier(name: str) -> Classifier:
@@ -222,7 +204,7 @@ def compare(models: Sequence[Model], seconds: float, rounds: int) -> list[Rates]
     sizes = [str(size) for size in BATCH_SIZES]
     arguments = ["--batch-sizes", *sizes, "--seconds", str(seconds)]
     for model, file, engine, rates in track(turns * rounds, "measuring engines", console=CONSOLE):
-        found = _apart(engine, file, model.recipe, *arguments)
+        found = _apart(engine, file, model.name, *arguments)
         for size, rate in found["rates"].items():
             rates.rates[int(size)].append(rate)
         rates.memory.append(found["memory"])
@@ -240,12 +222,12 @@ def _apart(engine: str, file: Path, recipe_name: str, *arguments: str) -> dict[s
     return found
 
 
-def submissions(models: Sequence[Model], rows: int, rounds: int) -> list[Submissions]:
+def submissions(model: Model, rows: int, rounds: int) -> list[Submissions]:
     """Time ``python -m serving submit`` on a pickle of ``rows`` images, and the engine alone."""
     provider = "cpu" if obstacle("openvino") else "openvino"
     turns = [
         (
-            *(model, file),
+            file,
             Submissions(
                 model=model.name,
                 engine=f"service:{provider}",
@@ -255,7 +237,6 @@ def submissions(models: Sequence[Model], rows: int, rounds: int) -> list[Submiss
                 engine_alone=[],
             ),
         )
-        for model in models
         for precision, file in model.files.items()
         if f"service:{provider}" in engines(precision)
     ]
@@ -264,11 +245,11 @@ def submissions(models: Sequence[Model], rows: int, rounds: int) -> list[Submiss
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "test.pkl"
         images.write_bytes(pickle.dumps(content))
-        for model, file, times in track(turns * rounds, "measuring submissions", console=CONSOLE):
+        for file, times in track(turns * rounds, "measuring submissions", console=CONSOLE):
             times.submit.append(_submit(images, file, provider))
-            found = _apart(times.engine, file, model.recipe, "--rows", str(rows))
+            found = _apart(times.engine, file, model.name, "--rows", str(rows))
             times.engine_alone.append(found["seconds"])
-    return [times for *_, times in turns]
+    return [times for _, times in turns]
 
 
 def _submit(file: Path, model_file: Path, provider: str) -> float:
@@ -324,9 +305,9 @@ def markdown(figures: Figures) -> str:
     )
     of_submissions = (
         "`python -m serving submit`, from the process's start to the CSV; its engine alone (warm, in "
-        f"batches of {SUBMISSION_BATCH}); float32 PyTorch alone (in batches of {PYTORCH_BATCH}); *ratio* "
-        f"is that of PyTorch's time to submit's. Both tables: {figures.device}; Python {figures.python}, "
-        f"{packages}; commit {figures.commit[:12]}, {figures.date[:10]}."
+        f"batches of {SUBMISSION_BATCH}); float32 PyTorch alone (in batches of {PYTORCH_BATCH}); "
+        f"*ratio* is that of PyTorch's time to submit's. Both tables: {figures.device}; "
+        f"Python {figures.python}, {packages}; commit {figures.commit[:12]}, {figures.date[:10]}."
     )
     tables = (_engines_table(figures), of_engines, _submissions_table(figures), of_submissions)
     return "\n\n".join(part if part.startswith("|") else textwrap.fill(part, 120) for part in tables)
@@ -388,13 +369,13 @@ def _run(options: argparse.Namespace) -> Figures:
         raise BenchmarkError("--rounds and --rows have to be at least 1, and --seconds above 0")
     with built(options.models, options.precisions) as models:
         rates = compare(models, options.seconds, options.rounds)
-        times = submissions(models, options.rows, options.rounds)
+        times = submissions(models[0], options.rows, options.rounds)
     figures = Figures(
         date=provenance.now(),
         commit=provenance.commit(),
         device=device.describe(device.choose()),
         python=platform.python_version(),
-        packages={name: found for name in PACKAGES if (found := _version(name))},
+        packages=packages(PACKAGES),
         n=options.rounds,
         seconds=options.seconds,
         rates=rates,
@@ -402,6 +383,11 @@ def _run(options: argparse.Namespace) -> Figures:
     )
     write(figures, options.figures)
     return figures
+
+
+def packages(names: Sequence[str]) -> dict[str, str]:
+    """The versions of those that are installed."""
+    return {name: found for name in names if (found := _version(name))}
 
 
 def _version(package: str) -> str | None:
@@ -422,7 +408,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=MODELS,
         metavar="MODEL",
-        help="recipes, with random weights, or model files (default: %(default)s)",
+        help="recipes, whose networks get random weights (default: %(default)s)",
     )
     precisions = ["int8"] if obstacle("cuda") else ["int8", "fp16"]
     parser.add_argument(
@@ -433,9 +419,9 @@ def _parser() -> argparse.ArgumentParser:
         help="beside fp32; fp16 is for CUDA (default: those for this machine)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=3.0, help="of each batch size (default: %(default)s)"
+        "--seconds", type=float, default=1.0, help="of each batch size (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
         "--rows", type=int, default=10_000, help="images of a submission (default: %(default)s)"
     )

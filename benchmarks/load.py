@@ -1,118 +1,165 @@
-"""HTTP load from outside: wrk, a client in C, in a process of its own."""
+"""Load on a server: connections that each send their next request when the last one is answered.
 
+``python -m benchmarks.load URL --connections 32 --seconds 5`` prints a line of JSON. The requests are
+made before the clock starts, real images as PNG in multipart forms, so that the client costs little.
+"""
+
+import argparse
+import asyncio
+import io
 import json
-import resource
-import shutil
-import subprocess
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
-from uuid import uuid4
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict
+import httptools
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
-SCRIPT = Path(__file__).with_suffix(".lua")
-TIMEOUT = 30  # seconds for an answer
-INSTALL = "wrk is not installed: `apt install wrk`, or `brew install wrk`"
-
-
-class Load(BaseModel):
-    """What a client with ``connections`` saw, each of which waits for an answer before it asks again.
-
-    ``rate`` is requests answered per second, ``p50`` and ``p99`` are latencies in ms, ``errors`` counts
-    requests without an answer or with another status than 2xx and 3xx. ``server_cpu`` and ``client_cpu`` are
-    seconds of processors per second, ``memory`` and ``worker_memory`` (of the server's processes together,
-    and of the largest) MiB in RAM at the end.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    connections: int
-    rate: float
-    p50: float
-    p99: float
-    errors: int
-    server_cpu: float
-    client_cpu: float
-    memory: float
-    worker_memory: float
+SAMPLE = Path(__file__).resolve().parent.parent / "training" / "cifar10_sample.npz"
+PERCENTILES = (50, 90, 99, 100)
+IMAGES = 256
+PATIENCE = 30.0  # seconds for answers that are under way when the time is over
 
 
-class Form(BaseModel):
-    """A multipart form with files of one field."""
-
-    model_config = ConfigDict(frozen=True)
-
-    boundary: str
-    content: bytes
-
-    @property
-    def content_type(self) -> str:
-        """The header of a request with the form."""
-        return f"multipart/form-data; boundary={self.boundary}"
-
-
-def form(field: str, files: Sequence[bytes], boundary: str) -> Form:
-    """A form with PNG files, as curl would send it."""
-    head = 'Content-Disposition: form-data; name="{}"; filename="{}.png"\r\nContent-Type: image/png\r\n\r\n'
-    parts = [
-        b"--%b\r\n%b%b\r\n" % (boundary.encode(), head.format(field, number).encode(), content)
-        for number, content in enumerate(files)
-    ]
-    return Form(boundary=boundary, content=b"".join(parts) + b"--%b--\r\n" % boundary.encode())
+def requests(url: str, field: str, images: int) -> list[bytes]:
+    """HTTP requests with ``images`` PNG files each in fields called ``field``, as bytes."""
+    with np.load(SAMPLE, allow_pickle=False) as sample:
+        pixels = sample["test_images"][:IMAGES]
+    files = cycle(_png(image) for image in pixels)
+    made = []
+    for _ in range(IMAGES if images == 1 else 8):
+        parts = [(field, ("image.png", png, "image/png")) for png in islice(files, images)]
+        request = httpx.Request("POST", url, files=parts)
+        head = [f"POST {request.url.raw_path.decode()} HTTP/1.1".encode()]
+        head += [name + b": " + value for name, value in request.headers.raw]
+        made.append(b"\r\n".join([*head, b"", request.read()]))
+    return made
 
 
-def available() -> bool:
-    """Whether wrk is installed."""
-    return shutil.which("wrk") is not None
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
-class Answered(BaseModel):
-    """What wrk reports: ``text`` is its own, ``cpu`` its processor's seconds."""
+class Client(asyncio.Protocol):
+    """One connection."""
 
-    text: str
-    cpu: float
-    requests: int
-    seconds: float
-    p50: float
-    p99: float
-    errors: int
+    def __init__(self, bodies: Iterator[bytes], until: float, load: "Load") -> None:
+        self.bodies, self.until, self.load = bodies, until, load
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.transport: asyncio.Transport | None = None
+        self.sent: float | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the first request."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self._send()
+
+    def data_received(self, data: bytes) -> None:
+        """Read the answer."""
+        self.parser.feed_data(data)
+
+    def on_message_complete(self) -> None:
+        """Count the answer and send the next request."""
+        now = time.perf_counter()
+        assert self.sent is not None
+        if now <= self.until:
+            self.load.seconds.append(now - self.sent)
+            self.load.statuses[self.parser.get_status_code()] += 1
+        self.sent = None
+        if now < self.until and self.parser.should_keep_alive():
+            self._send()
+        else:
+            self._end()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """A request without an answer is an error."""
+        if self.sent is not None:
+            self.load.errors += 1
+        self._end()
+
+    def _send(self) -> None:
+        assert self.transport is not None
+        self.parser = httptools.HttpResponseParser(self)
+        self.sent = time.perf_counter()
+        self.transport.write(next(self.bodies))
+
+    def _end(self) -> None:
+        if self.transport is not None:
+            self.transport.close()
+        if not self.over.done():
+            self.over.set_result(None)
 
 
-def wrk(url: str, forms: Sequence[Path], boundary: str, connections: int, seconds: float) -> Answered:
-    """Post the forms in turns for ``seconds``, at least one.
+class Load:
+    """What came back: the seconds of each answer that came in time, their statuses, and the errors."""
 
-    Raises:
-        subprocess.CalledProcessError: wrk failed.
-    """
-    began = _children_cpu()
-    done = subprocess.run(
-        [
-            *("wrk", "--threads", "1", "--connections", str(connections)),
-            *("--duration", f"{max(1, round(seconds))}s", "--timeout", f"{TIMEOUT}s", "--latency"),
-            *("--script", str(SCRIPT), url, "--", boundary, *map(str, forms)),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
-    return Answered(
-        text=done.stdout,
-        cpu=_children_cpu() - began,
-        requests=found["requests"],
-        seconds=found["microseconds"] / 1e6,
-        p50=found["p50"] / 1e3,
-        p99=found["p99"] / 1e3,
-        errors=sum(found[kind] for kind in ("connect", "read", "write", "status", "timeout")),
-    )
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.statuses: Counter[int] = Counter()
+        self.errors = 0
+
+    async def run(self, url: str, bodies: list[bytes], connections: int, seconds: float) -> None:
+        """Keep ``connections`` busy for ``seconds``; what is answered later is not counted."""
+        address = urlsplit(url)
+        assert address.hostname is not None
+        host, port = address.hostname, address.port or 80
+        until = time.perf_counter() + seconds
+
+        async def client(number: int) -> None:
+            mine = cycle(bodies[number % len(bodies) :] + bodies[: number % len(bodies)])
+            while time.perf_counter() < until:  # again where the server has hung up
+                try:
+                    _, protocol = await asyncio.get_running_loop().create_connection(
+                        lambda: Client(mine, until, self), host, port
+                    )
+                except OSError:
+                    self.errors += 1
+                    await asyncio.sleep(0.1)
+                    continue
+                try:
+                    await asyncio.wait_for(protocol.over, seconds + PATIENCE)
+                except TimeoutError:
+                    self.errors += 1
+
+        await asyncio.gather(*(client(number) for number in range(connections)))
 
 
-def boundary() -> str:
-    """A line that is in none of the files."""
-    return uuid4().hex
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("--connections", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--field", default="image", help="of the form (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1, help="a request (default: %(default)s)")
+    options = parser.parse_args()
+    bodies = requests(options.url, options.field, options.images)
+    load, began = Load(), time.process_time()
+    asyncio.run(load.run(options.url, bodies, options.connections, options.seconds))
+    milliseconds = [1000 * value for value in load.seconds] or [float("nan")]
+    found = {
+        "connections": options.connections,
+        "images": options.images,
+        "seconds": options.seconds,
+        "answers": len(load.seconds),
+        "statuses": load.statuses,
+        "errors": load.errors,
+        "milliseconds": dict(
+            zip(PERCENTILES, np.percentile(milliseconds, PERCENTILES).round(3).tolist(), strict=True)
+        ),
+        "client_cpu_seconds": round(time.process_time() - began, 3),
+    }
+    print(json.dumps(found))
 
 
-def _children_cpu() -> float:
-    """Seconds of processors that ended child processes have had; the servers run on."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+if __name__ == "__main__":
+    main()

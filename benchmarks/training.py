@@ -41,6 +41,7 @@ from training.recipe import Recipe
 
 FIGURES = Path(__file__).with_suffix(".json")
 WARM_UP = 0.2  # of a measurement's seconds, and at least a step, before its clock starts
+LEAST_STEPS = 3  # of a measurement, however long they take
 
 
 class BenchmarkError(RuntimeError):
@@ -211,16 +212,17 @@ def measure(loop: Loop, recipe: Recipe, seconds: float) -> float:
     if images < recipe.batch_size:
         raise BenchmarkError(f"{images} images are fewer than a batch of {recipe.batch_size}")
     steps = loop(recipe, dataset)
-    _pace(steps, WARM_UP * seconds)
-    return _pace(steps, seconds)
+    _pace(steps, WARM_UP * seconds, 1)
+    return _pace(steps, seconds, LEAST_STEPS)
 
 
-def _pace(steps: Iterator[int], seconds: float) -> float:
-    """Images per second of whole steps, at least one, until ``seconds`` have passed."""
+def _pace(steps: Iterator[int], seconds: float, at_least: int) -> float:
+    """Images per second of whole steps, ``at_least`` so many, until ``seconds`` have passed."""
     _synchronise()
-    began, elapsed, images = time.perf_counter(), 0.0, 0
-    while not images or elapsed < seconds:
+    began, elapsed, images, count = time.perf_counter(), 0.0, 0, 0
+    while count < at_least or elapsed < seconds:
         images += next(steps)
+        count += 1
         elapsed = time.perf_counter() - began
     _synchronise()
     return images / (time.perf_counter() - began)

@@ -12,10 +12,10 @@ from rich.table import Table
 from export import graph, parity, reliability
 from export.graph import GraphError
 from export.parity import ELSEWHERE, LIMITS, Finding, ParityError, percent
-from export.provider import ProviderError
 from export.temperature import TemperatureError
 from export.verify import verify
 from export.write import PRECISIONS, Written, write
+from serving.errors import ProviderError
 from training.checkpoint import CheckpointError
 from training.data import DataError
 from training.learner import TrainingError

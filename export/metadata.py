@@ -25,6 +25,7 @@ def write(
     members: Sequence[Member],
     precision: str,
     temperature: Temperature,
+    with_pytorch: Parity,
     parity: Parity,
     providers: Sequence[Parity],
     sample_accuracy: float,
@@ -32,24 +33,27 @@ def write(
 ) -> None:
     """Set a model file's metadata: texts, numbers as decimals, lists and objects as JSON.
 
+    The version is a digest of the graph with its weights: that of another precision, temperature or
+    choice of views is another one.
+
     Args:
         model: changed in place; metadata that it has is replaced.
         members: what it was made from. Of one, the facts are keys of the file; of several, they are
             objects in the list ``members``.
         precision: fp32, fp16 or int8.
         temperature: that is folded into the graph.
-        parity: the result of the comparison with PyTorch, or with the fp32 file.
+        with_pytorch: the result of the comparison of the fp32 graph with PyTorch.
+        parity: that, or for another precision the comparison with the fp32 graph.
         providers: those of this machine's other providers with the CPU.
         sample_accuracy: on the test images of the bundled sample.
         test_reliability: on the test images, without and with the temperature.
     """
-    digests = [member.digest for member in members]
-    several = hashlib.sha256("".join(digests).encode()).hexdigest()
+    del model.metadata_props[:]
     before, after = test_reliability
     values: dict[str, object] = {
         "contract": CONTRACT,
         "name": "+".join(member.checkpoint.recipe_name for member in members),
-        "version": (digests[0] if len(digests) == 1 else several)[:12],
+        "version": hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()[:12],
         "classes": list(CLASSES),
         "precision": precision,
         "opset": OPSET,
@@ -67,6 +71,7 @@ def write(
         "test_ece_after": after.error,
     }
     values["parity"] = asdict(parity)
+    values["pytorch_parity"] = asdict(with_pytorch)
     values["providers"] = [asdict(other) for other in providers]
     values["sample_accuracy"] = sample_accuracy
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}

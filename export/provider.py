@@ -1,67 +1,52 @@
-"""Providers: what can run a model file on this machine, each a name and a way to make a session."""
+"""Providers: what can run a model file on this machine, in the sessions that the service would open."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import loky
 import numpy as np
-import onnxruntime
-import torch
 from numpy.typing import NDArray
-from onnxruntime import InferenceSession, SessionOptions
 
 from export.graph import INPUT, OUTPUT
+from serving.errors import ProviderError
+from serving.providers import FULL_NAMES, obstacle, open_session
+from serving.settings import ProviderName
 
 BATCH = 250
-ERRORS_ONLY = 3  # without a GPU, ONNX Runtime's search for one is a warning
-
-
-class ProviderError(RuntimeError):
-    """A provider cannot run a model file; the message names it and gives its reason."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """An execution provider of ONNX Runtime.
+    """An execution provider of ONNX Runtime, by the service's name for it."""
 
-    Attributes:
-        name: ONNX Runtime's.
-        session: makes one from a model file's bytes.
-    """
+    short_name: ProviderName
 
-    name: str
-    session: Callable[[bytes], InferenceSession]
+    @property
+    def name(self) -> str:
+        """ONNX Runtime's name for it."""
+        return FULL_NAMES[self.short_name]
 
     def logits(self, model: bytes, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Logits, float32 [N, 10], by a model file's bytes of ``pixels``, uint8 [N, 32, 32, 3].
 
         Raises:
-            ProviderError: it cannot load or run the model.
+            ProviderError: it cannot load or run the model; the message names it and gives its reason.
         """
+        session = open_session(model, self.short_name, loky.cpu_count())
         batches = (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
+        return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in batches])
+
+
+CPU = Provider("cpu")
+
+
+def others(model: bytes) -> Iterator[Provider]:
+    """The providers beside the CPU that this machine has for ``model``."""
+    if not obstacle("openvino"):
+        yield Provider("openvino")
+    if not obstacle("cuda"):
         try:
-            session = self.session(model)
-            return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in batches])
-        except Exception as error:  # ONNX Runtime's have no base class of their own
-            raise ProviderError(f"{self.name} cannot run the model: {error}") from error
-
-
-def _standard(name: str) -> Provider:
-    def session(model: bytes) -> InferenceSession:
-        options = SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
-        return InferenceSession(model, options, providers=[name])
-
-    return Provider(name, session)
-
-
-CPU = _standard("CPUExecutionProvider")
-CUDA = _standard("CUDAExecutionProvider")
-
-
-def others(model: bytes) -> list[Provider]:
-    """The providers beside the CPU that run ``model`` on this machine."""
-    if not torch.cuda.is_available() or CUDA.name not in onnxruntime.get_available_providers():
-        return []
-    onnxruntime.preload_dlls()
-    # Where CUDA does not start, ONNX Runtime falls back to the CPU without an error.
-    return [CUDA] if CUDA.session(model).get_providers()[0] == CUDA.name else []
+            open_session(model, "cuda", 1)
+        except ProviderError:  # its libraries are not those of the GPU's driver, say
+            return
+        yield Provider("cuda")

@@ -94,7 +94,7 @@ def write(
         on_sample = here.accuracy
         if source != "sample":
             on_sample = parity.accuracy(CPU.logits(content, sample.pixels.numpy()), sample)
-        metadata.write(model, members, precision, fitted, here, elsewhere, on_sample, bins)
+        metadata.write(model, members, precision, fitted, with_pytorch, here, elsewhere, on_sample, bins)
         models.append((model, Written(path, precision, [here, *elsewhere], fitted, bins)))
 
     for model, written in models:

@@ -60,6 +60,8 @@ class Batcher:
         self._singles: deque[_Job] = deque()
         self._chunks: deque[_Job] = deque()
         self._work = asyncio.Event()
+        self._idle = asyncio.Event()  # nobody waits
+        self._idle.set()
         self._engine = ThreadPoolExecutor(1, "engine")
         self._turns: asyncio.Task[None] | None = None
 
@@ -74,6 +76,11 @@ class Batcher:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._turns
         self._engine.shutdown()
+
+    async def finish(self) -> None:
+        """Answer everybody who waits, then stop; nobody may come any more."""
+        await self._idle.wait()
+        await self.stop()
 
     @property
     def full(self) -> bool:
@@ -119,13 +126,16 @@ class Batcher:
     def _admitted(self) -> Iterator[None]:
         if self.full:
             raise OverloadedError(
-                f"{self._waiting} requests wait already, which is the limit; try again shortly."
+                f"As many requests wait as may ({self._max_waiting}); try again shortly."
             )
         self._waiting += 1
+        self._idle.clear()
         try:
             yield
         finally:
             self._waiting -= 1
+            if not self._waiting:
+                self._idle.set()
 
     def _queued(self, queue: deque[_Job], images: Images) -> asyncio.Future[Logits]:
         job = _Job(images, asyncio.get_running_loop().create_future(), time.perf_counter())

@@ -42,7 +42,7 @@ class Engine:
         if provider == "auto":
             self._session, self.reason = _best(path, threads)
         else:
-            self._session, self.reason = open_session(path, provider, threads), "asked for by name"
+            self._session, self.reason = _named(path, provider, threads), "asked for by name"
         self.provider: str = self._session.get_providers()[0]
         self._pads = self.provider in (CUDA, TENSORRT)
 
@@ -79,6 +79,13 @@ def _padded(batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 def _logits(session: ort.InferenceSession, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     logits: npt.NDArray[np.float32] = session.run(["logits"], {"images": batch})[0]
     return logits
+
+
+def _named(path: Path, provider: ProviderName, threads: int) -> ort.InferenceSession:
+    try:
+        return open_session(path, provider, threads)
+    except ProviderError as error:
+        raise ProviderError(f"{error} Or set SERVING_PROVIDER=cpu.") from error
 
 
 def _best(path: Path, threads: int) -> tuple[ort.InferenceSession, str]:

@@ -4,6 +4,7 @@ Every message says what was wrong and what would be right, and never holds a pat
 a value that the client did not send itself.
 """
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import ClassVar
 
@@ -29,6 +30,7 @@ class RequestError(Exception):
 
     status: ClassVar[HTTPStatus] = HTTPStatus.BAD_REQUEST
     code: ClassVar[str] = "bad_request"
+    headers: ClassVar[Mapping[str, str]] = {}
 
 
 class ImageError(RequestError):
@@ -41,6 +43,22 @@ class PickleError(RequestError):
     """A pickle that is damaged, or holds anything but plain data and arrays of numbers."""
 
     code = "bad_pickle"
+
+
+class UnauthorizedError(RequestError):
+    """A request without the key that the service asks for."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    code = "unauthorized"
+    headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
+
+
+class SlowBodyError(RequestError):
+    """A body that takes longer to arrive than the settings allow."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    code = "slow_body"
+    headers: ClassVar[Mapping[str, str]] = {"Connection": "close"}
 
 
 class NotFoundError(RequestError):
@@ -76,6 +94,23 @@ class OverloadedError(RequestError):
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "overloaded"
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
+
+
+class NotReadyError(RequestError):
+    """The answer to a health check: new requests would be refused."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "not_ready"
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
+
+
+class StoppingError(RequestError):
+    """The worker that got the request is about to end."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "stopping"
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
 class RequestTimeoutError(RequestError):

@@ -6,9 +6,11 @@ import, by PROMETHEUS_MULTIPROC_DIR, that the workers' figures are added up.
 """
 
 import os
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
@@ -18,7 +20,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from serving.model import Model
 from serving.predictions import softmax
@@ -56,8 +58,27 @@ model_info = Gauge(
     "cifar10_model_info",
     "1, with the model that is served in the labels",
     ["name", "version", "provider"],
-    multiprocess_mode="max",
+    multiprocess_mode="livemax",
 )
+under_way = Gauge(
+    "cifar10_requests_under_way", "Requests that are not answered yet", multiprocess_mode="livesum"
+)
+swaps = Counter(
+    "cifar10_model_swaps", "New model files that came while serving, by what became of them", ["outcome"]
+)
+for outcome in ("done", "refused"):
+    swaps.labels(outcome)
+
+
+def forget_the_dead() -> None:
+    """Drop the gauges of workers that were killed; their counts stay."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder is None:
+        return
+    for file in Path(folder).glob("gauge_live*_*.db"):
+        process = int(file.stem.rpartition("_")[2])
+        if not psutil.pid_exists(process):
+            mark_process_dead(process)
 
 
 def serves(model: Model) -> None:
@@ -65,6 +86,11 @@ def serves(model: Model) -> None:
     model_info.labels(model.name, model.version, model.provider).set(1)
     for label in model.classes:
         predictions.labels(label)
+
+
+def retired(model: Model) -> None:
+    """Tell that a model is served no more."""
+    model_info.labels(model.name, model.version, model.provider).set(0)
 
 
 def ran(model: Model, logits: npt.NDArray[np.float32], seconds: float) -> None:

@@ -1,34 +1,47 @@
-"""Around every request: its figures, the limit of its body, and one shape for every error.
+"""Around every request: its figures and its id, one shape for every error, who is let in, and its body.
 
-All are plain ASGI and raise nothing before the answer starts: BentoML would let such a request
-hang until its timeout.
+All are plain ASGI. What is inside of `ErrorShape` may raise a `RequestError`, which is answered; nothing
+else may be raised before the answer starts: BentoML would let such a request hang until its timeout.
 """
 
+import asyncio
+import hmac
 import logging
 import time
+from collections.abc import Iterable
 from http import HTTPStatus
 
+from pydantic import SecretStr
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import InternalError, TooLargeError
+from serving.access_log import REQUEST_ID, id_of, log_request, request_id
+from serving.drain import Drain
+from serving.errors import InternalError, RequestError, SlowBodyError, TooLargeError, UnauthorizedError
 from serving.inference_protocol import PREFIX
 from serving.responses import ErrorBody, ErrorDetail, error_body, error_response
 
 logger = logging.getLogger("serving")
 
+Header = tuple[bytes, bytes]
 
-GONE = "499"  # as nginx has it: the client left before the answer
+HIDDEN_HEADERS = frozenset({b"server", b"x-bentoml-request-id"})  # what runs here is nobody's business
+GONE = 499  # as nginx has it: the client left before the answer
+
+# For the machines that watch the service: they need no key, and are answered while it stops.
+OPEN_PATHS = frozenset(
+    {"/healthz", "/livez", "/readyz", "/metrics", f"{PREFIX}/health/live", f"{PREFIX}/health/ready"}
+)
 
 
-class Measured:
-    """Counts and times every request."""
+class Observed:
+    """Counts, times and logs every request, and gives its answer an id and the headers that all have."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, drain: Drain) -> None:
         from serving import metrics  # in a worker only, as it says
 
-        self.app, self.metrics = app, metrics
+        self.app, self.drain, self.metrics = app, drain, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
@@ -36,49 +49,51 @@ class Measured:
             await self.app(scope, receive, send)
             return
         began, status = time.perf_counter(), GONE
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = str(message["status"])
-            await send(message)
-
-        try:
-            await self.app(scope, receive, noted)
-        finally:
-            route = self.metrics.route(scope["path"])
-            self.metrics.requests.labels(route, status).inc()
-            self.metrics.request_seconds.labels(route).observe(time.perf_counter() - began)
-
-
-class BodyLimit:
-    """Refuses bodies of more than `max_bytes`: by Content-Length at once, else while they come."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, counting its bytes."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        error = TooLargeError(f"The body is too large; the limit is {self.max_bytes} bytes.")
-        length = Headers(scope=scope).get("content-length", "")
-        if length.isdecimal() and int(length) > self.max_bytes:
-            await error_response(error)(scope, receive, send)
-            return
-        received = 0
+        bytes_in = bytes_out = 0
+        headers = Headers(scope=scope)
+        identity = id_of(headers)
+        request_id.set(identity)
 
         async def counted() -> Message:
-            nonlocal received
+            nonlocal bytes_in
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise error  # to the endpoint that is reading, which answers with it
+            bytes_in += len(message.get("body", b""))
             return message
 
-        await self.app(scope, counted, send)
+        async def noted(message: Message) -> None:
+            nonlocal status, bytes_out
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": self._completed(message["headers"], identity)}
+            else:
+                bytes_out += len(message.get("body", b""))
+            await send(message)
+
+        self.metrics.under_way.inc()
+        try:
+            await self.app(scope, counted, noted)
+        finally:
+            seconds = time.perf_counter() - began
+            route = self.metrics.route(scope["path"])
+            self.metrics.under_way.dec()
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.request_seconds.labels(route).observe(seconds)
+            log_request(
+                scope,
+                headers,
+                route=route,
+                status=status,
+                seconds=seconds,
+                bytes_in=bytes_in,
+                bytes_out=bytes_out,
+            )
+
+    def _completed(self, headers: Iterable[Header], identity: str) -> list[Header]:
+        completed = [header for header in headers if header[0] not in HIDDEN_HEADERS]
+        completed += [(REQUEST_ID.encode(), identity.encode()), (b"x-content-type-options", b"nosniff")]
+        if self.drain.stopping:
+            completed.append((b"connection", b"close"))
+        return completed
 
 
 class ErrorShape:
@@ -101,7 +116,7 @@ class ErrorShape:
 
         async def shaped(message: Message) -> None:
             nonlocal start, body, started
-            if message["type"] == "http.response.start" and message["status"] >= 400:
+            if message["type"] == "http.response.start" and GONE != message["status"] >= 400:
                 start = message
             elif start is None:
                 started = True
@@ -114,13 +129,13 @@ class ErrorShape:
 
         try:
             await self.app(scope, receive, shaped)
-        except Exception:
-            logger.exception("%s %s failed", scope["method"], scope["path"])
+        except Exception as error:
             if started:
                 raise
-            await error_response(InternalError("The service failed; its log says why."))(
-                scope, receive, send
-            )
+            if not isinstance(error, RequestError):
+                logger.exception("%s %s (%s) failed", scope["method"], scope["path"], request_id.get())
+                error = InternalError("The service failed; its log says why.")
+            await error_response(error)(scope, receive, shaped)
 
 
 async def _send_shaped(scope: Scope, receive: Receive, send: Send, start: Message, body: bytes) -> None:
@@ -140,3 +155,110 @@ async def _send_shaped(scope: Scope, receive: Receive, send: Send, start: Messag
     of_the_body = {"content-length", "content-type"}
     kept = {name: value for name, value in headers.items() if name not in of_the_body}
     await JSONResponse(shaped, status, kept)(scope, receive, send)
+
+
+class Admission:
+    """Lets in who has the key, where there is one, and nobody any more when the service stops."""
+
+    def __init__(self, app: ASGIApp, drain: Drain, api_key: SecretStr | None) -> None:
+        self.app, self.drain = app, drain
+        self.key = api_key.get_secret_value().encode() if api_key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self.app(scope, receive, send)
+            return
+        if self.key is not None and not any(
+            hmac.compare_digest(given, self.key) for given in _given_keys(scope)
+        ):
+            raise UnauthorizedError(
+                "The service asks for its key; send it as `Authorization: Bearer KEY` or as "
+                "`X-API-Key: KEY`."
+            )
+        with self.drain.request():
+            await self.app(scope, receive, send)
+
+
+def _given_keys(scope: Scope) -> list[bytes]:
+    """Bytes as they came, so that a key may hold any character."""
+    keys = []
+    for name, value in scope["headers"]:
+        if name == b"x-api-key":
+            keys.append(value)
+        elif name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            if scheme.lower() == b"bearer":
+                keys.append(key.strip())
+    return keys
+
+
+class Reception:
+    """Receives the body within its limits, and drops the work of a client that has left.
+
+    A body of more than `max_bytes` is refused, by its Content-Length at once and else while it comes,
+    and so is one that has not arrived after `seconds`.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, watching its body and its client."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        too_large = TooLargeError(f"The body is too large; the limit is {self.max_bytes} bytes.")
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length) > self.max_bytes:
+            raise too_large
+        task = asyncio.current_task()
+        assert task is not None, "requests are handled in tasks"
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.seconds
+        received = 0
+        answered = left = False
+        leaving: asyncio.Task[Message] | None = None  # once the body is there
+
+        async def watched() -> Message:
+            nonlocal received, leaving
+            if leaving is not None:
+                return await leaving
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                # To the endpoint that is reading, which answers with it; as is `too_large`.
+                raise SlowBodyError(f"The body took over {self.seconds:g} seconds to arrive.") from None
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise too_large
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                leaving = loop.create_task(until_left())
+            return message
+
+        async def until_left() -> Message:
+            nonlocal left
+            message = await receive()
+            if not answered:
+                left = True
+                task.cancel()
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self.app(scope, watched, noted)
+        except asyncio.CancelledError:
+            if not left:
+                raise
+            task.uncancel()
+            await Response(status_code=GONE)(scope, receive, send)  # the end of it for BentoML
+        finally:
+            if leaving is not None:
+                leaving.cancel()

@@ -38,10 +38,13 @@ ERROR_EXAMPLE: Json = {
 }
 ERRORS = {
     400: "The image or the pickle cannot be read.",
+    401: "The service asks for a key, and the request lacks it.",
+    408: "The body took too long to arrive.",
     413: "More bytes, pixels, images or rows than the service allows.",
     415: "A Content-Type that the endpoint does not read.",
     422: "A field that is missing, unknown or has an unusable value.",
-    503: "Too many requests wait; try again after the seconds in Retry-After.",
+    503: "Too many requests wait, or the service stops; try again after the seconds in Retry-After.",
+    504: "The answer took too long.",
 }
 
 

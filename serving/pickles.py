@@ -1,14 +1,14 @@
 """Read a pickle as data: plain values and NumPy arrays of numbers, and nothing else.
 
-`pickle` is not used at all. The standard library's `pickletools` splits the file into opcodes and
+`pickle` is not used at all. The opcodes' arguments are read by the standard library's `pickletools`, and
 a small stack machine follows those that build plain data. The few globals that NumPy writes
 (`_reconstruct`, `dtype`, ...) are names in a table here; none is ever looked up or called, so
 there is nothing that a file could execute. An opcode or a name that is not in the tables ends
 the reading.
 
 Memory stays in proportion to the file: a payload is never read further than the file goes, an
-array is a view of bytes that are there (its declared shape must fit them exactly), and the number
-of opcodes is limited.
+array is a view of bytes that are there (its declared shape must fit them exactly), a long text has a
+byte a character, and the number of opcodes is limited.
 """
 
 import pickletools
@@ -22,9 +22,14 @@ import numpy.typing as npt
 
 from serving.errors import PickleError
 
+OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 MAX_OPCODES = 400_000  # twenty for each of the most rows that the settings allow by default
 MAX_LINE = 512  # of an opcode whose argument is a line: the module or the name of a global
 MAX_DIMENSIONS = 32
+# Longer ones are the bytes of arrays in protocol 2. Other characters would take four times the file.
+MAX_TEXT = 2**16  # bytes of a text whose characters are beyond Latin-1
+TEXTS = {"SHORT_BINUNICODE": "<B", "BINUNICODE": "<I", "BINUNICODE8": "<Q"}  # and their lengths
+LATIN_1 = 0xC3  # the highest byte that Latin-1's characters have in UTF-8
 INT_KEYS = range(-(2**31), 2**31)  # larger ones could be chosen to collide in a dict
 
 NUMBERS = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"})
@@ -89,13 +94,12 @@ def read_pickle(file: IO[bytes]) -> Any:
     source.check_start()
     machine = _Machine(source.size)
     try:
-        # genops only reads and tells.
-        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], source)):
-            machine.step(opcode.name, argument)
+        while not machine.stopped:
+            machine.step(*source.opcode())
     except PickleError as error:
         raise PickleError(f"{error} (Found at byte {source.tell()}; nothing was run.)") from None
     except (ValueError, OverflowError, struct.error) as error:
-        # genops: an unknown opcode, a malformed argument or the end of the file
+        # pickletools: a malformed argument or the end of the file
         detail = str(error)[:200]
         raise PickleError(f"The pickle is damaged at byte {source.tell()}: {detail}.") from None
     return machine.result
@@ -136,12 +140,37 @@ class _Source:
         self._position += len(line)
         return line
 
+    def opcode(self) -> tuple[str, Any]:
+        """The name of the next opcode, which is one of `_STEPS`, and its argument."""
+        if self._position == self.size:
+            raise PickleError("The pickle is truncated: it ends without a STOP.")
+        code = self.read(1)
+        opcode = OPCODES.get(code)
+        if opcode is None:
+            raise ValueError(f"there is no opcode {code!r}")
+        name = opcode.name
+        if name not in _STEPS:
+            raise PickleError(f"The opcode {name} builds more than plain data and is not allowed.")
+        if name in TEXTS:
+            return name, self._text(TEXTS[name])
+        # The readers only read and tell.
+        argument = None if opcode.arg is None else opcode.arg.reader(cast(IO[bytes], self))
+        return name, argument
+
+    def _text(self, length: str) -> str:
+        (count,) = struct.unpack(length, self.read(struct.calcsize(length)))
+        encoded = self.read(count)
+        if count > MAX_TEXT and np.frombuffer(encoded, np.uint8).max() > LATIN_1:
+            raise PickleError(f"A text of {count} bytes has characters beyond Latin-1.")
+        return str(encoded, "utf-8", "surrogatepass")
+
 
 class _Machine:
     """The stack machine; one method per group of opcodes, looked up in `_STEPS`."""
 
     def __init__(self, budget: int) -> None:
         self.result: Any = None
+        self.stopped = False
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._opcodes = 0
@@ -152,10 +181,7 @@ class _Machine:
         self._opcodes += 1
         if self._opcodes > MAX_OPCODES:
             raise PickleError(f"The pickle has more than {MAX_OPCODES} opcodes.")
-        action = _STEPS.get(name)
-        if action is None:
-            raise PickleError(f"The opcode {name} builds more than plain data and is not allowed.")
-        action(self, argument)
+        _STEPS[name](self, argument)
 
     # Values and the stack
 
@@ -203,6 +229,7 @@ class _Machine:
 
     def stop(self) -> None:
         self.result = _finished(self.pop())
+        self.stopped = True
 
     # The memo
 

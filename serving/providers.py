@@ -52,15 +52,18 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
-def open_session(path: Path, provider: ProviderName, threads: int) -> ort.InferenceSession:
+def open_session(model: Path | bytes, provider: ProviderName, threads: int) -> ort.InferenceSession:
     """A session that has run a model file on a provider, with `threads` threads where that is a CPU.
+
+    Args:
+        model: the file, or its bytes.
 
     Raises:
         ProviderError: the provider cannot be used here; the message has the command that helps.
     """
     lack = obstacle(provider)
     if lack:
-        raise ProviderError(f"{lack}; or set SERVING_PROVIDER=cpu.")
+        raise ProviderError(f"{lack}.")
     options = session_options()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -70,17 +73,14 @@ def open_session(path: Path, provider: ProviderName, threads: int) -> ort.Infere
     options.enable_mem_pattern = False
     try:
         chain = _chain(options, provider, threads)
-        session = ort.InferenceSession(path, options, providers=chain)
+        session = ort.InferenceSession(model, options, providers=chain)
         session.run(["logits"], {"images": np.zeros((1, 32, 32, 3), np.uint8)})
     except Exception as error:
-        raise ProviderError(
-            f"{FULL_NAMES[provider]} does not start with {path} ({error}); set SERVING_PROVIDER=cpu."
-        ) from error
+        raise ProviderError(f"{FULL_NAMES[provider]} does not run the model: {error}") from error
     # onnxruntime falls back to the CPU without an error.
     if session.get_providers()[0] != FULL_NAMES[provider]:
         raise ProviderError(
-            f"{FULL_NAMES[provider]} does not start, though a GPU is here; "
-            f"`{COMMANDS[provider]}`, or set SERVING_PROVIDER=cpu."
+            f"{FULL_NAMES[provider]} does not start, though a GPU is here; `{COMMANDS[provider]}`."
         )
     return session
 

@@ -133,7 +133,12 @@ def _files(form: FormData, name: str) -> list[UploadFile]:
 
 
 def _top_k(request: Request, form: FormData) -> int:
-    value = form.get("top_k", request.query_params.get("top_k", str(DEFAULT_TOP_K)))
+    values = [*request.query_params.getlist("top_k"), *form.getlist("top_k")]
+    if len(values) > 1:
+        raise FieldError(
+            f"top_k is given {len(values)} times; right would be once, as a field or in the query."
+        )
+    value = values[0] if values else str(DEFAULT_TOP_K)
     if not isinstance(value, str) or not re.fullmatch("[1-9]|10", value):
         shown = repr(value[:20]) if isinstance(value, str) else "a file"
         raise FieldError(f"top_k is {shown}; right would be a whole number from 1 to 10.")

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, Field, RootModel
 from starlette.responses import JSONResponse
 
-from serving.errors import OverloadedError, RequestError
+from serving.errors import RequestError
 
 
 class Prediction(BaseModel):
@@ -58,5 +58,4 @@ def error_body(code: str, message: str) -> dict[str, Any]:
 
 def error_response(error: RequestError) -> JSONResponse:
     """The answer to a request that failed."""
-    headers = {"Retry-After": "1"} if isinstance(error, OverloadedError) else None
-    return JSONResponse(error_body(error.code, str(error)), error.status, headers)
+    return JSONResponse(error_body(error.code, str(error)), error.status, error.headers)

@@ -4,12 +4,13 @@
 # mypy: disable-error-code="untyped-decorator"
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar, TypeVarTuple
 
 import bentoml
@@ -17,15 +18,20 @@ import numpy as np
 import numpy.typing as npt
 from bentoml.exceptions import BentoMLConfigException
 from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serving import inference_protocol
-from serving.batching import Batcher
+from serving.access_log import open_access_log, request_id
+from serving.deployment import Deployment, replacements
+from serving.drain import Drain
 from serving.errors import (
     ImageError,
     InternalError,
+    NotReadyError,
     OverloadedError,
     RequestError,
     RequestTimeoutError,
@@ -34,7 +40,7 @@ from serving.errors import (
     TooLargeError,
 )
 from serving.images import decode
-from serving.middleware import BodyLimit, ErrorShape, Measured
+from serving.middleware import GONE, Admission, ErrorShape, Observed, Reception
 from serving.model import Model
 from serving.openapi import openapi_document
 from serving.predictions import top_predictions
@@ -49,6 +55,7 @@ from serving.requests import (
 from serving.responses import Answers, Classification, Csv, error_body, error_response
 from serving.settings import Settings
 from serving.submission import read_submission
+from serving.uvicorn_server import limit_heads, running_server
 
 logger = logging.getLogger("serving")
 logger.setLevel(logging.INFO)  # BentoML shows warnings only, of all loggers but its own
@@ -57,6 +64,11 @@ try:
     SETTINGS = Settings.from_environment()
 except SettingsError as error:
     raise BentoMLConfigException(str(error)) from None
+
+# Large submissions in memory: one that the engine works on, and one that is read meanwhile.
+LARGE_FILES = 2
+
+drain = Drain(SETTINGS.stop_timeout)
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -80,9 +92,9 @@ def answering(endpoint: Endpoint) -> Endpoint:
                 RequestTimeoutError(f"The request took over {SETTINGS.request_timeout:g} seconds.")
             )
         except ClientDisconnect:
-            return Response(status_code=400)  # nobody is there to read it
+            return Response(status_code=GONE)  # nobody is there to read it
         except Exception:
-            logger.exception("%s failed", request.url.path)
+            logger.exception("%s (%s) failed", request.url.path, request_id.get())
             return error_response(InternalError("The service failed; its log says why."))
 
     return answer
@@ -141,8 +153,7 @@ async def get_v2_ready(classifier: "Classifier", request: Request) -> JSONRespon
     """Whether requests are taken: of the server, or of a model by its name."""
     if "name" in request.path_params:
         inference_protocol.check_named(classifier.model, request.path_params)
-    if classifier.batcher.full:
-        return error_response(OverloadedError("As many requests wait as may; try again shortly."))
+    await classifier.__is_ready__()
     return JSONResponse({"ready": True})
 
 
@@ -185,7 +196,8 @@ for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
     name="cifar10",
     # A little later than our own limit, which answers in our shape.
     traffic={"timeout": SETTINGS.request_timeout + 5},
-    logging={"access": {"enabled": SETTINGS.access_log}},
+    workers=SETTINGS.workers,
+    logging={"access": {"enabled": False}},  # serving.access_log has its own
     metrics={"enabled": False},  # serving.metrics says why
 )
 class Classifier:
@@ -195,21 +207,12 @@ class Classifier:
         from serving import metrics  # in a worker only, as it says
 
         self.metrics = metrics
-        self.model = Model(
-            SETTINGS.model,
-            SETTINGS.provider,
-            SETTINGS.threads,
-            max_batch_size=SETTINGS.max_batch_size,
-        )
-        metrics.serves(self.model)
+        metrics.forget_the_dead()
+        self.deployment = Deployment(SETTINGS, metrics)
+        self.watch: asyncio.Task[None] | None = None
         pages.state.classifier = self
-        self.batcher = Batcher(
-            self.run,
-            max_batch_size=SETTINGS.max_batch_size,
-            max_waiting=SETTINGS.max_waiting,
-            waited=metrics.queue_seconds.observe,
-        )
         self.readers = ThreadPoolExecutor(SETTINGS.threads, "reader")
+        self.large_files = asyncio.Semaphore(LARGE_FILES)
 
     @bentoml.on_deployment
     @staticmethod
@@ -227,13 +230,40 @@ class Classifier:
     @bentoml.on_startup
     async def start(self) -> None:
         """Begin to take turns, before the first request."""
-        self.batcher.start()
+        self.deployment.start()
+        if SETTINGS.watch_model:
+            self.watch = asyncio.get_running_loop().create_task(self._replace())
+        if SETTINGS.access_log:
+            open_access_log()
+        server = running_server()
+        if server is not None:  # in a test without a server there is none
+            drain.listen(server)
+            limit_heads(server, SETTINGS.head_timeout)
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
         """After the last request."""
-        await self.batcher.stop()
+        if self.watch is not None:
+            self.watch.cancel()
+        await self.deployment.batcher.stop()
         self.readers.shutdown()
+
+    @property
+    def model(self) -> Model:
+        """The model that takes new requests."""
+        return self.deployment.model
+
+    async def __is_ready__(self) -> bool:
+        """Whether new requests are taken, for BentoML's /readyz.
+
+        Raises:
+            NotReadyError: they are not.
+        """
+        if drain.stopping:
+            raise NotReadyError("The service is stopping.")
+        if self.deployment.batcher.full:
+            raise NotReadyError("As many requests wait as may; try again shortly.")
+        return True
 
     @bentoml.api(input_spec=ClassifyForm, output_spec=Classification)
     @answering
@@ -241,7 +271,9 @@ class Classifier:
         """Classify one image."""
         content, top_k = await read_image(request)
         image = await self.in_reader(decode, content, SETTINGS.max_image_pixels)
-        return JSONResponse(self._classification(await self.batcher.one(image), top_k))
+        deployment = self.deployment
+        logits = await deployment.batcher.one(image)
+        return JSONResponse(_classification(deployment.model, logits, top_k))
 
     @bentoml.api(input_spec=ClassifyBatchForm, output_spec=Answers)
     @answering
@@ -253,7 +285,8 @@ class Classifier:
             return_exceptions=True,
         )
         images = [image for image in decoded if not isinstance(image, BaseException)]
-        logits = iter(await self._bulk(np.stack(images)) if images else ())
+        deployment = self.deployment
+        logits = iter(await _bulk(deployment, np.stack(images)) if images else ())
         answers: list[dict[str, Any]] = []
         for image in decoded:
             if isinstance(image, ImageError | TooLargeError):
@@ -261,24 +294,17 @@ class Classifier:
             elif isinstance(image, BaseException):
                 raise image
             else:
-                answers.append(self._classification(next(logits), top_k))
+                answers.append(_classification(deployment.model, next(logits), top_k))
         return JSONResponse(answers)
 
     @bentoml.api(input_spec=SubmissionForm, output_spec=Csv)
     @answering
     async def submission(self, request: Request) -> Response:
         """Label a pickle of images."""
-        async with read_file(request) as upload:
+        async with read_file(request) as upload, self._room(upload):
             submission = await self.in_reader(read_submission, upload.file, SETTINGS.max_rows)
-        labels = (await self._bulk(submission.images)).argmax(axis=1)
+            labels = (await _bulk(self.deployment, submission.images)).argmax(axis=1)
         return Response(submission.csv(labels.tolist()), media_type="text/csv")
-
-    def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """A run of the engine, counted."""
-        began = time.perf_counter()
-        logits = self.model.logits(images)
-        self.metrics.ran(self.model, logits, time.perf_counter() - began)
-        return logits
 
     async def infer(self, request: Request) -> Response:
         """Answer an inference request of the Open Inference Protocol."""
@@ -288,11 +314,13 @@ class Classifier:
             request.headers.get(inference_protocol.JSON_LENGTH),
             SETTINGS.max_batch_images,
         )
+        deployment = self.deployment
+        inference_protocol.check_named(deployment.model, request.path_params)
         if len(inference.images) == 1:
-            logits = (await self.batcher.one(inference.images[0]))[np.newaxis]
+            logits = (await deployment.batcher.one(inference.images[0]))[np.newaxis]
         else:
-            logits = await self._bulk(inference.images)
-        return inference_protocol.respond(inference, logits, self.model)
+            logits = await _bulk(deployment, inference.images)
+        return inference_protocol.respond(inference, logits, deployment.model)
 
     async def in_reader(
         self, function: Callable[[*Arguments], Result], *arguments: *Arguments
@@ -301,18 +329,52 @@ class Classifier:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.readers, function, *arguments)
 
-    async def _bulk(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        return np.concatenate([logits async for logits in self.batcher.many(images)])
+    def _room(self, upload: UploadFile) -> AbstractAsyncContextManager[None]:
+        """Held while a file is in memory: files that lie on disk wait there for their turn."""
+        on_disk = (upload.size or 0) > MultiPartParser.spool_max_size
+        return self.large_files if on_disk else contextlib.nullcontext()
 
-    def _classification(self, logits: npt.NDArray[np.float32], top_k: int) -> dict[str, Any]:
-        return {
-            "predictions": top_predictions(logits, self.model.classes, top_k),
-            "model": {"name": self.model.name, "version": self.model.version},
-        }
+    async def _replace(self) -> None:
+        """Let each new model file take over that passes the checks."""
+        async for _ in replacements(SETTINGS.model, self.deployment.file):
+            try:
+                new = await asyncio.to_thread(Deployment, SETTINGS, self.metrics)
+            except Exception as error:
+                self.metrics.swaps.labels("refused").inc()
+                logger.error(
+                    "%s goes on; the new model file is refused: %s",
+                    self.deployment,
+                    error,
+                    exc_info=not isinstance(error, StartError),
+                )
+            else:
+                await self._hand_over(new)
+
+    async def _hand_over(self, new: Deployment) -> None:
+        """Let a deployment take new requests, and the one before it finish those that it has."""
+        old = self.deployment
+        self.metrics.retired(old.model)
+        new.start()
+        self.deployment = new
+        self.metrics.swaps.labels("done").inc()
+        logger.info("%s took over from %s", new, old)
+        await old.batcher.finish()
+
+
+async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    return np.concatenate([logits async for logits in deployment.batcher.many(images)])
+
+
+def _classification(model: Model, logits: npt.NDArray[np.float32], top_k: int) -> dict[str, Any]:
+    return {
+        "predictions": top_predictions(logits, model.classes, top_k),
+        "model": {"name": model.name, "version": model.version},
+    }
 
 
 service: Any = Classifier  # the decorator has made a BentoML service of the class
 service.mount_asgi_app(pages)
-service.add_asgi_middleware(Measured)
+service.add_asgi_middleware(Observed, drain=drain)
 service.add_asgi_middleware(ErrorShape)
-service.add_asgi_middleware(BodyLimit, max_bytes=SETTINGS.max_body_bytes)
+service.add_asgi_middleware(Admission, drain=drain, api_key=SETTINGS.api_key)
+service.add_asgi_middleware(Reception, max_bytes=SETTINGS.max_body_bytes, seconds=SETTINGS.body_timeout)

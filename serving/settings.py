@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import loky
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, ValidationError
 
 from serving.errors import SettingsError
 
@@ -30,6 +30,10 @@ class Settings(BaseModel):
         description="auto (CUDA where it works, else the faster of OpenVINO and the CPU provider), "
         "or the name of one.",
     )
+    watch_model: bool = Field(
+        True, description="Whether a new file in the model file's place takes over while serving."
+    )
+    workers: PositiveInt = Field(1, description="Processes that serve.")
     threads: PositiveInt = Field(
         # The cores of the CPU affinity (taskset), or of the cgroup's quota (a container's) if fewer.
         default_factory=loky.cpu_count,
@@ -46,7 +50,19 @@ class Settings(BaseModel):
     request_timeout: PositiveFloat = Field(
         300, description="Seconds until a request is given up with 504."
     )
-    access_log: bool = Field(False, description="Log a line per request.")
+    body_timeout: PositiveFloat = Field(
+        60, description="Seconds in which a request's body must have arrived, else 408."
+    )
+    head_timeout: PositiveFloat = Field(
+        10, description="Seconds in which a request's headers must have arrived, else it is hung up on."
+    )
+    stop_timeout: PositiveFloat = Field(
+        25, description="Seconds in which requests under way may finish when the service is stopped."
+    )
+    api_key: SecretStr | None = Field(
+        None, min_length=1, description="The key that requests must bring; without it anybody may ask."
+    )
+    access_log: bool = Field(False, description="Log a line of JSON per request.")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":

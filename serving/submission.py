@@ -95,11 +95,14 @@ def _ids(ids: Any, count: int) -> list[int]:
                 f"ids is a {ids.dtype} array of shape {list(ids.shape)}; "
                 "right would be integers of shape [N]."
             )
-        ids = ids.tolist()
-    if not isinstance(ids, list | tuple) or any(type(id_) is not int or id_ not in IDS for id_ in ids):
-        raise PickleError("ids must be a NumPy array or a list of 64-bit integers.")
+    elif not isinstance(ids, list | tuple):
+        raise PickleError(f"ids is a {type(ids).__name__}; right would be an array or list of integers.")
     if len(ids) != count:
         raise PickleError(f"There are {len(ids)} ids for {count} images; one an image is right.")
+    if isinstance(ids, np.ndarray):
+        ids = ids.tolist()  # now that it has been counted: as Python's integers it takes far more memory
+    if any(type(id_) is not int or id_ not in IDS for id_ in ids):
+        raise PickleError("ids must be a NumPy array or a list of 64-bit integers.")
     if len(set(ids)) != count:
         raise PickleError(
             f"{count - len(set(ids))} of the {count} ids occur again; all must be different."

@@ -8,10 +8,12 @@ import onnx
 import pytest
 from httpx import Client
 
-from benchmarks import inference, training
+from benchmarks import inference, soak, training
 from export.parity import LIMITS, percent
+from serving.errors import RequestError
 from serving.settings import BUNDLED_MODEL, PREFIX, Settings
 from tests.serving.server import ROOT
+from tests.transcripts import assert_as_shown, transcripts
 from training import results
 from training.__main__ import markdown_table, table_rows
 
@@ -43,6 +45,10 @@ def test_pace_of_training_is_the_table_of_the_benchmark() -> None:
 @pytest.mark.skipif(not inference.FIGURES.exists(), reason="the benchmark was not run")
 def test_pace_of_inference_is_the_tables_of_the_benchmark() -> None:
     assert inference.markdown(inference.read()) in README
+
+
+def test_soak_is_the_table_of_its_figures() -> None:
+    assert soak.markdown(soak.read()) in README
 
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:
@@ -85,6 +91,29 @@ def test_classify_answers_as_shown(client: Client, url: str) -> None:
         assert actual["probability"] == pytest.approx(expected["probability"], abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("bad_request", "bad_image", "bad_pickle", "not_found", "method_not_allowed", "too_large"),
+        *("unsupported_media_type", "invalid_field"),
+    ],
+)
+def test_errors_are_answered_as_shown(url: str, code: str) -> None:
+    """Those of a service with other settings, or in another state, are in tests/serving."""
+    assert_as_shown(code, url)
+
+
+def test_every_error_is_in_the_table_and_shown() -> None:
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.MULTILINE)
+    kinds = {(str(kind.status.value), kind.code) for kind in errors_of(RequestError)}
+    assert set(rows) == kinds | {("405", "method_not_allowed")}
+    assert sorted(transcripts()) == sorted(code for _, code in rows)
+
+
+def errors_of(kind: type[RequestError]) -> set[type[RequestError]]:
+    return {kind}.union(*(errors_of(lower) for lower in kind.__subclasses__()))
+
+
 def test_python_code_runs_as_shown(
     url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,29 +136,37 @@ def test_card_describes_the_bundled_model(metadata: dict[str, str]) -> None:
     assert f"`{metadata['version']}`" in CARD
     assert f"{100 * accuracy:.2f} %" in CARD
     assert f"{int(metadata['parameters']):,}" in CARD
-    parity = json.loads(metadata["parity"])
-    assert (parity["images"], parity["top1_agreement"]) == (10000, 1.0)
-    assert f"{parity['max_scaled_difference']:.1e}" in CARD
+    for report in (
+        json.loads(metadata["pytorch_parity"]),
+        json.loads(metadata["parity"]),
+        *json.loads(metadata["providers"]),
+    ):
+        assert report["images"] == 10000
+        row = f"| {percent(report['top1_agreement'])} (limit"
+        difference = f"| {report['max_scaled_difference']:.1e}"
+        assert any(row in line and difference in line for line in CARD.splitlines())
+    assert f"**{percent(json.loads(metadata['parity'])['accuracy'])}**" in CARD
+    assert f"{BUNDLED_MODEL.stat().st_size:,} bytes" in CARD
 
 
 def test_card_says_how_reliable_the_probabilities_are(metadata: dict[str, str]) -> None:
-    if "calibration" not in metadata:
-        pytest.skip("the bundled file was written before export measured it")
     calibration = json.loads(metadata["calibration"])
-    assert f"{100 * calibration['test_ece_before']:.2f} %" in CARD
-    assert f"{100 * calibration['test_ece_after']:.2f} %" in CARD
+    for images, text in (("val", CARD), ("test", CARD), ("test", README)):
+        assert percent(calibration[f"{images}_ece_before"]) in text
+        assert percent(calibration[f"{images}_ece_after"]) in text
+    assert f"{calibration['value']:g}" in CARD
 
 
 def test_bundled_model_is_of_a_recorded_run(metadata: dict[str, str]) -> None:
     accuracy = float(metadata["test_accuracy"])
-    parity = json.loads(metadata["parity"])
     (row,) = [
         row
         for row in results.read()
         if (row.recipe, row.commit) == (metadata["name"], metadata["commit"])
         and row.seed == int(metadata["seed"])
     ]
-    assert row.accuracy == accuracy == parity["accuracy"] >= 0.94
+    assert row.accuracy == accuracy == json.loads(metadata["pytorch_parity"])["accuracy"]
+    assert json.loads(metadata["parity"])["accuracy"] >= 0.94
     assert BUNDLED_MODEL.stat().st_size <= 20_000_000
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.__main__ import main as export
@@ -58,6 +59,20 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
     return checkpoint
 
 
+def _floats(file: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    """A file's constants by name; those that it keeps as int8 with what the numbers stand for."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in file.graph.initializer}
+    floats = {name: array.copy() for name, array in constants.items()}
+    for node in file.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            numbers, scale, zero = (constants[name] for name in node.input)
+            by_channel = (-1, *(1,) * (numbers.ndim - 1))
+            centred = numbers.astype(np.float32) - zero.astype(np.float32).reshape(by_channel)
+            name = node.input[0].removesuffix("_quantized")
+            floats[name] = (centred * scale.reshape(by_channel)).astype(np.float32)
+    return floats
+
+
 @pytest.fixture(scope="package")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Bundled:
     """Writes a checkpoint with the bundled model's weights, and with ``changes`` of its recipe's data.
@@ -67,9 +82,9 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Bundled:
     file = onnx.load(BUNDLED)
     values = {entry.key: entry.value for entry in file.metadata_props}
     weights = {
-        tensor.name.rpartition("model.")[2]: torch.from_numpy(numpy_helper.to_array(tensor).copy())
-        for tensor in file.graph.initializer
-        if "model." in tensor.name
+        name.rpartition("model.")[2]: torch.from_numpy(array)
+        for name, array in _floats(file).items()
+        if "model." in name
     }
 
     def write(validation: float = 0.0, epoch: int = 15, **changes: Any) -> Path:

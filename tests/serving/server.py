@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,8 +33,34 @@ def service_environment(folder: Path, **settings: str) -> dict[str, str]:
     )
 
 
+@dataclass(frozen=True)
+class Server:
+    """A `bentoml serve` process: the supervisor of the workers."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def workers(self) -> set[int]:
+        """The process ids of the workers."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        found = set()
+        for child in children:
+            with suppress(psutil.Error):  # it may just have ended
+                if "_bentoml_impl.worker.service" in child.cmdline():
+                    found.add(child.pid)
+        return found
+
+
 @contextmanager
 def serving(folder: Path, *arguments: str, cwd: Path = ROOT, **settings: str) -> Iterator[str]:
+    """The address of a `bentoml serve` process that is ready; stopped at the end."""
+    with running(folder, *arguments, cwd=cwd, **settings) as server:
+        yield server.url
+
+
+@contextmanager
+def running(folder: Path, *arguments: str, cwd: Path = ROOT, **settings: str) -> Iterator[Server]:
     """A `bentoml serve` process that is ready; stopped by SIGTERM, which must end it with 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -52,9 +80,9 @@ def serving(folder: Path, *arguments: str, cwd: Path = ROOT, **settings: str) ->
         )
     try:
         wait_until_ready(url, process, log)
-        yield url
+        yield Server(url, process, log)
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # does nothing where a test has ended it
         status = process.wait(timeout=START_SECONDS)
     assert status == 0, log.read_text()
 

@@ -16,6 +16,7 @@ from serving.responses import error_response
 from tests.serving.conftest import METADATA
 from tests.serving.samples import encoded
 from tests.serving.server import serving
+from tests.transcripts import assert_as_shown
 
 DARK = encoded(np.full((32, 32, 3), 100, np.uint8))
 BRIGHT = encoded(np.full((32, 32, 3), 200, np.uint8))
@@ -62,13 +63,15 @@ def test_a_failing_engine_is_a_500_without_details_and_the_service_lives_on(frag
         assert response.json() == {
             "error": {"code": "internal_error", "message": "The service failed; its log says why."}
         }
+    assert_as_shown("internal_error", fragile_url)
 
 
 def test_a_request_that_takes_too_long(tmp_path: Path) -> None:
-    with serving(tmp_path, SERVING_REQUEST_TIMEOUT="0.000001") as url:
+    with serving(tmp_path, SERVING_REQUEST_TIMEOUT="0.0001") as url:
         response = httpx.post(f"{url}/classify", files={"image": DARK})
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "timeout"
+        assert_as_shown("timeout", url)
         assert httpx.get(f"{url}/readyz").status_code == 200
 
 

@@ -9,30 +9,15 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from serving.model import Model
 from serving.predictions import softmax
+from tests.serving.figures import read, value
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import ROOT, serving
+from tests.transcripts import assert_as_shown
 
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 DASHBOARD = json.loads((ROOT / "serving" / "grafana.json").read_text())
-
-
-def read(client: httpx.Client) -> Samples:
-    response = client.get("/metrics")
-    assert response.status_code == 200
-    assert response.headers["content-type"].startswith("text/plain; version=")
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(response.text)
-        for sample in family.samples
-    }
-
-
-def value(samples: Samples, name: str, /, **labels: str) -> float:
-    return samples.get((name, frozenset(labels.items())), 0.0)
 
 
 def test_requests_images_and_runs_are_counted(
@@ -95,11 +80,13 @@ def test_full_service_says_so_and_counts_whom_it_refuses(
         answer = client.post("/classify", files=picture)
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
+        assert_as_shown("overloaded", url)
+        assert_as_shown("not_ready", url)
         assert submission.result().status_code == 200
         assert client.get("/v2/health/ready").status_code == 200
         samples = read(client)
-    assert value(samples, "cifar10_requests_total", route="/classify", status="503") == 1
-    assert value(samples, "cifar10_shed_requests_total") == 1
+    assert value(samples, "cifar10_requests_total", route="/classify", status="503") == 2
+    assert value(samples, "cifar10_shed_requests_total") == 2
 
 
 def test_dashboard_shows_only_what_there_is(client: httpx.Client) -> None:

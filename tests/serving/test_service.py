@@ -77,6 +77,16 @@ def test_all_ten_probabilities_sum_to_one(client: httpx.Client, images: npt.NDAr
     assert probabilities == sorted(probabilities, reverse=True)
 
 
+def test_top_k_twice(client: httpx.Client, images: npt.NDArray[np.uint8]) -> None:
+    """Neither is preferred: a wrong one would go unseen."""
+    image = {"image": ("a.png", encoded(images[1]))}
+    for field, query in (("3", ["11"]), ("3", ["3"]), (None, ["3", "4"])):
+        data = {} if field is None else {"top_k": field}
+        response = client.post("/classify", files=image, data=data, params={"top_k": query})
+        assert error_of(response)[:2] == (422, "invalid_field")
+        assert "top_k is given 2 times" in response.text
+
+
 @pytest.mark.parametrize("media_type", ["image/png", "image/jpeg", "image/anything; a=b"])
 def test_classify_a_raw_body(
     client: httpx.Client, model: Model, images: npt.NDArray[np.uint8], media_type: str

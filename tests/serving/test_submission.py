@@ -122,7 +122,7 @@ TWO = np.zeros((2, 32, 32, 3), np.uint8)
         ({"data": TWO, "ids": [True, False]}, "64-bit integers"),
         ({"data": TWO, "ids": [1, "2"]}, "64-bit integers"),
         ({"data": TWO, "ids": [1, 2**64]}, "64-bit integers"),
-        ({"data": TWO, "ids": 5}, "64-bit integers"),
+        ({"data": TWO, "ids": 5}, "ids is a int; right would be an array or list"),
     ],
 )
 def test_message_says_what_would_be_right(content: Any, message: str) -> None:

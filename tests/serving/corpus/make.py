@@ -70,6 +70,8 @@ def pickles() -> dict[str, bytes]:
         "negative_strides.pkl": pickle.dumps({"data": data[::-1, ::-1]}),
         "float_data.pkl": pickle.dumps({"data": data.astype(np.float32)}),
         "no_images.pkl": pickle.dumps({"data": data[:0]}),
+        "many_ids.pkl": pickle.dumps({"data": data, "ids": np.zeros(100_000, np.int8)}),
+        "wide_text.pkl": pickle.dumps({"data": data, "text": "\U0001f600" + "a" * 2**16}),
         "nothing.pkl": b"\x80\x04N.",
         "truncated.pkl": good[: len(good) // 2],
         "empty.pkl": b"",

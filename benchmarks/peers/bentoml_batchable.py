@@ -1,0 +1,35 @@
+"""BentoML with adaptive batching, behind a service that takes one image a request."""
+
+from typing import Any
+
+import bentoml
+import numpy as np
+from PIL.Image import Image
+
+from benchmarks.peers import net
+
+
+@bentoml.service
+class Net:
+    """Runs batches."""
+
+    def __init__(self) -> None:
+        self.run = net.load()
+
+    @bentoml.api(batchable=True, max_batch_size=32, max_latency_ms=1000)
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Float32 [N, classes] of uint8 [N, 32, 32, 3]."""
+        return self.run(images)
+
+
+@bentoml.service
+class Classifier:
+    """Classifies an image."""
+
+    net = bentoml.depends(Net)
+
+    @bentoml.api
+    async def classify(self, image: Image) -> dict[str, Any]:
+        """Classify one image."""
+        logits = await self.net.to_async.logits(net.pixels(image)[np.newaxis])
+        return net.answer(logits[0])

@@ -1,0 +1,25 @@
+"""FastAPI and ONNX Runtime: a function that blocks is `def`, and runs in FastAPI's thread pool."""
+
+import sys
+from typing import Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, UploadFile
+from PIL import Image
+
+from benchmarks.peers import net
+
+app = FastAPI()
+run = net.load()
+
+
+@app.post("/classify")
+def classify(image: UploadFile) -> dict[str, Any]:
+    """Classify one image."""
+    images = net.pixels(Image.open(image.file))[np.newaxis]
+    return net.answer(run(images)[0])
+
+
+if __name__ == "__main__":
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")

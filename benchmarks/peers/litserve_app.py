@@ -1,0 +1,48 @@
+"""LitServe with batching."""
+
+import sys
+from typing import Any
+
+import litserve
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.peers import net
+
+Pixels = NDArray[np.uint8]
+Logits = NDArray[np.float32]
+
+
+class Classifier(litserve.LitAPI):
+    """The steps of a request."""
+
+    def setup(self, device: str) -> None:
+        """Load the model, in a worker."""
+        self.run = net.load()
+
+    def decode_request(self, request: Any) -> Pixels:
+        """The pixels of a form's image."""
+        return net.pixels(Image.open(request["image"].file))
+
+    def batch(self, inputs: list[Pixels]) -> Pixels:
+        """One array of several."""
+        return np.stack(inputs)
+
+    def predict(self, batch: Pixels) -> Logits:
+        """Run the model."""
+        return self.run(batch)
+
+    def unbatch(self, output: Logits) -> list[Logits]:
+        """Each request's part."""
+        return list(output)
+
+    def encode_response(self, output: Logits) -> dict[str, Any]:
+        """The answer of a request."""
+        return net.answer(output)
+
+
+if __name__ == "__main__":
+    api = Classifier(max_batch_size=32, batch_timeout=0.005, api_path="/classify")
+    server = litserve.LitServer(api, accelerator="cpu")
+    server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, log_level="warning")

@@ -1,0 +1,110 @@
+"""A model that serves, and its replacement by a newer file without losing a request."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serving.batching import Batcher
+from serving.errors import ModelError
+from serving.model import Model
+from serving.settings import Settings
+
+logger = logging.getLogger("serving")
+
+LOOK_SECONDS = 1.0  # between two looks at the model file
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What changes when a file is replaced or written."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileState | None":
+        """The state of a file, through links; None where there is none."""
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class Deployment:
+    """One version of the model with its own engine and queue.
+
+    A request is computed and answered by one deployment as a whole: while a newer one takes new
+    requests, the older one finishes those that it has.
+
+    Attributes:
+        model: the model.
+        batcher: shares the engine's runs among requests.
+        file: the state that the model's file had.
+    """
+
+    def __init__(self, settings: Settings, metrics: Any) -> None:
+        """Load the file that the settings name, check it and run it once.
+
+        Args:
+            settings: the service's.
+            metrics: the module `serving.metrics`, which only workers import.
+
+        Raises:
+            StartError: the file or the provider is not usable.
+        """
+        self.file = FileState.of(settings.model)
+        self.model = Model(
+            settings.model,
+            settings.provider,
+            settings.threads,
+            max_batch_size=settings.max_batch_size,
+        )
+        if FileState.of(settings.model) != self.file:
+            raise ModelError(f"{settings.model} changed while it was loaded.")
+        self._metrics = metrics
+        self.batcher = Batcher(
+            self._run,
+            max_batch_size=settings.max_batch_size,
+            max_waiting=settings.max_waiting,
+            waited=metrics.queue_seconds.observe,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.model.name} {self.model.version}"
+
+    def start(self) -> None:
+        """Begin to serve; needs a running event loop."""
+        self.batcher.start()
+        self._metrics.serves(self.model)
+
+    def _run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """A run of the engine, counted."""
+        began = time.perf_counter()
+        logits = self.model.logits(images)
+        self._metrics.ran(self.model, logits, time.perf_counter() - began)
+        return logits
+
+
+async def replacements(path: Path, known: FileState | None) -> AsyncIterator[None]:
+    """Yield each time when another file than the `known` one, and then the last, lies at `path`.
+
+    Only once two looks have found the same, so that a file that is still being copied is left alone.
+    """
+    before = known
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        now = await asyncio.to_thread(FileState.of, path)
+        if now is not None and now == before and now != known:
+            known = now
+            yield
+        before = now

@@ -1,0 +1,75 @@
+"""The soak runs, and its figures become its table."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import soak
+
+
+def test_seconds_of_it_with_an_answer_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls, wrong = soak.calls, soak.Call("GET /healthz", 20, 404, {})
+    monkeypatch.setattr(soak, "calls", lambda model: [*calls(model), wrong])
+    path = tmp_path / "soak.json"
+    assert soak.main(["--seconds", "4", "--clients", "3", "--figures", str(path)]) == 1
+    printed = capsys.readouterr().out
+
+    figures = soak.read(path)
+    assert figures.unexpected == {"GET /healthz": {"200": figures.counts["GET /healthz"]["200"]}}
+    assert figures.n == sum(sum(counts.values()) for counts in figures.counts.values()) > 0
+    assert {status for counts in figures.counts.values() for status in counts} >= {"200", "400"}
+    assert len(figures.memory) == soak.SAMPLES
+    assert all(100 < memory < 10_000 for memory in figures.memory)
+    assert min(*figures.descriptors, *figures.threads) > 0
+    assert f"rises by {figures.slope:.2f} MiB" in printed.replace("\n", " ")
+    assert [file.name for file in tmp_path.iterdir()] == ["soak.json"]
+
+    assert soak.main(["--markdown", "--figures", str(path)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_slope_is_that_after_the_warm_up() -> None:
+    def slope(memory: list[float]) -> float:
+        figures = soak.Figures(
+            date="2026-01-02T03:04:05+00:00",
+            commit="0123456789abcdef",
+            device="a processor",
+            python="3.11",
+            packages={},
+            seconds=600,
+            clients=1,
+            n=0,
+            counts={},
+            unexpected={},
+            memory=memory,
+            descriptors=(1, 1),
+            threads=(1, 1),
+        )
+        return figures.slope
+
+    half = soak.SAMPLES // 2
+    assert slope([*map(float, range(half)), *[100.0] * half]) == pytest.approx(0, abs=1e-9)
+    minutes = [10 * n / soak.SAMPLES for n in range(soak.SAMPLES)]
+    assert slope([50 + 3 * minute for minute in minutes]) == pytest.approx(3)
+
+
+def test_only_shedding_may_come_instead_of_an_answer() -> None:
+    tally = soak.Tally()
+    call = soak.Call("GET /", 1, 200, {})
+    for status in ("200", "503", soak.LEFT, "500", "404", "500"):
+        tally.add(call, status)
+    assert tally.n == 6
+    assert tally.unexpected == {"GET /": {"500": 2, "404": 1}}
+
+
+@pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--clients", "0"]])
+def test_arguments_that_measure_nothing(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = str(tmp_path / "soak.json")
+    assert soak.main([*arguments, "--figures", figures]) == 1
+    assert "has to be at least 1" in capsys.readouterr().err
+    assert soak.main(["--markdown", "--figures", figures]) == 1
+    assert f"no figures at {figures}: run python -m benchmarks.soak" in capsys.readouterr().err

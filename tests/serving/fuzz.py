@@ -1,0 +1,211 @@
+"""Searches for bytes that break what reads a client's bytes: ``python -m tests.serving.fuzz``.
+
+Atheris (libFuzzer) changes files of the corpus and others, and goes on with those that reach new lines
+of the readers, each reader in a process of its own. Bytes that raise anything but the errors that a
+client may see, that run or open anything, take over 10 seconds or over a gibibyte are a finding: they
+are kept in ``fuzzing/READER/`` and the command fails. A finding belongs into tests/serving/corpus when
+it is mended. What reached new lines is kept there too, and the next search begins with it.
+"""
+
+import argparse
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+CORPUS = Path(__file__).parent / "corpus"
+FOUND = ROOT / "fuzzing"
+READERS = ("pickles", "images", "inference")
+INSTRUMENTED = ("serving.", "pickletools", "PIL.")
+MODULES = (
+    *("serving.submission", "serving.images", "serving.inference_protocol"),
+    *(f"PIL.{kind}ImagePlugin" for kind in ("Png", "Jpeg", "WebP", "Gif", "Bmp")),
+)
+
+# Python's audit events that reading data has no reason for.
+FORBIDDEN = ("exec", "compile", "import", "open", "pickle.", "os.", "subprocess.", "ctypes.", "socket.")
+
+MAX_PIXELS = 1_000_000
+MAX_ROWS = 1000
+MAX_IMAGES = 40
+
+_watching = False
+
+
+@contextmanager
+def nothing_run() -> Iterator[None]:
+    """Fail on whatever would run, import or open something."""
+    global _watching
+    _watching = True
+    try:
+        yield
+    finally:
+        _watching = False
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watching and event.startswith(FORBIDDEN):
+        raise AssertionError(f"reading led to {event}{arguments!r}"[:500])
+
+
+sys.addaudithook(_audit)
+
+
+def read_pickle_bytes(content: bytes) -> None:
+    """As /submission reads an uploaded file."""
+    from serving.errors import PickleError, TooLargeError
+    from serving.submission import read_submission
+
+    with nothing_run(), suppress(PickleError, TooLargeError):
+        submission = read_submission(BytesIO(content), MAX_ROWS)
+        assert submission.images.shape == (len(submission), 32, 32, 3)
+        assert submission.images.dtype == np.uint8
+        assert submission.images.nbytes <= len(content)
+        assert submission.csv([0] * len(submission)).count(b"\n") == len(submission) + 1
+
+
+def read_image_bytes(content: bytes) -> None:
+    """As /classify reads an image."""
+    from serving.errors import ImageError, TooLargeError
+    from serving.images import decode
+
+    with suppress(ImageError, TooLargeError):
+        image = decode(content, MAX_PIXELS)
+        assert image.shape == (32, 32, 3)
+        assert image.dtype == np.uint8
+
+
+def read_inference_bytes(content: bytes) -> None:
+    """As /v2/models/NAME/infer reads a body: up to a first line feed, the header with JSON's length."""
+    from serving import inference_protocol
+    from serving.errors import RequestError
+
+    header, feed, body = content.partition(b"\n")
+    length = header.decode("latin-1") if feed and header else None
+    with nothing_run(), suppress(RequestError):
+        inference = inference_protocol.read(body, length, MAX_IMAGES)
+        assert inference.images.shape == (len(inference.images), 32, 32, 3)
+        assert inference.images.dtype == np.uint8
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "pickles": read_pickle_bytes,
+    "images": read_image_bytes,
+    "inference": read_inference_bytes,
+}
+
+
+def seeds(reader: str) -> dict[str, bytes]:
+    """Files to begin with, by name: the corpus, and good ones of every kind."""
+    from PIL import Image
+
+    from tests.serving.samples import encoded, pickled
+
+    pixels = np.arange(2 * 3072, dtype=np.uint8).reshape(2, 32, 32, 3)
+    if reader == "inference":
+        return _inference_seeds(pixels)
+    files = {path.name: path.read_bytes() for path in (CORPUS / reader).iterdir()}
+    if reader == "pickles":
+        content = {b"data": pixels, b"ids": np.array([7, 5]), "more": [None, True, 1.5, {"a": (b"b",)}]}
+        for protocol in (2, 3, 4, 5):
+            files[f"numpy1-{protocol}"] = pickled(content, protocol, old=True)
+            files[f"numpy2-{protocol}"] = pickled(content, protocol)
+        files["fortran"] = pickled({"data": np.asfortranarray(pixels), "ids": [1, 2]}, 5)
+        files["python2"] = pickled({b"data": pixels.reshape(2, 3072)}, 2, python2=True)
+        return files
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
+        files[f"small.{kind}"] = encoded(pixels[0, :9, :7].copy(), kind)
+    for mode in ("1", "L", "LA", "P", "RGBA", "I;16"):
+        buffer = BytesIO()
+        Image.new(mode, (5, 6)).save(buffer, "PNG")
+        files[f"{mode}.PNG"] = buffer.getvalue()
+    return files
+
+
+def _inference_seeds(pixels: Any) -> dict[str, bytes]:
+    tensor = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8"}
+    binary = {"inputs": [{**tensor, "parameters": {"binary_data_size": 3072}}]}
+    outputs = [{"name": "logits", "parameters": {"binary_data": True, "classification": 3}}]
+    head = json.dumps({**binary, "outputs": outputs, "id": "a"}).encode()
+    values = pixels[0].flatten().tolist()
+    whole = {"inputs": [{**tensor, "data": values}], "parameters": {"binary_data_output": True}}
+    nested = {
+        "inputs": [{**tensor, "data": pixels[:1].tolist()}],
+        "outputs": [{"name": "probabilities"}],
+    }
+    return {
+        "binary": b"%d\n" % len(head) + head + pixels[0].tobytes(),
+        "flat": b"\n" + json.dumps(whole).encode(),
+        "nested": b"\n" + json.dumps(nested).encode(),
+        "ragged": b"\n" + json.dumps({"inputs": [{**tensor, "data": [1, [2]]}]}).encode(),
+    }
+
+
+def search(reader: str, seconds: int, folder: Path = FOUND) -> int:
+    """Search in a process of its own; returns its exit code, which is 0 if nothing was found."""
+    place = folder / reader
+    begin, found = place / "begin", place / "reached"
+    for path in (begin, found):
+        path.mkdir(parents=True, exist_ok=True)
+    for name, content in seeds(reader).items():
+        (begin / name).write_bytes(content)
+    command = [sys.executable, "-m", __spec__.name, "--here", "--only", reader]
+    options = ["--seconds", str(seconds), "--folder", str(folder)]
+    done = subprocess.run([*command, *options], cwd=ROOT, check=False)
+    shutil.rmtree(begin)
+    return done.returncode
+
+
+def _fuzz(reader: str, seconds: int, folder: Path) -> None:
+    """The process of a search; ends with it."""
+    import atheris
+
+    place = folder / reader
+    with atheris.instrument_imports(include=list(INSTRUMENTED), enable_loader_override=False):
+        for module in MODULES:
+            importlib.import_module(module)
+    for path in (place / "begin").iterdir():
+        TARGETS[reader](path.read_bytes())  # what is imported at first use is not the bytes' doing
+    options = {
+        "artifact_prefix": f"{place}/",
+        "max_total_time": seconds,
+        "max_len": 2**16,
+        "timeout": 10,  # seconds
+        "rss_limit_mb": 1024,
+        "verbosity": 0,
+        "print_final_stats": 1,
+    }
+    arguments = [f"-{name}={value}" for name, value in options.items()]
+    folders = [str(place / "reached"), str(place / "begin")]
+    atheris.Setup([sys.argv[0], *arguments, *folders], TARGETS[reader])
+    atheris.Fuzz()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code, 1 if anything was found."""
+    parser = argparse.ArgumentParser(prog="python -m tests.serving.fuzz", description=__doc__)
+    parser.add_argument("--seconds", type=int, default=60, help="of each reader (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=FOUND, help="default: fuzzing/")
+    parser.add_argument("--only", choices=READERS, metavar="READER", help=", ".join(READERS))
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
+    options = parser.parse_args(arguments)
+    if options.here:
+        _fuzz(options.only, options.seconds, options.folder)
+    readers = [options.only] if options.only else READERS
+    failed = [reader for reader in readers if search(reader, options.seconds, options.folder)]
+    for reader in failed:
+        print(f"found: see {options.folder / reader}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Who is let in, what a request is called, and what is written about it."""
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import datetime
+
+import httpx
+import numpy as np
+import pytest
+
+from serving.middleware import OPEN_PATHS
+from tests.serving.samples import encoded
+from tests.serving.server import Server, running
+from tests.transcripts import assert_as_shown
+
+KEY = "clé secrète"
+PICTURE = {"image": ("a.png", encoded(np.zeros((32, 32, 3), np.uint8)))}
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("access")
+    with running(
+        folder, SERVING_PROVIDER="cpu", SERVING_API_KEY=KEY, SERVING_ACCESS_LOG="true"
+    ) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Authorization", f"Bearer {KEY}"),
+        ("authorization", f"bearer  {KEY}"),
+        ("X-API-Key", KEY),
+    ],
+)
+def test_the_key_opens(server: Server, name: str, value: str) -> None:
+    headers = {name.encode(): value.encode()}
+    for path in ("/classify", "/v2/models/fast/infer"):
+        answer = httpx.post(f"{server.url}{path}", files=PICTURE, headers=headers)
+        assert answer.status_code != 401
+    assert httpx.get(f"{server.url}/model", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {b"Authorization": b""},
+        {b"Authorization": b"Bearer"},
+        {b"Authorization": b"Bearer wrong"},
+        {b"Authorization": f"Basic {KEY}".encode()},
+        {b"Authorization": KEY.encode()},
+        {b"X-API-Key": KEY[:-1].encode()},
+        {b"X-API-Key": KEY.encode() + b"x"},
+    ],
+)
+@pytest.mark.parametrize("path", ["/classify", "/v2/models/fast/infer", "/", "/model", "/nothing"])
+def test_nothing_else_does(server: Server, path: str, headers: dict[bytes, bytes]) -> None:
+    answer = httpx.post(f"{server.url}{path}", files=PICTURE, headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert KEY not in answer.text
+
+
+def test_a_missing_key_is_answered_as_shown(server: Server) -> None:
+    assert_as_shown("unauthorized", server.url)
+
+
+@pytest.mark.parametrize("path", sorted(OPEN_PATHS))
+def test_what_watches_the_service_needs_no_key(server: Server, path: str) -> None:
+    assert httpx.get(f"{server.url}{path}").status_code == 200
+
+
+def test_the_key_is_not_in_the_log(server: Server) -> None:
+    assert KEY not in server.log.read_text()
+
+
+@pytest.mark.parametrize("given", ["a", "0b9f3c1e-77", "team/app:42", "x" * 128])
+def test_a_sane_request_id_is_kept(client: httpx.Client, given: str) -> None:
+    for path in ("/healthz", "/nothing", "/v2"):
+        assert client.get(path, headers={"X-Request-Id": given}).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", [None, "", "a b", 'a"b', "<script>", "x" * 129, "é"])
+def test_another_is_replaced(client: httpx.Client, given: str | None) -> None:
+    headers = {} if given is None else {b"X-Request-Id": given.encode()}
+    made = {client.post("/classify", headers=headers).headers["x-request-id"] for _ in range(3)}
+    assert len(made) == 3
+    assert all(re.fullmatch("[0-9a-f]{32}", identity) for identity in made)
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/classify", "/nothing", "/model", "/v2/nothing"])
+def test_headers_tell_little(client: httpx.Client, path: str) -> None:
+    answer = client.post(path, files=PICTURE, headers={"Origin": "http://elsewhere"})
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    told = {name for name in answer.headers if name not in ("content-length", "content-type", "allow")}
+    assert told <= {"date", "x-request-id", "x-content-type-options"}
+
+
+def test_each_request_is_a_line_of_json(server: Server) -> None:
+    body = encoded(np.zeros((40, 30, 3), np.uint8))
+    answer = httpx.post(
+        f"{server.url}/classify?top_k=1",
+        content=body,
+        headers={
+            b"X-API-Key": KEY.encode(),
+            b"X-Request-Id": b"mine",
+            b"Content-Type": b"image/png",
+            b"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01".encode(),
+        },
+    )
+    assert answer.status_code == 200
+    httpx.get(f"{server.url}/no%0athing%22", headers={"X-Request-Id": "yours"})
+    httpx.get(f"{server.url}/healthz", headers={"X-Request-Id": "last"})
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line[:1] == "{"]
+    found = {line["request_id"]: line for line in lines}
+    mine, yours = found["mine"], found["yours"]
+    assert datetime.fromisoformat(mine.pop("time")).utcoffset() is not None
+    assert mine.pop("seconds") > 0
+    assert mine == {
+        "request_id": "mine",
+        "trace_id": TRACE,
+        "client": "127.0.0.1",
+        "method": "POST",
+        "route": "/classify",
+        "path": "/classify",
+        "status": 200,
+        "bytes_in": len(body),
+        "bytes_out": len(answer.content),
+    }
+    assert (yours["route"], yours["path"], yours["status"]) == ("other", '/no\nthing"', 401)
+    assert "trace_id" not in yours

@@ -1,0 +1,160 @@
+"""Clients that are slow, leave, or send too much, by raw sockets."""
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.serving.figures import Samples, read, under_way, value
+from tests.serving.raw import PATIENCE, connected, post
+from tests.serving.samples import encoded, pickled
+from tests.serving.server import serving
+from tests.transcripts import assert_as_shown
+
+
+@pytest.fixture(scope="module")
+def strict_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(
+        tmp_path_factory.mktemp("strict"),
+        SERVING_PROVIDER="cpu",
+        SERVING_HEAD_TIMEOUT="3",
+        SERVING_BODY_TIMEOUT="2",
+        SERVING_REQUEST_TIMEOUT="4",
+        SERVING_MAX_BODY_BYTES="13000000",
+        SERVING_THREADS="1",
+    ) as url:
+        yield url
+
+
+def images_run(samples: Samples) -> float:
+    return value(samples, "cifar10_batch_images_sum")
+
+
+def trickle(connection: socket.socket, piece: bytes) -> bytes:
+    """Send the piece again and again, slowly, until the server ends it; what it said."""
+    said = b""
+    connection.settimeout(0.1)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            connection.sendall(piece)
+            received = connection.recv(65536)
+        except TimeoutError:
+            continue
+        except (ConnectionResetError, BrokenPipeError):
+            return said
+        if not received:
+            return said
+        said += received
+    raise AssertionError(f"the server holds the connection still; it said {said!r}")
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece", "said"),
+    [
+        (b"", b"", b""),
+        (b"", b"\r\n", b""),
+        (b"POST /classify HTTP/1.1\r\n", b"X-A: b\r\n", b""),
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n", b"\r\n", b"HTTP/1.1 200 OK"),
+        (post("/classify", 100_000), b"x", b"HTTP/1.1 408 Request Timeout"),
+        (
+            post("/classify", None),
+            b"1\r\nx\r\n",
+            b"HTTP/1.1 408 Request Timeout",
+        ),
+        (
+            post("/classify", 99_999_999),
+            b"x",
+            b"HTTP/1.1 413 ",
+        ),
+    ],
+    ids=["nothing", "empty lines", "headers", "after an answer", "body", "chunks", "refused body"],
+)
+def test_tricklers_are_hung_up_on_and_hold_up_nobody(
+    strict_url: str, images: npt.NDArray[np.uint8], begin: bytes, piece: bytes, said: bytes
+) -> None:
+    with ExitStack() as stack:
+        others = [stack.enter_context(connected(strict_url)) for _ in range(50)]
+        for other in others:
+            other.sendall(begin)
+        picture = {"image": ("a.png", encoded(images[0]))}
+        assert httpx.post(f"{strict_url}/classify", files=picture, timeout=60).status_code == 200
+        answer = trickle(others[0], piece)
+        assert answer.split(b"\r\n")[0].startswith(said)
+        if not said:
+            assert not answer
+        for other in others[1:]:
+            try:
+                while other.recv(65536):
+                    pass
+            except ConnectionResetError:
+                pass
+    with httpx.Client(base_url=strict_url, timeout=60) as client:
+        assert under_way(client) == 0
+
+
+def test_a_slow_body_is_answered_as_shown(strict_url: str) -> None:
+    assert_as_shown("slow_body", strict_url)
+
+
+def test_who_sends_on_after_a_refusal_can_read_it(strict_url: str) -> None:
+    body = bytes(14_000_000)
+    with connected(strict_url) as connection:
+        connection.sendall(post("/classify", len(body)) + body)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_endless_headers_are_hung_up_on(strict_url: str) -> None:
+    with connected(strict_url) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\n")
+        endless = b"".join([b"X-A: " + b"b" * 10_000 + b"\r\n"] * 10_000)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            connection.sendall(endless)
+    assert httpx.get(f"{strict_url}/healthz").status_code == 200
+
+
+def test_large_headers_within_the_limit_pass(strict_url: str) -> None:
+    headers = {f"X-{i}": "a" * 5000 for i in range(10)}
+    with httpx.Client(base_url=strict_url, headers=headers) as client:
+        assert [client.get("/healthz").status_code for _ in range(3)] == [200] * 3
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["client leaves", "timeout"])
+def test_work_that_nobody_waits_for_is_dropped(
+    strict_url: str, images: npt.NDArray[np.uint8], leaves: bool
+) -> None:
+    rows = 4000  # more than the engine runs until the timeout
+    content = pickled({"data": np.concatenate([images] * (rows // len(images)))})
+    with httpx.Client(base_url=strict_url, timeout=60) as client:
+        before = read(client)
+        if leaves:
+            with connected(strict_url) as connection:
+                form = httpx.Request("POST", strict_url, files={"file": ("a.pkl", content)})
+                body = form.read()
+                connection.sendall(post("/submission", len(body), form.headers["content-type"]) + body)
+                while images_run(read(client)) == images_run(before):
+                    pass
+        else:
+            answer = client.post("/submission", files={"file": ("a.pkl", content)})
+            assert answer.status_code == 504
+            assert answer.json()["error"]["code"] == "timeout"
+        while under_way(client):
+            pass
+        after = read(client)
+
+        def more(name: str, **labels: str) -> float:
+            return value(after, name, **labels) - value(before, name, **labels)
+
+        assert (
+            more("cifar10_requests_total", route="/submission", status="499" if leaves else "504") == 1
+        )
+        assert images_run(after) - images_run(before) < rows
+        picture = {"image": ("a.png", encoded(images[0]))}
+        assert client.post("/classify", files=picture).status_code == 200

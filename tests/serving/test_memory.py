@@ -1,0 +1,107 @@
+"""The memory that uploads take, of a real service and of the reader of pickles by itself."""
+
+import io
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pytest
+
+from serving.errors import PickleError
+from serving.submission import read_submission
+from tests.serving.samples import pickled
+from tests.serving.server import serving
+
+IMAGES = 10_000
+LIMIT = 300 * 2**20  # bytes above the idle service
+
+
+class Peak:
+    """The highest memory (RSS) of processes while the context lasts, in bytes."""
+
+    def __init__(self, processes: set[psutil.Process]) -> None:
+        self.processes = processes
+        self.bytes = self.now()
+
+    def now(self) -> int:
+        return sum(process.memory_info().rss for process in self.processes)
+
+    @contextmanager
+    def sampled(self) -> Iterator[None]:
+        over = threading.Event()
+
+        def sample() -> None:
+            while not over.wait(0.005):
+                self.bytes = max(self.bytes, self.now())
+
+        with ThreadPoolExecutor(1) as thread:
+            samples = thread.submit(sample)
+            try:
+                yield
+            finally:
+                over.set()
+        samples.result()
+
+
+@pytest.mark.parametrize(("protocol", "count"), [(2, 3), (4, 12)])
+def test_submissions_at_once(
+    tmp_path: Path,
+    images: npt.NDArray[np.uint8],
+    model_file: Callable[..., Path],
+    protocol: int,
+    count: int,
+) -> None:
+    """Three, in the protocol that takes most; and as many as would not fit if all were in memory."""
+    data, ids = np.resize(images, (IMAGES, 32, 32, 3)), np.arange(IMAGES)
+    content = pickled({b"data": data, b"ids": ids}, protocol, old=True)
+    assert len(content) > 30_000_000
+    others = set(psutil.Process().children(recursive=True))
+    with serving(
+        tmp_path,
+        SERVING_MODEL=str(model_file()),
+        SERVING_PROVIDER="cpu",
+    ) as url:
+        peak = Peak(set(psutil.Process().children(recursive=True)) - others)
+        idle = peak.bytes
+
+        def submit(_: int) -> bytes:
+            response = httpx.post(f"{url}/submission", files={"file": content}, timeout=120)
+            assert response.status_code == 200, response.text
+            return response.content
+
+        with peak.sampled(), ThreadPoolExecutor(count) as clients:
+            answers = set(clients.map(submit, range(count)))
+    (answer,) = answers
+    assert len(answer.splitlines()) == IMAGES + 1
+    assert len(content) < peak.bytes - idle < LIMIT
+
+
+ONE = np.zeros((1, 32, 32, 3), np.uint8)
+SIZE = 8 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param({"data": ONE, "ids": np.zeros(SIZE, np.int8)}, "8388608 ids for 1", id="ids"),
+        pytest.param({"data": ONE, "x": "\U0001f600" + "a" * SIZE}, "beyond Latin-1", id="wide text"),
+    ],
+)
+def test_no_file_takes_many_times_its_size(content: Any, message: str) -> None:
+    file = io.BytesIO(pickled(content))
+    tracemalloc.start()
+    try:
+        with pytest.raises(PickleError, match=message):
+            read_submission(file, 20_000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * SIZE

@@ -1,0 +1,22 @@
+"""The service against its own OpenAPI document."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_requests_that_follow_the_document_and_that_break_it(url: str, tmp_path: Path) -> None:
+    """Schemathesis makes both from the document, and holds the answers against it."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/docs.json"),
+            *("--max-examples", "20", "--seed", "0"),
+            # The document cannot say which bytes are an image or a pickle.
+            *("--exclude-checks", "positive_data_acceptance"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,162 @@
+"""A service that is stopped, or loses a worker, under load."""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from tests.serving.figures import under_way
+from tests.serving.raw import connected, post
+from tests.serving.samples import encoded, pickled
+from tests.serving.server import START_SECONDS, Server, running
+from tests.transcripts import assert_as_shown
+
+
+def test_a_stop_answers_what_was_accepted_and_refuses_the_rest(
+    tmp_path: Path, images: npt.NDArray[np.uint8]
+) -> None:
+    content = encoded(images[0])
+    picture = {"image": ("a.png", content)}
+    bulk = {"file": ("a.pkl", pickled({"data": images[:300]}))}
+    signalled = threading.Event()
+    outcomes: list[tuple[bool, httpx.Response]] = []  # whether sent before the signal, the answer
+
+    with (
+        running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="120") as server,
+        httpx.Client(base_url=server.url, timeout=120) as client,
+        ThreadPoolExecutor(6) as pool,
+        connected(server.url) as slow,
+    ):
+
+        def ask_on() -> None:
+            with httpx.Client(base_url=server.url, timeout=120) as own:
+                while True:
+                    before = not signalled.is_set()
+                    answer = own.post("/classify", files=picture)
+                    outcomes.append((before, answer))
+                    if answer.status_code != 200:
+                        return
+
+        slow.sendall(post("/classify", len(content)) + content[:100])
+        loads = [pool.submit(ask_on) for _ in range(4)]
+        submissions = [
+            pool.submit(httpx.post, f"{server.url}/submission", files=bulk, timeout=120)
+            for _ in range(2)
+        ]
+        while under_way(client) < 7:
+            assert not any(job.done() for job in submissions + loads)
+        server.process.send_signal(signal.SIGTERM)
+        signalled.set()
+        for load in loads:
+            load.result()
+        unready = httpx.get(f"{server.url}/readyz")
+        alive = httpx.get(f"{server.url}/healthz")
+        refused = httpx.post(f"{server.url}/classify", files=picture)
+        assert_as_shown("stopping", server.url)
+        answers = [job.result() for job in submissions]
+        slow.sendall(content[100:])
+        last = slow.makefile("rb").read()
+        assert server.process.wait(START_SECONDS) == 0
+
+    assert unready.status_code == 503
+    assert unready.json()["error"] == {"code": "not_ready", "message": "The service is stopping."}
+    assert alive.status_code == 200
+    for answer in (refused, *(answer for _, answer in outcomes if answer.status_code != 200)):
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "stopping"
+        assert (answer.headers["retry-after"], answer.headers["connection"]) == ("1", "close")
+    assert all(answer.status_code == 200 for before, answer in outcomes if before)
+    for answer in answers:
+        assert answer.status_code == 200
+        assert len(answer.text.splitlines()) == 301
+    assert last.startswith(b"HTTP/1.1 200 ")
+    assert b'"predictions"' in last
+
+
+def test_a_stop_does_not_wait_for_ever(tmp_path: Path) -> None:
+    with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="0.5") as server:
+        with connected(server.url) as slow, httpx.Client(base_url=server.url) as client:
+            slow.sendall(post("/classify", 100) + b"beginning")
+            while under_way(client) < 1:
+                pass
+            server.process.send_signal(signal.SIGTERM)
+            answer = slow.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"code":"stopping"' in answer
+        assert server.process.wait(START_SECONDS) == 0
+
+
+def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
+    tmp_path: Path, images: npt.NDArray[np.uint8]
+) -> None:
+    picture = {"image": ("a.png", encoded(images[0]))}
+    with (
+        running(tmp_path, SERVING_PROVIDER="cpu", SERVING_WORKERS="2", SERVING_THREADS="1") as server,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        clients = _clients_of_each_worker(server, 2)
+        (killed, lost), (kept, spared) = clients.items()
+        stop = threading.Event()
+
+        def ask_on(client: httpx.Client) -> list[int]:
+            statuses = []
+            while not stop.is_set():
+                statuses.append(client.post("/classify", files=picture).status_code)
+            return statuses
+
+        loads = [pool.submit(ask_on, client) for client in spared]
+        doomed = [pool.submit(ask_on, client) for client in lost]
+        os.kill(killed, signal.SIGKILL)
+        workers = _wait_for_workers(server, 2, without=killed)
+        assert kept in workers
+        (replacement,) = workers - {kept}
+        found = _clients_of_each_worker(server, 1)
+        assert found[replacement][0].post("/classify", files=picture).status_code == 200
+        stop.set()
+        for load in loads:
+            statuses = load.result()
+            assert set(statuses) == {200}
+        for load in doomed:  # each broken connection is an error of the client's; it may come again
+            assert load.exception() is None or isinstance(load.exception(), httpx.TransportError)
+        metrics = httpx.get(f"{server.url}/metrics").text
+        for client in [*lost, *spared, *(client for some in found.values() for client in some)]:
+            client.close()
+    assert "cifar10_model_info{" in metrics
+
+
+def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.Client]]:
+    """Clients with a kept connection to each of two workers, by the worker's process id."""
+    clients: dict[int, list[httpx.Client]] = {}
+    deadline = time.monotonic() + START_SECONDS
+    while len(clients) < 2 or any(len(some) < count for some in clients.values()):
+        assert time.monotonic() < deadline, "both workers get connections"
+        client = httpx.Client(base_url=server.url, timeout=60)
+        response = client.get("/healthz")
+        port = response.extensions["network_stream"].get_extra_info("client_addr")[1]
+        (owner,) = {
+            worker
+            for worker in server.workers()
+            for connection in psutil.Process(worker).net_connections("tcp")
+            if connection.raddr and connection.raddr.port == port
+        }
+        if len(clients.setdefault(owner, [])) < count:
+            clients[owner].append(client)
+        else:
+            client.close()
+    return clients
+
+
+def _wait_for_workers(server: Server, count: int, *, without: int) -> set[int]:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        workers = server.workers() - {without}
+        if len(workers) == count:
+            return workers
+    raise AssertionError(f"{count} workers did not run: {server.log.read_text()}")

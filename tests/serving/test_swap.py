@@ -1,0 +1,108 @@
+"""A new model file comes while the service is under load."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+
+from serving.model import Model
+from tests.serving.conftest import METADATA
+from tests.serving.figures import read, value
+from tests.serving.samples import encoded, pickled
+from tests.serving.server import running
+
+FIRST, SECOND = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
+
+
+def test_a_new_file_takes_over_between_requests_and_a_bad_one_is_refused(
+    tmp_path: Path, model_file: Callable[..., Path], images: npt.NDArray[np.uint8]
+) -> None:
+    versions = {
+        version: model_file(METADATA | {"version": version}, scale=scale, name=f"{version}.onnx")
+        for version, scale in ((FIRST, 1 / 255), (SECOND, -1 / 255))
+    }
+    served = tmp_path / "served.onnx"
+    served.write_bytes(versions[FIRST].read_bytes())
+    right = {
+        version: Model(path, "cpu", 1).logits(images[:50]).argmax(axis=1).tolist()
+        for version, path in versions.items()
+    }
+    assert not set(zip(right[FIRST], range(50), strict=True)) & set(
+        zip(right[SECOND], range(50), strict=True)
+    ), "the answers tell the versions apart"
+
+    def replace(content: bytes) -> None:
+        beside = tmp_path / "beside"
+        beside.write_bytes(content)
+        beside.replace(served)
+
+    stop = threading.Event()
+    with (
+        running(tmp_path, SERVING_PROVIDER="cpu", SERVING_MODEL=str(served)) as server,
+        ThreadPoolExecutor(4) as pool,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+
+        def ask_on(number: int) -> list[str]:
+            seen = []
+            picture = {"image": ("a.png", encoded(images[number]))}
+            batch = [("images", ("a.png", encoded(image))) for image in images[:50]]
+            with httpx.Client(base_url=server.url, timeout=60) as own:
+                while not stop.is_set():
+                    single = own.post("/classify", files=picture)
+                    several = own.post("/classify_batch", files=batch)
+                    assert (single.status_code, several.status_code) == (200, 200)
+                    versions = {answer["model"]["version"] for answer in several.json()}
+                    assert len(versions) == 1, "an answer is of one version as a whole"
+                    (version,) = versions
+                    top = [answer["predictions"][0]["index"] for answer in several.json()]
+                    assert top == right[version]
+                    version = single.json()["model"]["version"]
+                    assert single.json()["predictions"][0]["index"] == right[version][number]
+                    seen.append(version)
+            return seen
+
+        def wait_for(version: str) -> None:
+            while client.get("/model").json()["version"] != version:
+                assert not any(load.done() for load in loads)
+
+        def outcomes() -> dict[str, float]:
+            samples = read(client)
+            return {
+                outcome: value(samples, "cifar10_model_swaps_total", outcome=outcome)
+                for outcome in ("done", "refused")
+            }
+
+        loads = [pool.submit(ask_on, number) for number in range(4)]
+        wait_for(FIRST)
+        replace(versions[SECOND].read_bytes())
+        wait_for(SECOND)
+        replace(versions[FIRST].read_bytes()[:-1000])
+        while outcomes()["refused"] == 0:
+            assert not any(load.done() for load in loads)
+        assert client.get("/model").json()["version"] == SECOND
+        served.unlink()
+        assert client.get("/readyz").status_code == 200
+        replace(versions[FIRST].read_bytes())
+        wait_for(FIRST)
+        stop.set()
+        for load in loads:
+            seen = load.result()
+            assert seen[0] == FIRST
+            assert SECOND in seen
+        assert outcomes() == {"done": 2, "refused": 1}
+        shown = {
+            dict(labels)["version"]: figure
+            for (name, labels), figure in read(client).items()
+            if name == "cifar10_model_info"
+        }
+        assert shown == {FIRST: 1, SECOND: 0}
+        csv = client.post("/submission", files={"file": ("a.pkl", pickled({"data": images[:50]}))})
+        assert csv.text.split() == ["ID,Labels", *(f"{i},{x}" for i, x in enumerate(right[FIRST]))]
+    log = server.log.read_text()
+    assert f"tiny {SECOND} took over from tiny {FIRST}" in log
+    assert f"tiny {SECOND} goes on; the new model file is refused: " in log
