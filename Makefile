@@ -33,9 +33,10 @@ export: .venv/.export  ## turn a run into a model file (RUN=runs/fast-seed0 OUT=
 	.venv/bin/python -m export write $(RUN)/checkpoint.pt $(OUT) --precision $(PRECISION) \
 		$(if $(TRIAL),--temperature-from $(TRIAL)/checkpoint.pt)
 
-bench: .venv/.bench  ## measure the pace of training and of inference on this machine, into benchmarks/
+bench: .venv/.peers  ## measure the pace of training, inference and serving on this machine, into benchmarks/
 	.venv/bin/python -m benchmarks.training
 	.venv/bin/python -m benchmarks.inference
+	.venv/bin/python -m benchmarks.serving
 
 soak: .venv/.bench  ## ten minutes of mixed load and bad input against a server, into benchmarks/soak.json
 	.venv/bin/python -m benchmarks.soak

@@ -62,6 +62,10 @@ class Settings(BaseModel):
     api_key: SecretStr | None = Field(
         None, min_length=1, description="The key that requests must bring; without it anybody may ask."
     )
+    tracing: bool = Field(
+        False,
+        description="Trace requests (OpenTelemetry) as BentoML's configuration says; each costs more then.",
+    )
     access_log: bool = Field(False, description="Log a line of JSON per request.")
 
     @classmethod

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from httpx import Client
 
-from benchmarks import inference, soak, training
+from benchmarks import inference, serving, soak, training
 from export.parity import LIMITS, percent
 from serving.errors import RequestError
 from serving.settings import BUNDLED_MODEL, PREFIX, Settings
@@ -45,6 +45,11 @@ def test_pace_of_training_is_the_table_of_the_benchmark() -> None:
 @pytest.mark.skipif(not inference.FIGURES.exists(), reason="the benchmark was not run")
 def test_pace_of_inference_is_the_tables_of_the_benchmark() -> None:
     assert inference.markdown(inference.read()) in README
+
+
+@pytest.mark.skipif(not serving.FIGURES.exists(), reason="the benchmark was not run")
+def test_pace_of_serving_is_the_table_of_the_benchmark() -> None:
+    assert serving.markdown(serving.read()) in README
 
 
 def test_soak_is_the_table_of_its_figures() -> None:

@@ -1,0 +1,145 @@
+"""The benchmark of serving runs; what it measures depends on the machine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import serving as benchmark
+from benchmarks.inference import BenchmarkError
+from benchmarks.load import requests
+from benchmarks.serving import Load, Server
+from tests.serving.server import ROOT
+
+# The peers that `make test` has the packages of.
+HERE = ["the service", "BentoML"]
+
+
+def test_figures_are_written_and_become_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "NETWORK", "A1")
+    figures_file, results = tmp_path / "serving.json", tmp_path / "results" / "serving.jsonl"
+    places = ["--figures", str(figures_file), "--results", str(results)]
+    small = ["--connections", "1", "3", "--seconds", "1", "--rounds", "1"]
+    assert benchmark.main(["--servers", *HERE, *small, *places]) == 0
+    printed = capsys.readouterr().out
+
+    figures = benchmark.read(figures_file)
+    assert list(figures.servers) == [
+        *("the service, int8", "the service, fp32"),
+        *("BentoML, as documented, fp32", "BentoML, with our engine, int8"),
+    ]
+    for loads in figures.servers.values():
+        assert list(loads) == [1, 3]
+        for (found,) in loads.values():
+            assert found.errors == 0
+            assert 0 < found.p50 <= found.p99
+            assert found.rate > 0
+            assert 10 < found.memory < 10_000
+            assert found.cpu > 0
+    assert figures.batches["int8"][0] > 0
+    assert figures.engine["int8"][0] > 0
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["connections"] for line in lines[:3]] == [1, 3, benchmark.BATCH_CONNECTIONS]
+    assert lines[0]["statuses"] == {"200": lines[0]["answers"]}
+
+    assert benchmark.main(["--markdown", "--figures", str(figures_file)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_the_table_has_medians() -> None:
+    def loads(*rates: float) -> list[Load]:
+        same = {"p50": 9.6, "p99": 20.0, "memory": 250.0, "cpu": 1.0, "client_cpu": 0.1}
+        return [Load(rate=rate, errors=2, **same) for rate in rates]
+
+    figures = benchmark.Figures(
+        date="2026-01-02T03:04:05+00:00",
+        commit="0123456789abcdef",
+        device="a processor",
+        python="3.11",
+        packages={"bentoml": "1"},
+        n=3,
+        seconds=2,
+        servers={"ours": {1: loads(100, 10, 2000)}},
+        start_seconds={"ours": [3.0, 4.0, 60.0]},
+        batches={"int8": [90.0, 80.0, 70.0]},
+        engine={"int8": [100.0, 100.0, 7.0]},
+        skipped={"Ray Serve": "pip install"},
+    )
+    table = benchmark.markdown(figures).replace("\n", " ")
+    assert "| ours | 100/s, 10 and 20 ms, 6 errors | 250 | 4.0 |" in table
+    assert "gives 80 images/s (int8), 80 % of the engine's own 100." in table
+    assert "n=3 loads of 2 s" in table
+    assert "Ray Serve was not there." in table
+
+
+def test_a_peer_without_its_packages_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "NETWORK", "A1")
+    absent = Server("Absent", "a_package_that_is_not_there", ("-c", "pass"), "fp32", "plain")
+    figures, raw = benchmark.compare([absent], [1], 1.0, 1)
+    assert figures.skipped == {"Absent": benchmark.INSTALL}
+    assert (figures.servers, raw) == ({}, [])
+
+
+def test_a_server_that_ends_is_an_error_with_its_last_words(tmp_path: Path) -> None:
+    broken = Server("Broken", "json", ("-c", "raise SystemExit('no model')"), "fp32", "plain")
+    with (
+        pytest.raises(BenchmarkError, match=r"Broken.* does not answer: no model"),
+        benchmark.running(broken, tmp_path / "model.onnx"),
+    ):
+        pass
+
+
+def test_the_client_counts_answers_by_status_and_errors(url: str) -> None:
+    def load(path: str, *options: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "benchmarks.load", f"{url}{path}", "--connections", "3"]
+        done = subprocess.run(
+            [*command, "--seconds", "1", *options],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    good = load("/classify")
+    assert good["statuses"] == {"200": good["answers"]}
+    assert good["answers"] > good["errors"] == 0
+    bad = load("/classify", "--field", "picture")
+    assert list(bad["statuses"]) == ["422"]
+    assert load("/classify_batch", "--field", "images", "--images", "4")["statuses"].keys() == {"200"}
+
+
+def test_a_server_that_is_not_there_is_errors_only() -> None:
+    command = [sys.executable, "-m", "benchmarks.load", "http://127.0.0.1:9/classify"]
+    done = subprocess.run(
+        [*command, "--seconds", "0.3"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["answers"] == 0
+    assert found["errors"] >= 1
+
+
+def test_requests_hold_as_many_images_as_asked_for() -> None:
+    (first, *_) = requests("http://127.0.0.1:1/classify_batch", "images", 3)
+    assert first.count(b"\x89PNG") == first.count(b'name="images"') == 3
+    assert first.startswith(b"POST /classify_batch HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds and --connections have to be at least 1"),
+        (["--markdown", "--figures", "nowhere.json"], "no figures at nowhere.json"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(arguments) == 1
+    assert message in capsys.readouterr().err
