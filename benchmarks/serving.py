@@ -49,7 +49,9 @@ NETWORK = "B1"
 CONNECTIONS = (1, 8, 32, 128)
 BATCH = 64  # images of a request to /classify_batch
 BATCH_CONNECTIONS = 2
+BUSY = 32  # connections by which the service is compared with the best peers
 SERVICE = "the service"
+DOCUMENTED, OUR_ENGINE = "as documented", "with our engine"
 INSTALL = "pip install -c constraints.txt -e '.[peers]'"
 PACKAGES = ("bentoml", "fastapi", "litserve", "ray", "uvicorn", "onnxruntime-gpu", "onnxruntime")
 START_SECONDS = 90.0
@@ -72,7 +74,7 @@ class Server:
         """As the tables have it."""
         if self.name == SERVICE:
             return f"{self.name}, {self.precision}"
-        how = "as documented" if self.engine == "plain" else "with our engine"
+        how = DOCUMENTED if self.engine == "plain" else OUR_ENGINE
         return f"{self.name}, {how}, {self.precision}"
 
 
@@ -389,8 +391,25 @@ def markdown(figures: Figures) -> str:
         f"{figures.device}; Python {figures.python}, {versions}; commit {figures.commit[:12]}, "
         f"{figures.date[:10]}."
     )
-    text = textwrap.fill(" ".join(part for part in (told, batches, place) if part) + missing, 120)
+    parts = (told, _multiples(figures), batches, place)
+    text = textwrap.fill(" ".join(part for part in parts if part) + missing, 120)
     return f"{markdown_table(rows)}\n\n{text}"
+
+
+def _multiples(figures: Figures) -> str:
+    """What the service's requests per second are multiples of, where they were measured at ``BUSY``."""
+    rates = {
+        label: _median(loads[BUSY], "rate") for label, loads in figures.servers.items() if BUSY in loads
+    }
+    ours = max((rate for label, rate in rates.items() if label.startswith(SERVICE)), default=None)
+    parts = []
+    for how, told in ((DOCUMENTED, "peer as documented"), (OUR_ENGINE, "with our engine")):
+        peers = {label: rate for label, rate in rates.items() if how in label}
+        if ours is not None and peers:
+            best = max(peers, key=peers.__getitem__)
+            times, name = ours / peers[best], best.partition(how)[0].rstrip(", ")
+            parts.append(f"{times:.1f} times as many as the best {told} ({name})")
+    return f"With {BUSY} connections the service answers {' and '.join(parts)}." if parts else ""
 
 
 def _median(loads: Sequence[Load], field: str) -> float:

@@ -3,15 +3,16 @@
 BentoML's own `batchable=True` is not used: it polls instead of waking up, its queue has no bound,
 it counts requests rather than images, takes one argument only, and one bad item fails its batch.
 Here a run takes whatever waits at that moment, so an idle service answers at once and a busy one
-fills its batches, with no delay to tune.
+fills its batches, with no delay to tune. The engine's thread takes the next batch by itself: the event
+loop, which may be busy reading requests, is never between two runs.
 """
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +51,8 @@ class Batcher:
             run: uint8 [N, 32, 32, 3] to float32 [N, classes]; called in one thread.
             max_batch_size: images in one call of `run`.
             max_waiting: requests under way, single or bulk, before new ones are refused.
-            waited: told, when its run begins, for how many seconds each image or chunk has waited.
+            waited: told, when its run begins, for how many seconds each image or chunk has waited; called
+                in the same thread.
         """
         self._run = run
         self._max_batch_size = max_batch_size
@@ -59,23 +61,26 @@ class Batcher:
         self._waiting = 0
         self._singles: deque[_Job] = deque()
         self._chunks: deque[_Job] = deque()
-        self._work = asyncio.Event()
+        self._work = threading.Event()
+        self._stopped = False
         self._idle = asyncio.Event()  # nobody waits
         self._idle.set()
-        self._engine = ThreadPoolExecutor(1, "engine")
-        self._turns: asyncio.Task[None] | None = None
+        self._engine: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to take turns; needs a running event loop."""
-        self._turns = asyncio.get_running_loop().create_task(self._take_turns())
+        loop = asyncio.get_running_loop()
+        self._engine = threading.Thread(
+            target=self._take_turns, args=(loop,), name="engine", daemon=True
+        )
+        self._engine.start()
 
     async def stop(self) -> None:
         """Stop taking turns and wait for the run under way."""
-        if self._turns is not None:
-            self._turns.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._turns
-        self._engine.shutdown()
+        self._stopped = True
+        self._work.set()
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.join)
 
     async def finish(self) -> None:
         """Answer everybody who waits, then stop; nobody may come any more."""
@@ -111,7 +116,8 @@ class Batcher:
             try:
                 for start in range(0, len(images), self._max_batch_size):
                     chunk = images[start : start + self._max_batch_size]
-                    chunk = await asyncio.to_thread(np.ascontiguousarray, chunk)
+                    if not chunk.flags.c_contiguous:
+                        chunk = await asyncio.to_thread(np.ascontiguousarray, chunk)
                     under_way.append(self._queued(self._chunks, chunk))
                     if len(under_way) > 1:
                         yield await under_way.popleft()
@@ -143,13 +149,13 @@ class Batcher:
         self._work.set()
         return job.logits
 
-    async def _take_turns(self) -> None:
-        while True:
-            await self._work.wait()
+    def _take_turns(self, loop: asyncio.AbstractEventLoop) -> None:
+        while not self._stopped:
+            self._work.wait()
             self._work.clear()
-            while self._singles or self._chunks:
-                await self._turn(self._taken(self._singles, self._max_batch_size))
-                await self._turn(self._taken(self._chunks, 1))
+            while (self._singles or self._chunks) and not self._stopped:
+                self._turn(self._taken(self._singles, self._max_batch_size), loop)
+                self._turn(self._taken(self._chunks, 1), loop)
 
     @staticmethod
     def _taken(queue: deque[_Job], count: int) -> list[_Job]:
@@ -161,23 +167,31 @@ class Batcher:
                 jobs.append(job)
         return jobs
 
-    async def _turn(self, jobs: list[_Job]) -> None:
+    def _turn(self, jobs: list[_Job], loop: asyncio.AbstractEventLoop) -> None:
         """One run; its failure is the failure of these jobs only."""
         if not jobs:
             return
-        loop, now = asyncio.get_running_loop(), time.perf_counter()
+        now = time.perf_counter()
         for job in jobs:
             self._waited(now - job.queued)
         try:
             batch = jobs[0].images if len(jobs) == 1 else np.concatenate([j.images for j in jobs])
-            logits = await loop.run_in_executor(self._engine, self._run, batch)
+            logits = self._run(batch)
         except Exception as error:
-            for job in jobs:
-                if not job.logits.done():
-                    job.logits.set_exception(error)
-            return
-        start = 0
-        for job in jobs:
-            if not job.logits.done():
-                job.logits.set_result(logits[start : start + len(job.images)])
-            start += len(job.images)
+            loop.call_soon_threadsafe(_fail, jobs, error)
+        else:
+            loop.call_soon_threadsafe(_answer, jobs, logits)
+
+
+def _answer(jobs: list[_Job], logits: Logits) -> None:
+    start = 0
+    for job in jobs:
+        if not job.logits.done():
+            job.logits.set_result(logits[start : start + len(job.images)])
+        start += len(job.images)
+
+
+def _fail(jobs: list[_Job], error: Exception) -> None:
+    for job in jobs:
+        if not job.logits.done():
+            job.logits.set_exception(error)

@@ -25,10 +25,9 @@ def top_predictions(
         classes: label of each index.
         top_k: how many to return, 1 to len(classes).
     """
-    probabilities = softmax(logits)
+    probabilities = softmax(logits).tolist()
     # Stable, so that equal probabilities always come in the order of their indices.
-    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    order = sorted(range(len(probabilities)), key=probabilities.__getitem__, reverse=True)[:top_k]
     return [
-        {"label": classes[index], "index": int(index), "probability": float(probabilities[index])}
-        for index in order
+        {"label": classes[index], "index": index, "probability": probabilities[index]} for index in order
     ]

@@ -9,22 +9,20 @@ BentoML (its schema.json, and with that its client), and hand the request itself
 # mypy: disable-error-code="misc"
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from bentoml import IODescriptor
 from pydantic import ConfigDict, Field, WithJsonSchema
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from serving.errors import FieldError, MediaTypeError, RequestError, TooLargeError
+from serving.errors import FieldError, MediaTypeError
+from serving.forms import Part, received
 
 File = Annotated[bytes, WithJsonSchema({"type": "file", "format": "binary"})]
 TopK = Annotated[int, Field(ge=1, le=10, description="How many classes to answer with.")]
 DEFAULT_TOP_K = 5
-MAX_FIELDS = 16  # besides files; more are not a form of ours
 
 
 class _Received(IODescriptor):
@@ -64,24 +62,24 @@ class SubmissionForm(Form):
 async def read_image(request: Request) -> tuple[bytes, int]:
     """The image's bytes and `top_k`, from a form or from a body that is the image."""
     if _media_type(request).startswith("image/"):
-        return await request.body(), _top_k(request, FormData())
-    async with _form(request, ClassifyForm, max_files=1) as form:
-        (image,) = _files(form, "image")
-        return await image.read(), _top_k(request, form)
+        return await request.body(), _top_k(request, [])
+    async with _form(request, ClassifyForm, max_files=1) as parts:
+        (image,) = _files(parts, "image")
+        return image.content(), _top_k(request, parts)
 
 
 async def read_images(request: Request, max_images: int) -> tuple[list[bytes], int]:
     """The bytes of each image in the order of the form, and `top_k`."""
-    async with _form(request, ClassifyBatchForm, max_files=max_images) as form:
-        images = _files(form, "images")
-        return [await image.read() for image in images], _top_k(request, form)
+    async with _form(request, ClassifyBatchForm, max_files=max_images) as parts:
+        images = _files(parts, "images")
+        return [image.content() for image in images], _top_k(request, parts)
 
 
 @asynccontextmanager
-async def read_file(request: Request) -> AsyncIterator[UploadFile]:
+async def read_file(request: Request) -> AsyncIterator[Part]:
     """The uploaded file, which lies on disk when it is large and is gone afterwards."""
-    async with _form(request, SubmissionForm, max_files=1) as form:
-        (file,) = _files(form, "file")
+    async with _form(request, SubmissionForm, max_files=1) as parts:
+        (file,) = _files(parts, "file")
         yield file
 
 
@@ -90,7 +88,7 @@ def _media_type(request: Request) -> str:
 
 
 @asynccontextmanager
-async def _form(request: Request, spec: type[Form], max_files: int) -> AsyncIterator[FormData]:
+async def _form(request: Request, spec: type[Form], max_files: int) -> AsyncIterator[list[Part]]:
     """Read a multipart form that has no fields but those of `spec`."""
     media_type = _media_type(request)
     if media_type != "multipart/form-data":
@@ -99,32 +97,21 @@ async def _form(request: Request, spec: type[Form], max_files: int) -> AsyncIter
             f"The Content-Type is {media_type[:100] or 'not set'!r}; "
             f"right would be multipart/form-data{also}."
         )
-    try:
-        form = await request.form(max_files=max_files, max_fields=MAX_FIELDS)
-    except HTTPException as error:
-        if "Too many files" in error.detail:
-            if max_files == 1:
-                raise FieldError("The form has several files; right would be one.") from None
-            raise TooLargeError(f"The form has too many files; the limit is {max_files}.") from None
-        raise RequestError(f"The multipart form cannot be read: {error.detail}") from None
-    try:
-        unknown = sorted(set(form) - set(spec.model_fields))
-        if unknown:
-            raise FieldError(
-                f"The form has the unknown field {unknown[0][:100]!r}; "
-                f"its fields are {', '.join(spec.model_fields)}."
-            )
-        yield form
-    finally:
-        await form.close()
+    async with received(request, max_files) as parts:
+        for part in parts:
+            if part.name not in spec.model_fields:
+                raise FieldError(
+                    f"The form has the unknown field {part.name[:100]!r}; "
+                    f"its fields are {', '.join(spec.model_fields)}."
+                )
+        yield parts
 
 
-def _files(form: FormData, name: str) -> list[UploadFile]:
-    values = form.getlist(name)
-    if not values:
+def _files(parts: Sequence[Part], name: str) -> list[Part]:
+    files = [part for part in parts if part.name == name]
+    if not files:
         raise FieldError(f"The form lacks the file field {name!r}, as in `curl -F {name}=@FILE`.")
-    files = [value for value in values if isinstance(value, UploadFile)]
-    if len(files) < len(values):
+    if not all(part.is_file for part in files):
         raise FieldError(
             f"The field {name!r} holds text; it must be a file, as in `curl -F {name}=@FILE` "
             "(URLs are not fetched)."
@@ -132,14 +119,21 @@ def _files(form: FormData, name: str) -> list[UploadFile]:
     return files
 
 
-def _top_k(request: Request, form: FormData) -> int:
-    values = [*request.query_params.getlist("top_k"), *form.getlist("top_k")]
-    if len(values) > 1:
+def _top_k(request: Request, parts: Sequence[Part]) -> int:
+    given: list[str | Part] = [part for part in parts if part.name == "top_k"]
+    if request.scope["query_string"]:
+        given += request.query_params.getlist("top_k")
+    if not given:
+        return DEFAULT_TOP_K
+    if len(given) > 1:
         raise FieldError(
-            f"top_k is given {len(values)} times; right would be once, as a field or in the query."
+            f"top_k is given {len(given)} times; right would be once, as a field or in the query."
         )
-    value = values[0] if values else str(DEFAULT_TOP_K)
-    if not isinstance(value, str) or not re.fullmatch("[1-9]|10", value):
-        shown = repr(value[:20]) if isinstance(value, str) else "a file"
-        raise FieldError(f"top_k is {shown}; right would be a whole number from 1 to 10.")
+    value = given[0]
+    if isinstance(value, Part):
+        if value.is_file:
+            raise FieldError("top_k is a file; right would be a whole number from 1 to 10.")
+        value = value.content().decode(errors="replace")
+    if not re.fullmatch("[1-9]|10", value):
+        raise FieldError(f"top_k is {value[:20]!r}; right would be a whole number from 1 to 10.")
     return int(value)

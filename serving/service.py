@@ -18,18 +18,16 @@ import numpy as np
 import numpy.typing as npt
 from bentoml.exceptions import BentoMLConfigException
 from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving import inference_protocol
 from serving.access_log import open_access_log, request_id
 from serving.deployment import Deployment, replacements
 from serving.drain import Drain
 from serving.errors import (
-    ImageError,
     InternalError,
     NotReadyError,
     OverloadedError,
@@ -37,9 +35,9 @@ from serving.errors import (
     RequestTimeoutError,
     SettingsError,
     StartError,
-    TooLargeError,
 )
-from serving.images import decode
+from serving.forms import Part
+from serving.images import decode, is_small
 from serving.middleware import GONE, Admission, ErrorShape, Observed, Reception
 from serving.model import Model
 from serving.openapi import openapi_document
@@ -52,10 +50,10 @@ from serving.requests import (
     read_image,
     read_images,
 )
-from serving.responses import Answers, Classification, Csv, error_body, error_response
+from serving.responses import Answers, Classification, Csv, answer_response, error_body, error_response
 from serving.settings import Settings
 from serving.submission import read_submission
-from serving.uvicorn_server import limit_heads, running_server
+from serving.uvicorn_server import limit_heads, running_server, shorten
 
 logger = logging.getLogger("serving")
 logger.setLevel(logging.INFO)  # BentoML shows warnings only, of all loggers but its own
@@ -64,6 +62,8 @@ try:
     SETTINGS = Settings.from_environment()
 except SettingsError as error:
     raise BentoMLConfigException(str(error)) from None
+
+READ_AT_ONCE = 16  # images of a batch that a thread decodes in one turn
 
 # Large submissions in memory: one that the engine works on, and one that is read meanwhile.
 LARGE_FILES = 2
@@ -104,7 +104,7 @@ def page(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     """An endpoint that BentoML does not know, for `pages`; the worker's classifier is in their state."""
 
     async def answer(request: Request) -> Response:
-        return await endpoint(request.app.state.classifier, request)
+        return await endpoint(pages.state.classifier, request)
 
     return answer
 
@@ -171,6 +171,41 @@ async def post_v2_infer(classifier: "Classifier", request: Request) -> Response:
     """Tensors in, tensors out."""
     inference_protocol.check_named(classifier.model, request.path_params)
     return await classifier.infer(request)
+
+
+@page
+@answering
+async def post_classify(classifier: "Classifier", request: Request) -> Response:
+    """Classify one image."""
+    content, top_k = await read_image(request)
+    if is_small(content):
+        image = decode(content, SETTINGS.max_image_pixels)
+    else:
+        image = await classifier.in_reader(decode, content, SETTINGS.max_image_pixels)
+    deployment = classifier.deployment
+    logits = await deployment.batcher.one(image)
+    return answer_response(_classification(deployment.model, logits, top_k))
+
+
+@page
+@answering
+async def post_classify_batch(classifier: "Classifier", request: Request) -> Response:
+    """Classify several images; the answer to a bad one is its error."""
+    contents, top_k = await read_images(request, SETTINGS.max_batch_images)
+    parts = [contents[start : start + READ_AT_ONCE] for start in range(0, len(contents), READ_AT_ONCE)]
+    read = await asyncio.gather(*(classifier.in_reader(_decoded, part) for part in parts))
+    decoded = [image for part in read for image in part]
+    images = [image for image in decoded if not isinstance(image, RequestError)]
+    deployment = classifier.deployment
+    logits = iter(await _bulk(deployment, np.stack(images)) if images else ())
+    return answer_response(
+        [
+            error_body(image.code, str(image))
+            if isinstance(image, RequestError)
+            else _classification(deployment.model, next(logits), top_k)
+            for image in decoded
+        ]
+    )
 
 
 # BentoML's own endpoints are all POST and one level deep, so these are mounted beside them.
@@ -241,6 +276,8 @@ class Classifier:
         if server is not None:  # in a test without a server there is none
             drain.listen(server)
             limit_heads(server, SETTINGS.head_timeout)
+            if not SETTINGS.tracing:  # BentoML makes the spans, on its own way
+                shorten(server, SHORT, short_way())
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
@@ -267,37 +304,16 @@ class Classifier:
             raise NotReadyError("As many requests wait as may; try again shortly.")
         return True
 
+    # Of these two BentoML has the description, for its schema and its client; SHORT answers them.
     @bentoml.api(input_spec=ClassifyForm, output_spec=Classification)
-    @answering
     async def classify(self, request: Request) -> Response:
         """Classify one image."""
-        content, top_k = await read_image(request)
-        image = await self.in_reader(decode, content, SETTINGS.max_image_pixels)
-        deployment = self.deployment
-        logits = await deployment.batcher.one(image)
-        return JSONResponse(_classification(deployment.model, logits, top_k))
+        return await post_classify(request)
 
     @bentoml.api(input_spec=ClassifyBatchForm, output_spec=Answers)
-    @answering
     async def classify_batch(self, request: Request) -> Response:
         """Classify several images; the answer to a bad one is its error."""
-        contents, top_k = await read_images(request, SETTINGS.max_batch_images)
-        decoded = await asyncio.gather(
-            *(self.in_reader(decode, content, SETTINGS.max_image_pixels) for content in contents),
-            return_exceptions=True,
-        )
-        images = [image for image in decoded if not isinstance(image, BaseException)]
-        deployment = self.deployment
-        logits = iter(await _bulk(deployment, np.stack(images)) if images else ())
-        answers: list[dict[str, Any]] = []
-        for image in decoded:
-            if isinstance(image, ImageError | TooLargeError):
-                answers.append(error_body(image.code, str(image)))
-            elif isinstance(image, BaseException):
-                raise image
-            else:
-                answers.append(_classification(deployment.model, next(logits), top_k))
-        return JSONResponse(answers)
+        return await post_classify_batch(request)
 
     @bentoml.api(input_spec=SubmissionForm, output_spec=Csv)
     @answering
@@ -331,10 +347,9 @@ class Classifier:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.readers, function, *arguments)
 
-    def _room(self, upload: UploadFile) -> AbstractAsyncContextManager[None]:
+    def _room(self, upload: Part) -> AbstractAsyncContextManager[None]:
         """Held while a file is in memory: files that lie on disk wait there for their turn."""
-        on_disk = (upload.size or 0) > MultiPartParser.spool_max_size
-        return self.large_files if on_disk else contextlib.nullcontext()
+        return self.large_files if upload.on_disk else contextlib.nullcontext()
 
     async def _replace(self) -> None:
         """Let each new model file take over that passes the checks."""
@@ -363,6 +378,17 @@ class Classifier:
         await old.batcher.finish()
 
 
+def _decoded(contents: list[bytes]) -> list[npt.NDArray[np.uint8] | RequestError]:
+    """Each image, or what is wrong with it."""
+    images: list[npt.NDArray[np.uint8] | RequestError] = []
+    for content in contents:
+        try:
+            images.append(decode(content, SETTINGS.max_image_pixels))
+        except RequestError as error:
+            images.append(error)
+    return images
+
+
 async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return np.concatenate([logits async for logits in deployment.batcher.many(images)])
 
@@ -376,7 +402,29 @@ def _classification(model: Model, logits: npt.NDArray[np.float32], top_k: int) -
 
 service: Any = Classifier  # the decorator has made a BentoML service of the class
 service.mount_asgi_app(pages)
-service.add_asgi_middleware(Observed, drain=drain)
-service.add_asgi_middleware(ErrorShape)
-service.add_asgi_middleware(Admission, drain=drain, api_key=SETTINGS.api_key)
-service.add_asgi_middleware(Reception, max_bytes=SETTINGS.max_body_bytes, seconds=SETTINGS.body_timeout)
+
+LAYERS: list[tuple[Any, dict[str, Any]]] = [  # the outermost first
+    (Observed, {"drain": drain}),
+    (ErrorShape, {}),
+    (Admission, {"drain": drain, "api_key": SETTINGS.api_key}),
+    (Reception, {"max_bytes": SETTINGS.max_body_bytes, "seconds": SETTINGS.body_timeout}),
+]
+for layer, options in LAYERS:
+    service.add_asgi_middleware(layer, **options)
+
+# These go through our middleware alone. BentoML's way adds a router, a context, a bound signature and
+# background tasks, which they do without, and a timer that lives until the timeout, long after the answer.
+SHORT = {"/classify": post_classify, "/classify_batch": post_classify_batch}
+
+
+def short_way() -> ASGIApp:
+    """The application that answers the paths of `SHORT`."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await SHORT[scope["path"]](Request(scope, receive))
+        await response(scope, receive, send)
+
+    app: ASGIApp = answer
+    for layer, options in reversed(LAYERS):
+        app = layer(app, **options)
+    return app

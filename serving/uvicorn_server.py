@@ -2,8 +2,11 @@
 
 import asyncio
 import signal
+from collections.abc import Container
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -16,6 +19,26 @@ def running_server() -> uvicorn.Server | None:
     """
     owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return owner if isinstance(owner, uvicorn.Server) else None
+
+
+def shorten(server: uvicorn.Server, paths: Container[str], app: ASGIApp) -> None:
+    """Let `app` answer POST requests to `paths` in place of the server's application.
+
+    Requests that come behind a proxy keep the client's address.
+    """
+
+    def shortened(longer: ASGIApp) -> ASGIApp:
+        async def either(scope: Scope, receive: Receive, send: Send) -> None:
+            short = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in paths
+            await (app if short else longer)(scope, receive, send)
+
+        return either
+
+    whole = server.config.loaded_app
+    if isinstance(whole, ProxyHeadersMiddleware):
+        whole.app = shortened(whole.app)  # type: ignore[arg-type, assignment]
+    else:
+        server.config.loaded_app = shortened(whole)
 
 
 def limit_heads(server: uvicorn.Server, seconds: float) -> None:

@@ -77,6 +77,35 @@ def test_the_table_has_medians() -> None:
     assert "Ray Serve was not there." in table
 
 
+def test_the_service_is_told_as_multiples_of_the_best_peers() -> None:
+    def loads(rate: float) -> dict[int, list[Load]]:
+        same = {"p50": 9.6, "p99": 20.0, "errors": 0, "memory": 250.0, "cpu": 1.0, "client_cpu": 0.1}
+        return {benchmark.BUSY: [Load(rate=each, **same) for each in (rate, 2 * rate, 9 * rate)]}
+
+    rates = {
+        **{"the service, int8": 500, "the service, fp32": 80},
+        **{"BentoML, as documented, fp32": 50, "FastAPI, as documented, fp32": 100},
+        **{"BentoML, batchable, with our engine, int8": 400, "FastAPI, with our engine, int8": 300},
+    }
+    figures = benchmark.Figures(
+        date="2026-01-02T03:04:05+00:00",
+        commit="0123456789abcdef",
+        device="a processor",
+        python="3.11",
+        packages={},
+        n=3,
+        seconds=2,
+        servers={label: loads(rate) for label, rate in rates.items()},
+        start_seconds={label: [3.0] for label in rates},
+        batches={},
+        engine={},
+        skipped={},
+    )
+    told = benchmark.markdown(figures).replace("\n", " ")
+    assert "5.0 times as many as the best peer as documented (FastAPI)" in told
+    assert "1.2 times as many as the best with our engine (BentoML, batchable)" in told
+
+
 def test_a_peer_without_its_packages_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "NETWORK", "A1")
     absent = Server("Absent", "a_package_that_is_not_there", ("-c", "pass"), "fp32", "plain")

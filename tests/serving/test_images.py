@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from serving.errors import ImageError, TooLargeError
-from serving.images import decode
+from serving.images import SMALL_BYTES, decode, is_small
 from tests.serving.samples import encoded
 
 LIMIT = 10**6
@@ -150,6 +150,16 @@ def test_too_many_pixels_are_refused_from_the_header() -> None:
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     with pytest.raises(TooLargeError, match="60000x60000 pixels; the limit is 1000000"):
         decode(bytes(content), LIMIT)
+
+
+def test_small_is_a_png_of_few_pixels_and_few_bytes() -> None:
+    assert is_small(encoded(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)))
+    assert is_small(saved(plain((0, 0, 0), (64, 64)), "PNG"))
+    assert not is_small(saved(plain((0, 0, 0), (65, 64)), "PNG"))
+    assert not is_small(saved(plain((0, 0, 0), (64, 65)), "PNG"))
+    assert not is_small(saved(plain((0, 0, 0)), "PNG") + bytes(SMALL_BYTES))
+    assert not is_small(saved(plain((0, 0, 0)), "JPEG"))
+    assert not is_small(b"")
 
 
 @given(st.binary(max_size=300))

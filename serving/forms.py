@@ -1,0 +1,105 @@
+"""Multipart forms: their parts, each in memory while it is small and else on disk.
+
+Starlette's own parser takes 90 us for a form with one small image, where the package `multipart` takes 11.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from tempfile import SpooledTemporaryFile
+
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from serving.errors import FieldError, RequestError, TooLargeError
+
+MAX_TEXTS = 16  # more are not a form of ours
+MAX_TEXT_BYTES = 1024
+SPOOLED_BYTES = 2**20  # of a part in memory; a larger one lies on disk
+
+
+class Part:
+    """A field of a form.
+
+    Attributes:
+        name: the field's.
+        is_file: whether it came with a file's name; else it is text.
+        size: bytes received.
+        file: those bytes, at their beginning once the form is complete.
+    """
+
+    def __init__(self, segment: MultipartSegment) -> None:
+        self.name: str = segment.name or ""
+        self.is_file = segment.filename is not None
+        self.size = 0
+        self.file = SpooledTemporaryFile(SPOOLED_BYTES)  # noqa: SIM115, closed with the form
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether it was too large for memory."""
+        return self.size > SPOOLED_BYTES
+
+    def content(self) -> bytes:
+        """All of it."""
+        return self.file.read()
+
+    async def write(self, content: bytes) -> None:
+        """Add what came."""
+        self.size += len(content)
+        if self.on_disk:
+            await run_in_threadpool(self.file.write, content)
+        else:
+            self.file.write(content)
+
+
+@asynccontextmanager
+async def received(request: Request, max_files: int) -> AsyncIterator[list[Part]]:
+    """The parts of a request's form in their order; their files are gone afterwards.
+
+    Raises:
+        RequestError: the body is no multipart form.
+        FieldError: it has several files where one is right, or a text that is too long.
+        TooLargeError: it has more than `max_files` files.
+    """
+    parts: list[Part] = []
+    try:
+        try:
+            await _receive(request, max_files, parts)
+        except MultipartError as error:
+            raise RequestError(f"The multipart form cannot be read: {error.args[0]}.") from None
+        yield parts
+    finally:
+        for part in parts:
+            part.file.close()
+
+
+async def _receive(request: Request, max_files: int, parts: list[Part]) -> None:
+    _, options = parse_options_header(request.headers["content-type"])
+    if not options.get("boundary"):
+        raise RequestError("The multipart form cannot be read: its Content-Type has no boundary.")
+    with PushMultipartParser(options["boundary"]) as parser:
+        async for chunk in request.stream():
+            for event in parser.parse(chunk) if chunk else ():
+                if isinstance(event, MultipartSegment):
+                    parts.append(Part(event))
+                    _check_count(parts, max_files)
+                elif event:
+                    part = parts[-1]
+                    await part.write(event)
+                    if not part.is_file and part.size > MAX_TEXT_BYTES:
+                        raise FieldError(
+                            f"The field {part.name[:100]!r} holds text of more than {MAX_TEXT_BYTES} "
+                            "bytes, and none of ours is that long."
+                        )
+    for part in parts:
+        part.file.seek(0)
+
+
+def _check_count(parts: list[Part], max_files: int) -> None:
+    files = sum(part.is_file for part in parts)
+    if files > max_files:
+        if max_files == 1:
+            raise FieldError("The form has several files; right would be one.")
+        raise TooLargeError(f"The form has too many files; the limit is {max_files}.")
+    if len(parts) - files > MAX_TEXTS:
+        raise RequestError(f"The form has more than {MAX_TEXTS} fields that hold text.")

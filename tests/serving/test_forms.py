@@ -1,0 +1,89 @@
+"""Forms as clients may send them, in pieces of any size."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+from starlette.types import Message
+
+from serving.errors import FieldError, RequestError, TooLargeError
+from serving.forms import MAX_TEXT_BYTES, MAX_TEXTS, SPOOLED_BYTES, Part, received
+
+
+def field(name: str, content: bytes, *, file: bool = True) -> bytes:
+    disposition = f'Content-Disposition: form-data; name="{name}"' + ('; filename="a.b"' if file else "")
+    return b"--x\r\n" + disposition.encode() + b"\r\n\r\n" + content + b"\r\n"
+
+
+def read(
+    body: bytes, *, max_files: int = 2, piece: int = 2**16, kind: str = "multipart/form-data; boundary=x"
+) -> list[tuple[str, bool, bytes, bool]]:
+    """Name, whether it is a file, content and whether it lay on disk, of each part; all are closed after."""
+
+    def pieces() -> Iterator[Message]:
+        for start in range(0, len(body), piece):
+            yield {"type": "http.request", "body": body[start : start + piece], "more_body": True}
+        yield {"type": "http.request", "body": b"", "more_body": False}
+
+    messages = pieces()
+
+    async def receive() -> Message:
+        return next(messages)
+
+    async def main() -> list[tuple[str, bool, bytes, bool]]:
+        scope: dict[str, Any] = {"type": "http", "headers": [(b"content-type", kind.encode())]}
+        kept: list[Part] = []
+        async with received(Request(scope, receive), max_files) as parts:
+            kept += parts
+            found = [(part.name, part.is_file, part.content(), part.on_disk) for part in parts]
+        assert all(part.file.closed for part in kept)
+        return found
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 50, 2**16])
+def test_parts_come_in_order_however_they_are_cut(piece: int) -> None:
+    tricky = b"\r\n--\r\n--y\r\n\n--x\r--x\r"  # no boundary: no whole line break before it
+    body = field("a", tricky) + field("b", b"3", file=False) + field("a", b"") + b"--x--\r\n"
+    assert read(body, piece=piece) == [
+        ("a", True, tricky, False),
+        ("b", False, b"3", False),
+        ("a", True, b"", False),
+    ]
+
+
+def test_a_large_file_lies_on_disk() -> None:
+    content = bytes(range(256)) * (SPOOLED_BYTES // 256)
+    body = field("a", content) + field("b", content + b"!") + b"--x--"
+    assert read(body) == [("a", True, content, False), ("b", True, content + b"!", True)]
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        (b"", RequestError, "cannot be read: Unexpected end"),
+        (field("a", b"1"), RequestError, "cannot be read: Unexpected end"),
+        (b"--x\r\nno header\r\n\r\n", RequestError, "cannot be read: Malformed"),
+        (b"--x\r\nContent-Type: text/plain\r\n\r\n1\r\n--x--", RequestError, "cannot be read: Missing"),
+        (b"--x\r\nContent-Disposition: \xff\r\n\r\n", RequestError, "failed to decode.$"),
+        (field("a", b"1") * 3, TooLargeError, "too many files; the limit is 2"),
+        (field("a", b"1", file=False) * (MAX_TEXTS + 1), RequestError, f"more than {MAX_TEXTS} fields"),
+        (field("a", bytes(MAX_TEXT_BYTES + 1), file=False), FieldError, "'a' holds text of more than"),
+    ],
+)
+def test_what_is_wrong_with_a_form_is_told(body: bytes, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        read(body)
+
+
+def test_several_files_where_one_is_right() -> None:
+    with pytest.raises(FieldError, match="right would be one"):
+        read(field("a", b"1") * 2 + b"--x--", max_files=1)
+
+
+def test_a_form_needs_a_boundary() -> None:
+    with pytest.raises(RequestError, match="has no boundary"):
+        read(b"x", kind="multipart/form-data")
