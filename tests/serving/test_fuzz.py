@@ -124,7 +124,7 @@ def alike(a: Any, b: Any) -> bool:
         elif (id(a), id(b)) not in seen:
             seen.add((id(a), id(b)))
             pairs += zip(a, b, strict=True)
-            if isinstance(a, dict):
+            if isinstance(a, dict) and isinstance(b, dict):
                 pairs += zip(a.values(), b.values(), strict=True)
     return True
 
