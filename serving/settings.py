@@ -64,7 +64,7 @@ class Settings(BaseModel):
     )
     tracing: bool = Field(
         False,
-        description="Trace requests (OpenTelemetry) as BentoML's configuration says; each costs more then.",
+        description="Spans (OpenTelemetry) for each request, as BentoML's configuration says.",
     )
     access_log: bool = Field(False, description="Log a line of JSON per request.")
 
