@@ -51,8 +51,8 @@ class Batcher:
             run: uint8 [N, 32, 32, 3] to float32 [N, classes]; called in one thread.
             max_batch_size: images in one call of `run`.
             max_waiting: requests under way, single or bulk, before new ones are refused.
-            waited: told, when its run begins, for how many seconds each image or chunk has waited; called
-                in the same thread.
+            waited: told, when its run begins, for how many seconds each image or chunk has waited;
+                called in the same thread.
         """
         self._run = run
         self._max_batch_size = max_batch_size

@@ -1,6 +1,7 @@
 """Multipart forms: their parts, each in memory while it is small and else on disk.
 
-Starlette's own parser takes 90 us for a form with one small image, where the package `multipart` takes 11.
+Starlette's own parser takes 90 us for a form with one small image, where the package `multipart` takes
+11.
 """
 
 from collections.abc import AsyncIterator

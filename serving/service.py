@@ -413,7 +413,7 @@ for layer, options in LAYERS:
     service.add_asgi_middleware(layer, **options)
 
 # These go through our middleware alone. BentoML's way adds a router, a context, a bound signature and
-# background tasks, which they do without, and a timer that lives until the timeout, long after the answer.
+# background tasks, which they do without, and a timer that outlives the answer until the timeout.
 SHORT = {"/classify": post_classify, "/classify_batch": post_classify_batch}
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import litserve
 import numpy as np
+from fastapi import Request
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -21,9 +22,9 @@ class Classifier(litserve.LitAPI):
         """Load the model, in a worker."""
         self.run = net.load()
 
-    def decode_request(self, request: Any) -> Pixels:
+    def decode_request(self, request: Request) -> Pixels:
         """The pixels of a form's image."""
-        return net.pixels(Image.open(request["image"].file))
+        return net.pixels(Image.open(request["image"].file))  # LitServe hands over the form
 
     def batch(self, inputs: list[Pixels]) -> Pixels:
         """One array of several."""

@@ -179,6 +179,7 @@ def test_what_is_left_of_bulk_work_that_nobody_waits_for_is_not_run() -> None:
         await engine.started()
         await taken(images, [0, 4])
         bulk.cancel()
+        await asyncio.wait([bulk])
         engine.permission.release(100)
         assert await collected(batcher, 20) == [20]
 

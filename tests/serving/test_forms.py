@@ -20,7 +20,7 @@ def field(name: str, content: bytes, *, file: bool = True) -> bytes:
 def read(
     body: bytes, *, max_files: int = 2, piece: int = 2**16, kind: str = "multipart/form-data; boundary=x"
 ) -> list[tuple[str, bool, bytes, bool]]:
-    """Name, whether it is a file, content and whether it lay on disk, of each part; all are closed after."""
+    """Of each part its name, whether it is a file, its content and whether it lay on disk."""
 
     def pieces() -> Iterator[Message]:
         for start in range(0, len(body), piece):
