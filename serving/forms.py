@@ -1,7 +1,7 @@
 """Multipart forms: their parts, each in memory while it is small and else on disk.
 
-They are read by the package `multipart`, which looks for the boundary by `bytes.find`; python-multipart, on
-which Starlette's own forms rest, calls back for each piece of a header.
+They are read by the package `multipart`, which looks for the boundary by `bytes.find`; python-multipart,
+on which Starlette's own forms rest, calls back for each piece of a header.
 """
 
 from collections.abc import AsyncIterator
