@@ -1,7 +1,7 @@
 """Multipart forms: their parts, each in memory while it is small and else on disk.
 
-Starlette's own parser takes 90 us for a form with one small image, where the package `multipart` takes
-11.
+They are read by the package `multipart`, which looks for the boundary by `bytes.find`; the one that
+Starlette's own forms rest on, python-multipart, calls back for each piece of a header.
 """
 
 from collections.abc import AsyncIterator

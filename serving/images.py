@@ -75,7 +75,7 @@ def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
 
 
 def is_small(content: bytes) -> bool:
-    """Whether a file is a small PNG, which costs less to decode than to hand to another thread."""
+    """Whether a file is a small PNG, whose decoding is so short that the event loop can wait for it."""
     if len(content) > SMALL_BYTES or not content.startswith(PNG_HEAD):
         return False
     width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
