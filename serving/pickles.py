@@ -23,6 +23,7 @@ import numpy.typing as npt
 from serving.errors import PickleError
 
 OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+PROTOCOLS = range(2, 6)
 MAX_OPCODES = 400_000  # twenty for each of the most rows that the settings allow by default
 MAX_LINE = 512  # of an opcode whose argument is a line: the module or the name of a global
 MAX_DIMENSIONS = 32
@@ -112,6 +113,7 @@ class _Source:
         self._file = file
         self.size = file.seek(0, 2)
         self._position = file.seek(0)
+        self._frame_end = 0
 
     def check_start(self) -> None:
         start = self._file.read(2)
@@ -120,24 +122,27 @@ class _Source:
             raise PickleError("The file is empty (0 bytes); send a pickle.")
         if start == b"\x1f\x8b":
             raise PickleError("The file is gzip; unpack it and send the pickle itself.")
-        if start[:1] != b"\x80" or start[1:] not in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        if start[:1] != b"\x80" or len(start) == 1 or start[1] not in PROTOCOLS:
             raise PickleError("The file is not a pickle of protocol 2 to 5.")
 
     def tell(self) -> int:
         return self._position
 
-    def read(self, count: int) -> bytes:
+    def _check_left(self, count: int) -> None:
         if count > self.size - self._position:
             raise PickleError(
                 f"The pickle is truncated: {count} bytes are announced, "
                 f"{self.size - self._position} are left."
             )
-        self._position += count
+
+    def read(self, count: int) -> bytes:
+        self._check_left(count)
+        self._advance(count)
         return self._file.read(count)
 
     def readline(self) -> bytes:
         line = self._file.readline(MAX_LINE)
-        self._position += len(line)
+        self._advance(len(line))
         return line
 
     def opcode(self) -> tuple[str, Any]:
@@ -155,7 +160,20 @@ class _Source:
             return name, self._text(TEXTS[name])
         # The readers only read and tell.
         argument = None if opcode.arg is None else opcode.arg.reader(cast(IO[bytes], self))
+        if name == "FRAME":
+            self._begin_frame(cast(int, argument))
         return name, argument
+
+    def _begin_frame(self, count: int) -> None:
+        if self._position < self._frame_end:
+            raise PickleError("The pickle begins a frame within a frame.")
+        self._check_left(count)
+        self._frame_end = self._position + count
+
+    def _advance(self, count: int) -> None:
+        start, self._position = self._position, self._position + count
+        if start < self._frame_end < self._position:  # pickle's own readers differ in what they do then
+            raise PickleError("The pickle has a value that goes on behind the end of its frame.")
 
     def _text(self, length: str) -> str:
         (count,) = struct.unpack(length, self.read(struct.calcsize(length)))
@@ -182,6 +200,10 @@ class _Machine:
         if self._opcodes > MAX_OPCODES:
             raise PickleError(f"The pickle has more than {MAX_OPCODES} opcodes.")
         _STEPS[name](self, argument)
+
+    def protocol(self, number: int) -> None:
+        if number not in PROTOCOLS:
+            raise PickleError(f"The pickle changes to protocol {number}; right would be 2 to 5.")
 
     # Values and the stack
 
@@ -297,10 +319,10 @@ class _Machine:
                 self._stack[-1] = array
                 self._memo.update(dict.fromkeys(empty.memo_indices, array))
                 empty.memo_indices.clear()
-            case (3 | 4, str() | bytes() as order, None, None, None, *_), _DType() as dtype:
+            case (3, str() | bytes() as order, None, None, None, -1, -1, 0), _DType() as dtype:
                 dtype.byte_order = _byte_order(order)
             case _:
-                raise PickleError("The pickle sets the state of something that is not an array.")
+                raise PickleError("The pickle sets a state that is not one of an array of numbers.")
 
 
 def _finished(value: Any) -> Any:
@@ -360,8 +382,8 @@ def _transposed(array: npt.NDArray[Any], axes: Any) -> npt.NDArray[Any]:
 
 
 _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": lambda machine, _: None,
-    "FRAME": lambda machine, _: None,
+    "PROTO": _Machine.protocol,
+    "FRAME": lambda machine, _: None,  # the source's affair
     "STOP": lambda machine, _: machine.stop(),
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
