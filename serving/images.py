@@ -1,18 +1,20 @@
 """From the bytes of an image file to the 32x32 RGB pixels that the model takes.
 
 The order matters: the format is recognised by content (never by name or Content-Type) among a
-short list, the size is checked from the header before a pixel is decoded, then EXIF orientation,
-then transparency over white, then RGB, then a centred square crop, then the resize. The crop
-rather than a stretch, because the network has seen objects in their natural proportions. Colour
-profiles are not applied and of an animation the first frame counts.
+short list, the size is checked from the header before a pixel is decoded, then a centred square crop,
+then transparency over white, then RGB, then the resize, then EXIF orientation. The crop rather than a
+stretch, because the network has seen objects in their natural proportions. Colour profiles are not
+applied and of an animation the first frame counts.
 """
 
 import io
+import math
 import warnings
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 from serving.errors import ImageError, TooLargeError
 
@@ -24,6 +26,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time; at four times the
 # target's side the resize still has all that it can use.
 DRAFT_SIDE = 4 * SIDE
+
+# Before the bicubic resize, averaging leaves at least so many times the target's side.
+REDUCING_GAP = 3
+BAND_PIXELS = 2**20
 
 # What a small PNG is: by its header, and by its bytes too, since a few can stand for a long text.
 SMALL_SIDE = 64
@@ -59,7 +65,9 @@ def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
                         f"The image has {image.width}x{image.height} pixels; "
                         f"the limit is {max_pixels} pixels in all."
                     )
-                return np.array(_square(_rgb(_upright(image))), dtype=np.uint8)
+                image.draft(image.mode, (DRAFT_SIDE, DRAFT_SIDE))
+                image.load()
+                return np.array(_upright(_square(image), image), dtype=np.uint8)
     except TooLargeError:
         raise
     except UnidentifiedImageError:
@@ -82,13 +90,6 @@ def is_small(content: bytes) -> bool:
     return max(width, height) <= SMALL_SIDE
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Decode, then turn as the EXIF orientation says."""
-    image.draft(image.mode, (DRAFT_SIDE, DRAFT_SIDE))
-    image.load()
-    return ImageOps.exif_transpose(image)
-
-
 def _rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: transparency over white, 16-bit grey scaled to 8 bits."""
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -103,14 +104,32 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _square(image: Image.Image) -> Image.Image:
-    """The centred square of the image at 32x32; bicubic, which Pillow antialiases on reduction."""
+    """The centred square of the image as 32x32 RGB; bicubic, which Pillow antialiases on reduction.
+
+    A large one is first averaged down to three to six times that side. That, and all that makes it
+    RGB, is done in bands of rows: a small file can have many pixels, and no second copy is made of them.
+    """
     if image.size == (SIDE, SIDE):
-        return image
+        return _rgb(image)
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize(
-        (SIDE, SIDE),
-        Image.Resampling.BICUBIC,
-        box=(left, top, left + side, top + side),
-        reducing_gap=3.0,
-    )
+    right, bottom = math.ceil(left + side), math.ceil(top + side)
+    factor = max(1, side // (REDUCING_GAP * SIDE))
+    width, height = right - int(left), bottom - int(top)
+    reduced = Image.new("RGB", (math.ceil(width / factor), math.ceil(height / factor)))
+    rows = factor * max(1, BAND_PIXELS // (side * factor))
+    for row in range(int(top), bottom, rows):
+        band = _rgb(image.crop((int(left), row, right, min(row + rows, bottom))))
+        reduced.paste(band.reduce(factor), (0, (row - int(top)) // factor))
+    x, y = left % 1, top % 1
+    box = (x / factor, y / factor, (x + side) / factor, (y + side) / factor)
+    return reduced.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box)
+
+
+def _upright(square: Image.Image, image: Image.Image) -> Image.Image:
+    """Turn the `square` of an image as the image's EXIF orientation says."""
+    orientation = image.getexif().get(Base.Orientation, 1)
+    if orientation != 1:
+        square.getexif()[Base.Orientation] = orientation
+        ImageOps.exif_transpose(square, in_place=True)
+    return square

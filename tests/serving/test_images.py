@@ -61,6 +61,29 @@ def test_reduction_is_antialiased() -> None:
     assert abs(decode(encoded(stripes), LIMIT).astype(int) - 127).max() <= 8
 
 
+@pytest.mark.parametrize("size", [(1500, 1200), (1201, 900), (97, 200), (3001, 2000)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16"])
+def test_reduction_in_bands_is_that_of_the_whole(
+    images: npt.NDArray[np.uint8], size: tuple[int, int], mode: str
+) -> None:
+    image = Image.fromarray(images[2]).resize(size, Image.Resampling.BILINEAR)
+    expected = image
+    if mode == "RGBA":
+        image.putalpha(image.convert("L"))
+        expected = Image.alpha_composite(Image.new("RGBA", size, "white"), image).convert("RGB")
+    elif mode == "P":
+        image = image.quantize()
+        expected = image.convert("RGB")
+    elif mode == "I;16":
+        grey = np.asarray(image.convert("L"))
+        image, expected = Image.fromarray(grey * np.uint16(257)), Image.fromarray(grey).convert("RGB")
+    side = min(size)
+    box = ((size[0] - side) / 2, (size[1] - side) / 2, (size[0] + side) / 2, (size[1] + side) / 2)
+    whole = expected.resize((32, 32), Image.Resampling.BICUBIC, box=box, reducing_gap=3)
+    result = decode(saved(image, "PNG"), 10 * LIMIT).astype(int)
+    assert abs(result - np.asarray(whole)).max() <= 2
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(images: npt.NDArray[np.uint8], orientation: int) -> None:
     image = Image.fromarray(images[1])
@@ -71,6 +94,17 @@ def test_exif_orientation(images: npt.NDArray[np.uint8], orientation: int) -> No
     result = decode(saved(image, "PNG", exif=exif), LIMIT)
     np.testing.assert_array_equal(result, expected)
     assert (orientation == 1) == np.array_equal(result, images[1])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_of_a_large_image(images: npt.NDArray[np.uint8], orientation: int) -> None:
+    image = Image.fromarray(images[1]).resize((500, 701), Image.Resampling.BILINEAR)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(image, "PNG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    expected = decode(saved(upright, "PNG"), LIMIT).astype(int)
+    assert abs(decode(content, LIMIT) - expected).max() <= 2
 
 
 GREY = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64

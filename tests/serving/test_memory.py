@@ -1,6 +1,8 @@
 """The memory that uploads take, of a real service and of the reader of pickles by itself."""
 
 import io
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -14,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import pytest
+from PIL import Image
 
 from serving.errors import PickleError
 from serving.submission import read_submission
 from tests.serving.samples import pickled
-from tests.serving.server import serving
+from tests.serving.server import ROOT, serving
 
 IMAGES = 10_000
 LIMIT = 300 * 2**20  # bytes above the idle service
@@ -82,6 +85,33 @@ def test_submissions_at_once(
     (answer,) = answers
     assert len(answer.splitlines()) == IMAGES + 1
     assert len(content) < peak.bytes - idle < LIMIT
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from serving.images import decode
+
+def peak():
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+content = Path(sys.argv[1]).read_bytes()
+before = peak()
+decode(content, 50_000_000)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak")
+def test_a_small_file_of_many_pixels(tmp_path: Path) -> None:
+    """Transparent colours of a palette: as RGBA they take four bytes a pixel, and more than once."""
+    side, file = 7000, tmp_path / "image.png"
+    Image.new("P", (side, side)).save(file, transparency=0)
+    assert file.stat().st_size < 100_000
+    command = [sys.executable, "-c", PEAK, str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert side**2 < 1024 * int(done.stdout) < 2 * side**2
 
 
 ONE = np.zeros((1, 32, 32, 3), np.uint8)
