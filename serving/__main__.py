@@ -60,9 +60,7 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
 
 async def _labels(model: Model, submission: Submission, max_batch_size: int) -> list[int]:
     """The most probable class of each image; a bar on the terminal says how far it is."""
-    batcher = Batcher(
-        model.logits, max_batch_size=max_batch_size, max_waiting=1, waited=lambda seconds: None
-    )
+    batcher = Batcher(model.logits, max_batch_size=max_batch_size, waited=lambda seconds: None)
     labels: list[int] = []
     with Progress(
         "[progress.description]{task.description}",

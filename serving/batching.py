@@ -18,8 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from serving.errors import OverloadedError
-
 Images = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
 
@@ -43,20 +41,17 @@ class Batcher:
         run: Callable[[Images], Logits],
         *,
         max_batch_size: int,
-        max_waiting: int,
         waited: Callable[[float], None],
     ) -> None:
         """
         Args:
             run: uint8 [N, 32, 32, 3] to float32 [N, classes]; called in one thread.
             max_batch_size: images in one call of `run`.
-            max_waiting: requests under way, single or bulk, before new ones are refused.
             waited: told, when its run begins, for how many seconds each image or chunk has waited;
                 called in the same thread.
         """
         self._run = run
         self._max_batch_size = max_batch_size
-        self._max_waiting = max_waiting
         self._waited = waited
         self._waiting = 0
         self._singles: deque[_Job] = deque()
@@ -87,18 +82,9 @@ class Batcher:
         await self._idle.wait()
         await self.stop()
 
-    @property
-    def full(self) -> bool:
-        """Whether a further request would be refused."""
-        return self._waiting >= self._max_waiting
-
     async def one(self, image: Images) -> Logits:
-        """Logits float32 [classes] of one image uint8 [32, 32, 3].
-
-        Raises:
-            OverloadedError: too many requests wait already.
-        """
-        with self._admitted():
+        """Logits float32 [classes] of one image uint8 [32, 32, 3]."""
+        with self._counted():
             logits: Logits = (await self._queued(self._singles, image[np.newaxis]))[0]
             return logits
 
@@ -107,11 +93,8 @@ class Batcher:
 
         While the engine runs a chunk the next one is laid out in memory and queued, so `images` can be a
         view in any strides, and of a file that is larger than the memory; it is never copied whole.
-
-        Raises:
-            OverloadedError: too many requests wait already.
         """
-        with self._admitted():
+        with self._counted():
             under_way: deque[asyncio.Future[Logits]] = deque()
             try:
                 for start in range(0, len(images), self._max_batch_size):
@@ -129,11 +112,7 @@ class Batcher:
                         logits.exception()  # looked at, or asyncio would log it
 
     @contextlib.contextmanager
-    def _admitted(self) -> Iterator[None]:
-        if self.full:
-            raise OverloadedError(
-                f"As many requests wait as may ({self._max_waiting}); try again shortly."
-            )
+    def _counted(self) -> Iterator[None]:
         self._waiting += 1
         self._idle.clear()
         try:

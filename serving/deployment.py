@@ -75,7 +75,6 @@ class Deployment:
         self.batcher = Batcher(
             self._run,
             max_batch_size=settings.max_batch_size,
-            max_waiting=settings.max_waiting,
             waited=metrics.queue_seconds.observe,
         )
 

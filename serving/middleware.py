@@ -20,6 +20,7 @@ from serving.access_log import REQUEST_ID, id_of, log_request, request_id
 from serving.drain import Drain
 from serving.errors import InternalError, RequestError, SlowBodyError, TooLargeError, UnauthorizedError
 from serving.inference_protocol import PREFIX
+from serving.limits import Budget
 from serving.responses import ErrorBody, ErrorDetail, error_body, error_response
 
 logger = logging.getLogger("serving")
@@ -27,6 +28,7 @@ logger = logging.getLogger("serving")
 Header = tuple[bytes, bytes]
 
 HIDDEN_HEADERS = frozenset({b"server", b"x-bentoml-request-id"})  # what runs here is nobody's business
+FREE_BYTES = 64 * 1024  # of a body; up to here a request is not refused for the size of others
 GONE = 499  # as nginx has it: the client left before the answer
 
 # For the machines that watch the service: they need no key, and are answered while it stops.
@@ -197,11 +199,13 @@ class Reception:
     """Receives the body within its limits, and drops the work of a client that has left.
 
     A body of more than `max_bytes` is refused, by its Content-Length at once and else while it comes,
-    and so is one that has not arrived after `seconds`.
+    and so is one that has not arrived after `seconds`, or for which `uploads`, the bytes of all bodies
+    under way, has too few left.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float, uploads: Budget) -> None:
         self.app = app
+        self.uploads = uploads
         self.max_bytes = max_bytes
         self.seconds = seconds
 
@@ -218,12 +222,12 @@ class Reception:
         assert task is not None, "requests are handled in tasks"
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.seconds
-        received = 0
+        received = held = 0
         answered = left = False
         leaving: asyncio.Task[Message] | None = None  # once the body is there
 
         async def watched() -> Message:
-            nonlocal received, leaving
+            nonlocal received, held, leaving
             if leaving is not None:
                 return await leaving
             try:
@@ -235,6 +239,9 @@ class Reception:
             received += len(message.get("body", b""))
             if received > self.max_bytes:
                 raise too_large
+            if received > FREE_BYTES:
+                self.uploads.take(received - FREE_BYTES - held)
+                held = received - FREE_BYTES
             if message["type"] == "http.request" and not message.get("more_body", False):
                 leaving = loop.create_task(until_left())
             return message
@@ -260,5 +267,6 @@ class Reception:
             task.uncancel()
             await Response(status_code=GONE)(scope, receive, send)  # the end of it for BentoML
         finally:
+            self.uploads.give_back(held)
             if leaving is not None:
                 leaving.cancel()

@@ -61,6 +61,7 @@ class SubmissionForm(Form):
 
 async def read_image(request: Request) -> tuple[bytes, int]:
     """The image's bytes and `top_k`, from a form or from a body that is the image."""
+    _check_query(request, "top_k")
     if _media_type(request).startswith("image/"):
         return await request.body(), _top_k(request, [])
     async with _form(request, ClassifyForm, max_files=1) as parts:
@@ -70,6 +71,7 @@ async def read_image(request: Request) -> tuple[bytes, int]:
 
 async def read_images(request: Request, max_images: int) -> tuple[list[bytes], int]:
     """The bytes of each image in the order of the form, and `top_k`."""
+    _check_query(request, "top_k")
     async with _form(request, ClassifyBatchForm, max_files=max_images) as parts:
         images = _files(parts, "images")
         return [image.content() for image in images], _top_k(request, parts)
@@ -78,9 +80,20 @@ async def read_images(request: Request, max_images: int) -> tuple[list[bytes], i
 @asynccontextmanager
 async def read_file(request: Request) -> AsyncIterator[Part]:
     """The uploaded file, which lies on disk when it is large and is gone afterwards."""
+    _check_query(request)
     async with _form(request, SubmissionForm, max_files=1) as parts:
         (file,) = _files(parts, "file")
         yield file
+
+
+def _check_query(request: Request, *known: str) -> None:
+    """A misspelt parameter is told, not ignored."""
+    for name in request.query_params if request.scope["query_string"] else ():
+        if name not in known:
+            raise FieldError(
+                f"The query has the unknown parameter {name[:100]!r}; "
+                f"right would be {' or '.join(known) or 'none'}."
+            )
 
 
 def _media_type(request: Request) -> str:

@@ -38,6 +38,7 @@ from serving.errors import (
 )
 from serving.forms import Part
 from serving.images import decode, is_small
+from serving.limits import Budget
 from serving.middleware import GONE, Admission, ErrorShape, Observed, Reception
 from serving.model import Model
 from serving.openapi import openapi_document
@@ -69,6 +70,13 @@ READ_AT_ONCE = 16  # images of a batch that a thread decodes in one turn
 LARGE_FILES = 2
 
 drain = Drain(SETTINGS.stop_timeout)
+waiting = Budget(
+    SETTINGS.max_waiting, f"As many requests wait as may ({SETTINGS.max_waiting}); try again shortly."
+)
+uploads = Budget(
+    SETTINGS.max_upload_bytes,
+    f"The bodies under way have as many bytes as may ({SETTINGS.max_upload_bytes}); try again shortly.",
+)
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -178,12 +186,13 @@ async def post_v2_infer(classifier: "Classifier", request: Request) -> Response:
 async def post_classify(classifier: "Classifier", request: Request) -> Response:
     """Classify one image."""
     content, top_k = await read_image(request)
-    if is_small(content):
-        image = decode(content, SETTINGS.max_image_pixels)
-    else:
-        image = await classifier.in_reader(decode, content, SETTINGS.max_image_pixels)
-    deployment = classifier.deployment
-    logits = await deployment.batcher.one(image)
+    with waiting.share():
+        if is_small(content):
+            image = decode(content, SETTINGS.max_image_pixels)
+        else:
+            image = await classifier.in_reader(decode, content, SETTINGS.max_image_pixels)
+        deployment = classifier.deployment
+        logits = await deployment.batcher.one(image)
     return answer_response(_classification(deployment.model, logits, top_k))
 
 
@@ -193,11 +202,12 @@ async def post_classify_batch(classifier: "Classifier", request: Request) -> Res
     """Classify several images; the answer to a bad one is its error."""
     contents, top_k = await read_images(request, SETTINGS.max_batch_images)
     parts = [contents[start : start + READ_AT_ONCE] for start in range(0, len(contents), READ_AT_ONCE)]
-    read = await asyncio.gather(*(classifier.in_reader(_decoded, part) for part in parts))
-    decoded = [image for part in read for image in part]
-    images = [image for image in decoded if not isinstance(image, RequestError)]
-    deployment = classifier.deployment
-    logits = iter(await _bulk(deployment, np.stack(images)) if images else ())
+    with waiting.share():
+        read = await asyncio.gather(*(classifier.in_reader(_decoded, part) for part in parts))
+        decoded = [image for part in read for image in part]
+        images = [image for image in decoded if not isinstance(image, RequestError)]
+        deployment = classifier.deployment
+        logits = iter(await _bulk(deployment, np.stack(images)) if images else ())
     return answer_response(
         [
             error_body(image.code, str(image))
@@ -300,7 +310,7 @@ class Classifier:
         """
         if drain.stopping:
             raise NotReadyError("The service is stopping.")
-        if self.deployment.batcher.full:
+        if waiting.spent:
             raise NotReadyError("As many requests wait as may; try again shortly.")
         return True
 
@@ -319,25 +329,29 @@ class Classifier:
     @answering
     async def submission(self, request: Request) -> Response:
         """Label a pickle of images."""
-        async with read_file(request) as upload, self._room(upload):
-            submission = await self.in_reader(read_submission, upload.file, SETTINGS.max_rows)
-            labels = (await _bulk(self.deployment, submission.images)).argmax(axis=1)
+        async with read_file(request) as upload:
+            with waiting.share():
+                async with self._room(upload):
+                    submission = await self.in_reader(read_submission, upload.file, SETTINGS.max_rows)
+                    labels = (await _bulk(self.deployment, submission.images)).argmax(axis=1)
         return Response(submission.csv(labels.tolist()), media_type="text/csv")
 
     async def infer(self, request: Request) -> Response:
         """Answer an inference request of the Open Inference Protocol."""
-        inference = await self.in_reader(
-            inference_protocol.read,
-            await request.body(),
-            request.headers.get(inference_protocol.JSON_LENGTH),
-            SETTINGS.max_batch_images,
-        )
-        deployment = self.deployment
-        inference_protocol.check_named(deployment.model, request.path_params)
-        if len(inference.images) == 1:
-            logits = (await deployment.batcher.one(inference.images[0]))[np.newaxis]
-        else:
-            logits = await _bulk(deployment, inference.images)
+        body = await request.body()
+        with waiting.share():
+            inference = await self.in_reader(
+                inference_protocol.read,
+                body,
+                request.headers.get(inference_protocol.JSON_LENGTH),
+                SETTINGS.max_batch_images,
+            )
+            deployment = self.deployment
+            inference_protocol.check_named(deployment.model, request.path_params)
+            if len(inference.images) == 1:
+                logits = (await deployment.batcher.one(inference.images[0]))[np.newaxis]
+            else:
+                logits = await _bulk(deployment, inference.images)
         return inference_protocol.respond(inference, logits, deployment.model)
 
     async def in_reader(
@@ -407,7 +421,10 @@ LAYERS: list[tuple[Any, dict[str, Any]]] = [  # the outermost first
     (Observed, {"drain": drain}),
     (ErrorShape, {}),
     (Admission, {"drain": drain, "api_key": SETTINGS.api_key}),
-    (Reception, {"max_bytes": SETTINGS.max_body_bytes, "seconds": SETTINGS.body_timeout}),
+    (
+        Reception,
+        {"max_bytes": SETTINGS.max_body_bytes, "seconds": SETTINGS.body_timeout, "uploads": uploads},
+    ),
 ]
 for layer, options in LAYERS:
     service.add_asgi_middleware(layer, **options)

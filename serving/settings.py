@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Literal
 
 import loky
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from serving.errors import SettingsError
 
@@ -41,9 +51,14 @@ class Settings(BaseModel):
     )
     max_batch_size: PositiveInt = Field(64, description="Images the engine takes in one run.")
     max_waiting: PositiveInt = Field(
-        512, description="Requests that wait for the engine before new ones get 503."
+        512, description="Requests that have arrived and wait for their answers before new ones get 503."
     )
     max_body_bytes: PositiveInt = Field(64 * 2**20, description="Bytes of a request body.")
+    max_upload_bytes: PositiveInt = Field(
+        512 * 2**20,
+        validate_default=True,
+        description="Bytes of all bodies under way, but the first 64 KiB of each, before more get 503.",
+    )
     max_image_pixels: PositiveInt = Field(50_000_000, description="Width times height of an image.")
     max_batch_images: PositiveInt = Field(256, description="Images of a /classify_batch request.")
     max_rows: PositiveInt = Field(20_000, description="Images of a submission pickle.")
@@ -67,6 +82,14 @@ class Settings(BaseModel):
         description="Spans (OpenTelemetry) for each request, as BentoML's configuration says.",
     )
     access_log: bool = Field(False, description="Log a line of JSON per request.")
+
+    @field_validator("max_upload_bytes")
+    @classmethod
+    def _holds_a_body(cls, value: int, info: ValidationInfo) -> int:
+        largest = info.data.get("max_body_bytes", 0)
+        if value < largest:
+            raise ValueError(f"a single body may have {largest} bytes ({PREFIX}MAX_BODY_BYTES)")
+        return value
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":

@@ -8,7 +8,6 @@ import numpy.typing as npt
 import pytest
 
 from serving.batching import Batcher, Logits
-from serving.errors import OverloadedError
 
 
 def image(value: int) -> npt.NDArray[np.uint8]:
@@ -41,11 +40,11 @@ class Engine:
         await asyncio.to_thread(self.running.acquire)
 
 
-def run(test: Callable[[Engine, Batcher], Awaitable[None]], max_waiting: int = 100) -> Engine:
+def run(test: Callable[[Engine, Batcher], Awaitable[None]]) -> Engine:
     engine = Engine()
 
     async def main() -> None:
-        batcher = Batcher(engine, max_batch_size=4, max_waiting=max_waiting, waited=engine.waits.append)
+        batcher = Batcher(engine, max_batch_size=4, waited=engine.waits.append)
         batcher.start()
         try:
             await asyncio.wait_for(test(engine, batcher), 60)
@@ -184,17 +183,3 @@ def test_what_is_left_of_bulk_work_that_nobody_waits_for_is_not_run() -> None:
         assert await collected(batcher, 20) == [20]
 
     assert run(test).batches == [[0, 1, 2, 3], [20]]
-
-
-def test_a_full_queue_refuses_at_once_and_recovers() -> None:
-    async def test(engine: Engine, batcher: Batcher) -> None:
-        waiting = await requested(batcher, 0, 1)
-        with pytest.raises(OverloadedError, match=r"as may \(2\)"):
-            await batcher.one(image(2))
-        with pytest.raises(OverloadedError):
-            await collected(batcher, 3)
-        engine.permission.release(100)
-        await asyncio.gather(*waiting)
-        assert await collected(batcher, 4) == [4]
-
-    run(test, max_waiting=2)

@@ -232,6 +232,15 @@ FORM = {"Content-Type": "multipart/form-data; boundary=x"}
         ("/submission", {"files": {"file": b"hello"}}, 400, "bad_pickle", "not a pickle"),
         ("/submission", {"files": {"data": b"hello"}}, 422, "invalid_field", "unknown field"),
         (
+            "/classify?topk=1",
+            {"files": {"image": PNG}},
+            422,
+            "invalid_field",
+            "'topk'; right would be top_k",
+        ),
+        ("/classify_batch?a", {"files": {"images": PNG}}, 422, "invalid_field", "'a'"),
+        ("/submission?top_k=1", {"files": {"file": b"hello"}}, 422, "invalid_field", "would be none"),
+        (
             "/submission",
             {"files": {"file": pickle.dumps({"data": np.zeros((1001, 3072), np.uint8)})}},
             413,

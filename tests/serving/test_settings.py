@@ -47,8 +47,16 @@ def test_unknown_variable_is_named() -> None:
         ("SERVING_MAX_ROWS", "0"),
         ("SERVING_MAX_ROWS", "many"),
         ("SERVING_REQUEST_TIMEOUT", "-1"),
+        ("SERVING_MAX_UPLOAD_BYTES", "1000"),  # fewer than a single body may have
     ],
 )
 def test_unusable_value_is_named(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"{name}='{value}'"):
         Settings.from_environment({name: value})
+
+
+def test_all_bodies_have_room_for_the_largest() -> None:
+    with pytest.raises(SettingsError, match=r"SERVING_MAX_UPLOAD_BYTES=.*SERVING_MAX_BODY_BYTES"):
+        Settings.from_environment({"SERVING_MAX_BODY_BYTES": str(2**30)})
+    both = {"SERVING_MAX_BODY_BYTES": str(2**30), "SERVING_MAX_UPLOAD_BYTES": str(2**30)}
+    assert Settings.from_environment(both).max_upload_bytes == 2**30

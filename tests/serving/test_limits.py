@@ -1,0 +1,77 @@
+"""What requests hold together, by itself and in a real service."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from serving.errors import OverloadedError
+from serving.limits import Budget
+from tests.serving.raw import PATIENCE, connected, post
+from tests.serving.samples import encoded
+from tests.serving.server import serving
+
+
+def test_what_is_not_there_is_refused_and_nothing_taken() -> None:
+    budget = Budget(10, "None left.")
+    budget.take(7)
+    with pytest.raises(OverloadedError, match="None left"):
+        budget.take(4)
+    budget.take(3)
+    assert budget.spent
+    budget.give_back(10)
+    budget.take(10)
+
+
+def test_a_share_is_given_back_also_after_an_error() -> None:
+    budget = Budget(2, "None left.")
+    with contextlib.suppress(ZeroDivisionError), budget.share():
+        with budget.share():
+            assert budget.spent
+            with pytest.raises(OverloadedError):
+                budget.share().__enter__()
+            assert budget.spent
+        assert not budget.spent
+        1 / 0  # noqa: B018
+    budget.take(2)
+
+
+@pytest.fixture
+def narrow_url(tmp_path: Path) -> Iterator[str]:
+    with serving(
+        tmp_path,
+        SERVING_PROVIDER="cpu",
+        SERVING_MAX_BODY_BYTES="1000000",
+        SERVING_MAX_UPLOAD_BYTES="1000000",
+    ) as url:
+        yield url
+
+
+def test_bodies_that_are_many_bytes_together(narrow_url: str, images: npt.NDArray[np.uint8]) -> None:
+    """Half of one that never ends leaves no room for others as large, and does not touch small ones."""
+    small = {"image": ("a.png", encoded(images[0]))}
+    large = {"Content-Type": "image/png"}
+
+    def until(status: int) -> httpx.Response:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            answer = client.post("/classify", content=bytes(600_000), headers=large)
+            if answer.status_code == status:
+                return answer
+        raise AssertionError(f"never {status}, but {answer.status_code}: {answer.text}")
+
+    with httpx.Client(base_url=narrow_url, timeout=60) as client:
+        until(400)
+        with connected(narrow_url) as connection:
+            connection.sendall(post("/classify", 900_000) + bytes(600_000))
+            refused = until(503)
+            message = "The bodies under way have as many bytes as may (1000000); try again shortly."
+            assert refused.json() == {"error": {"code": "overloaded", "message": message}}
+            assert refused.headers["retry-after"] == "1"
+            assert client.post("/classify", files=small).status_code == 200
+        until(400)
