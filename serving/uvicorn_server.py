@@ -60,9 +60,10 @@ def limit_heads(server: uvicorn.Server, seconds: float) -> None:
         def data_received(self, data: bytes) -> None:
             if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
                 self._await_head()
+            in_body = self._in_body
             super().data_received(data)
             # The rest of a body that was refused is read, or the client might not see its answer.
-            if self._overdue is not None and not self._in_body:
+            if self._overdue is not None and not (in_body or self._in_body):
                 self._head_bytes += len(data)
                 if self._head_bytes > MAX_HEAD_BYTES:
                     self._give_up()

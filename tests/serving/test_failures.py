@@ -7,13 +7,12 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from serving.errors import ImageError, OverloadedError
 from serving.responses import error_response
-from tests.serving.conftest import METADATA
+from tests.serving.models import write_model
 from tests.serving.samples import encoded
 from tests.serving.server import serving
 from tests.transcripts import assert_as_shown
@@ -27,21 +26,13 @@ def fragile_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service whose model looks the brightest pixel up in a table that ends at 127."""
     folder = tmp_path_factory.mktemp("fragile")
     table = np.random.default_rng(0).normal(size=(128, 10)).astype(np.float32)
-    graph = helper.make_graph(
-        [
-            helper.make_node("Cast", ["images"], ["integers"], to=TensorProto.INT64),
-            helper.make_node("ReduceMax", ["integers"], ["index"], axes=[1, 2, 3], keepdims=0),
-            helper.make_node("Gather", ["table", "index"], ["logits"]),
-        ],
-        "fragile",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 32, 32, 3])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 10])],
-        [numpy_helper.from_array(table, "table")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    helper.set_model_props(model, METADATA)
-    onnx.save(model, folder / "fragile.onnx")
-    with serving(folder, SERVING_MODEL=str(folder / "fragile.onnx"), SERVING_PROVIDER="cpu") as address:
+    nodes = [
+        helper.make_node("Cast", ["images"], ["integers"], to=TensorProto.INT64),
+        helper.make_node("ReduceMax", ["integers"], ["index"], axes=[1, 2, 3], keepdims=0),
+        helper.make_node("Gather", ["table", "index"], ["logits"]),
+    ]
+    fragile = write_model(folder / "fragile.onnx", nodes, {"table": table})
+    with serving(folder, SERVING_MODEL=str(fragile), SERVING_PROVIDER="cpu") as address:
         yield address
 
 

@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from serving.model import Model
 from serving.predictions import softmax
-from tests.serving.conftest import CLASSES
+from tests.serving.models import CLASSES
 
 Pixels = npt.NDArray[np.uint8]
 

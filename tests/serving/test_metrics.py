@@ -13,6 +13,7 @@ import pytest
 from serving.model import Model
 from serving.predictions import softmax
 from tests.serving.figures import read, value
+from tests.serving.models import write_slow_model
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import ROOT, serving
 from tests.transcripts import assert_as_shown
@@ -67,9 +68,15 @@ def test_full_service_says_so_and_counts_whom_it_refuses(
     tmp_path: Path, images: npt.NDArray[np.uint8]
 ) -> None:
     picture = {"image": ("a.png", encoded(images[0]))}
-    bulk = {"file": ("a.pkl", pickled({"data": np.concatenate([images, images])}))}
+    bulk = {"file": ("a.pkl", pickled({"data": images[:500]}))}
     with (
-        serving(tmp_path, SERVING_MAX_WAITING="1") as url,
+        serving(
+            tmp_path,
+            SERVING_MODEL=str(write_slow_model(tmp_path)),
+            SERVING_PROVIDER="cpu",
+            SERVING_THREADS="1",
+            SERVING_MAX_WAITING="1",
+        ) as url,
         httpx.Client(base_url=url, timeout=60) as client,
         ThreadPoolExecutor(1) as pool,
     ):

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from serving.errors import ModelError
 from serving.model import Model
 from serving.settings import BUNDLED_MODEL
-from tests.serving.conftest import CLASSES, METADATA
+from tests.serving.models import CLASSES, METADATA
 
 ModelFile = Callable[..., Path]
 

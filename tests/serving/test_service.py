@@ -17,7 +17,7 @@ import pytest
 
 from serving.model import Model
 from serving.predictions import top_predictions
-from tests.serving.conftest import CLASSES
+from tests.serving.models import CLASSES
 from tests.serving.samples import encoded, pickled
 from tests.serving.test_pickles import EVIL
 

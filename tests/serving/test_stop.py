@@ -13,6 +13,7 @@ import numpy.typing as npt
 import psutil
 
 from tests.serving.figures import under_way
+from tests.serving.models import write_slow_model
 from tests.serving.raw import connected, post
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import START_SECONDS, Server, running
@@ -29,7 +30,12 @@ def test_a_stop_answers_what_was_accepted_and_refuses_the_rest(
     outcomes: list[tuple[bool, httpx.Response]] = []  # whether sent before the signal, the answer
 
     with (
-        running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="120") as server,
+        running(
+            tmp_path,
+            SERVING_MODEL=str(write_slow_model(tmp_path)),
+            SERVING_PROVIDER="cpu",
+            SERVING_STOP_TIMEOUT="120",
+        ) as server,
         httpx.Client(base_url=server.url, timeout=120) as client,
         ThreadPoolExecutor(6) as pool,
         connected(server.url) as slow,

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.model import Model
-from tests.serving.conftest import METADATA
 from tests.serving.figures import read, value
+from tests.serving.models import METADATA
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import running
 
