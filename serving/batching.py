@@ -9,6 +9,7 @@ loop, which may be busy reading requests, is never between two runs.
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+logger = logging.getLogger("serving")
 
 Images = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
@@ -147,17 +150,25 @@ class Batcher:
         return jobs
 
     def _turn(self, jobs: list[_Job], loop: asyncio.AbstractEventLoop) -> None:
-        """One run; its failure is the failure of these jobs only."""
-        if not jobs:
-            return
+        """One run, which begins for these jobs what they have waited for."""
         now = time.perf_counter()
         for job in jobs:
             self._waited(now - job.queued)
+        if jobs:
+            self._answered(jobs, loop)
+
+    def _answered(self, jobs: list[_Job], loop: asyncio.AbstractEventLoop) -> None:
+        """One run; where it fails, one for each job, so that the one it failed for harms no other."""
         try:
             batch = jobs[0].images if len(jobs) == 1 else np.concatenate([j.images for j in jobs])
             logits = self._run(batch)
         except Exception as error:
-            loop.call_soon_threadsafe(_fail, jobs, error)
+            if len(jobs) == 1:
+                loop.call_soon_threadsafe(_fail, jobs[0], error)
+            else:
+                logger.warning("a run of %d images failed (%s); each runs alone", len(jobs), error)
+                for job in jobs:
+                    self._answered([job], loop)
         else:
             loop.call_soon_threadsafe(_answer, jobs, logits)
 
@@ -170,7 +181,6 @@ def _answer(jobs: list[_Job], logits: Logits) -> None:
         start += len(job.images)
 
 
-def _fail(jobs: list[_Job], error: Exception) -> None:
-    for job in jobs:
-        if not job.logits.done():
-            job.logits.set_exception(error)
+def _fail(job: _Job, error: Exception) -> None:
+    if not job.logits.done():
+        job.logits.set_exception(error)
