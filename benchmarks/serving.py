@@ -1,6 +1,6 @@
 """Requests per second, latency, memory and CPU time of the service, beside what people run otherwise.
 
-The network of B1 with random weights, `POST /classify` with a PNG in a form, by number of connections.
+A network (B1) with random weights, `POST /classify` with a PNG in a form, by number of connections.
 Servers run one after the other on the same cores as their client: the service, and the programs of
 `benchmarks.peers` as their documentation has them (the float32 file in plain ONNX Runtime) and with the
 service's engine and its int8 file, which shows what is engine and what is server.
@@ -41,6 +41,7 @@ from serving.settings import PREFIX
 from training import device, provenance
 from training.__main__ import markdown_table
 from training.files import replacing
+from training.recipe import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path(__file__).with_suffix(".json")
@@ -116,6 +117,7 @@ class Figures(BaseModel):
     device: str
     python: str
     packages: dict[str, str]
+    network: str
     n: int
     seconds: float
     servers: dict[str, dict[int, list["Load"]]]
@@ -277,7 +279,11 @@ def _engine_alone(file: Path, seconds: float) -> float:
 
 
 def compare(
-    servers: Sequence[Server], connections: Sequence[int], seconds: float, rounds: int
+    servers: Sequence[Server],
+    connections: Sequence[int],
+    seconds: float,
+    rounds: int,
+    network: str = NETWORK,
 ) -> tuple[Figures, list[dict[str, Any]]]:
     """Measure ``servers`` in ``rounds``; a server whose package is missing is left out and told.
 
@@ -293,7 +299,7 @@ def compare(
     batches: dict[str, list[float]] = {}
     engine: dict[str, list[float]] = {}
     raw: list[dict[str, Any]] = []
-    with built([NETWORK], ["int8"]) as (model,):
+    with built([network], ["int8"]) as (model,):
         for turn, server in enumerate(track([*chosen] * rounds, "measuring servers", console=CONSOLE)):
             file = model.files[server.precision]
             with running(server, file) as (url, process, started):
@@ -320,6 +326,7 @@ def compare(
             device=device.describe(device.choose()),
             python=platform.python_version(),
             packages=packages(PACKAGES),
+            network=network,
             n=rounds,
             seconds=seconds,
             servers=figures,
@@ -374,8 +381,8 @@ def markdown(figures: Figures) -> str:
         start = median(figures.start_seconds[label])
         rows.append([label, *cells, f"{memory:,.0f}", f"{start:.1f}"])
     told = (
-        f"`POST /classify` with the network of {NETWORK}: requests per second, and the median and the "
-        "99th percentile of their time, by connections that each wait for their answer. Medians of "
+        f"`POST /classify` with the network of {figures.network}: requests per second, and the median and "
+        "the 99th percentile of their time, by connections that each wait for their answer. Medians of "
         f"n={figures.n} loads of {figures.seconds:g} s; the client shares the cores. Memory (RSS) is of "
         "all the server's processes; the start is until the first answer."
     )
@@ -421,7 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         figures = read(options.figures) if options.markdown else _run(options)
-    except (BenchmarkError, OSError) as error:
+    except (BenchmarkError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(markdown(figures))
@@ -432,7 +439,9 @@ def _run(options: argparse.Namespace) -> Figures:
     if options.rounds < 1 or options.seconds <= 0 or min(options.connections) < 1:
         raise BenchmarkError("--rounds and --connections have to be at least 1, and --seconds above 0")
     servers = [server for server in SERVERS if options.servers is None or server.name in options.servers]
-    figures, raw = compare(servers, options.connections, options.seconds, options.rounds)
+    figures, raw = compare(
+        servers, options.connections, options.seconds, options.rounds, options.network
+    )
     for name, command in figures.skipped.items():
         print(f"{name} is left out, as it is not installed: {command}", file=sys.stderr)
     write(figures, raw, options.figures, options.results)
@@ -447,6 +456,7 @@ def _parser() -> argparse.ArgumentParser:
     names = list(dict.fromkeys(server.name for server in SERVERS))
     parser.add_argument("--servers", nargs="+", choices=names, help="default: all")
     parser.add_argument("--connections", type=int, nargs="+", default=CONNECTIONS)
+    parser.add_argument("--network", default=NETWORK, metavar="RECIPE", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a load (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--figures", type=Path, default=FIGURES, metavar="FILE")

@@ -19,12 +19,11 @@ HERE = ["the service", "BentoML"]
 
 
 def test_figures_are_written_and_become_a_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark, "NETWORK", "A1")
     figures_file, results = tmp_path / "serving.json", tmp_path / "results" / "serving.jsonl"
     places = ["--figures", str(figures_file), "--results", str(results)]
-    small = ["--connections", "1", "3", "--seconds", "1", "--rounds", "1"]
+    small = ["--network", "A1", "--connections", "1", "3", "--seconds", "1", "--rounds", "1"]
     assert benchmark.main(["--servers", *HERE, *small, *places]) == 0
     printed = capsys.readouterr().out
 
@@ -62,6 +61,7 @@ def test_the_table_has_medians() -> None:
         device="a processor",
         python="3.11",
         packages={"bentoml": "1"},
+        network="B1",
         n=3,
         seconds=2,
         servers={"ours": {1: loads(100, 10, 2000)}},
@@ -93,6 +93,7 @@ def test_the_service_is_told_as_multiples_of_the_best_peers() -> None:
         device="a processor",
         python="3.11",
         packages={},
+        network="B1",
         n=3,
         seconds=2,
         servers={label: loads(rate) for label, rate in rates.items()},
@@ -106,10 +107,9 @@ def test_the_service_is_told_as_multiples_of_the_best_peers() -> None:
     assert "1.2 times as many as the best with our engine (BentoML, batchable)" in told
 
 
-def test_a_peer_without_its_packages_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "NETWORK", "A1")
+def test_a_peer_without_its_packages_is_left_out() -> None:
     absent = Server("Absent", "a_package_that_is_not_there", ("-c", "pass"), "fp32", "plain")
-    figures, raw = benchmark.compare([absent], [1], 1.0, 1)
+    figures, raw = benchmark.compare([absent], [1], 1.0, 1, "A1")
     assert figures.skipped == {"Absent": benchmark.INSTALL}
     assert (figures.servers, raw) == ({}, [])
 
