@@ -381,10 +381,10 @@ def markdown(figures: Figures) -> str:
         start = median(figures.start_seconds[label])
         rows.append([label, *cells, f"{memory:,.0f}", f"{start:.1f}"])
     told = (
-        f"`POST /classify` with the network of {figures.network}: requests per second, and the median and "
-        "the 99th percentile of their time, by connections that each wait for their answer. Medians of "
-        f"n={figures.n} loads of {figures.seconds:g} s; the client shares the cores. Memory (RSS) is of "
-        "all the server's processes; the start is until the first answer."
+        f"`POST /classify` with the network of {figures.network}: requests per second, and the median "
+        "and the 99th percentile of their time, by connections that each wait for their answer. Medians "
+        f"of n={figures.n} loads of {figures.seconds:g} s; the client shares the cores. Memory (RSS) is "
+        "of all the server's processes; the start is until the first answer."
     )
     batches = " ".join(
         f"`/classify_batch` with {BATCH} images gives {median(rates):,.0f} images/s ({precision}), "
