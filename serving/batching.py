@@ -168,7 +168,8 @@ class Batcher:
             else:
                 logger.warning("a run of %d images failed (%s); each runs alone", len(jobs), error)
                 for job in jobs:
-                    self._answered([job], loop)
+                    if not job.logits.done():
+                        self._answered([job], loop)
         else:
             loop.call_soon_threadsafe(_answer, jobs, logits)
 

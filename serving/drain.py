@@ -22,7 +22,7 @@ logger = logging.getLogger("serving")
 
 ARRIVING_SECONDS = 0.3  # in which requests that were sent before the signal still come in
 REFUSING_SECONDS = 0.3  # at least, in which clients on kept connections are told, not cut off
-CLOSING_SECONDS = 5  # for clients that do not read their answers, after all has been answered
+CLOSING_SECONDS = 2  # for clients that do not read their answers, after all has been answered
 
 
 class Drain:

@@ -78,7 +78,8 @@ async def _receive(request: Request, max_files: int, parts: list[Part]) -> None:
     _, options = parse_options_header(request.headers["content-type"])
     if not options.get("boundary"):
         raise RequestError("The multipart form cannot be read: its Content-Type has no boundary.")
-    with PushMultipartParser(options["boundary"]) as parser:
+    # File names are not used, and some come in other encodings than UTF-8: any bytes are Latin-1.
+    with PushMultipartParser(options["boundary"], header_charset="latin-1") as parser:
         async for chunk in request.stream():
             for event in parser.parse(chunk) if chunk else ():
                 if isinstance(event, MultipartSegment):

@@ -7,8 +7,10 @@ stretch, because the network has seen objects in their natural proportions. Colo
 applied and of an animation the first frame counts.
 """
 
+import contextlib
 import io
 import math
+import threading
 import warnings
 
 import numpy as np
@@ -30,6 +32,11 @@ DRAFT_SIDE = 4 * SIDE
 # Before the bicubic resize, averaging leaves at least so many times the target's side.
 REDUCING_GAP = 3
 BAND_PIXELS = 2**20
+
+# One large image at a time is in memory, however many threads decode.
+LARGE_PIXELS = 4_000_000
+LARGE = threading.Lock()
+WEBP_COPIES = 4  # that Pillow's decoder of WebP has of the pixels
 
 # What a small PNG is: by its header, and by its bytes too, since a few can stand for a long text.
 SMALL_SIDE = 64
@@ -60,14 +67,17 @@ def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF; the log is not its place
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                if image.width * image.height > max_pixels:
+                pixels = image.width * image.height
+                limit = max_pixels // WEBP_COPIES if image.format == "WEBP" else max_pixels
+                if pixels > limit:
                     raise TooLargeError(
                         f"The image has {image.width}x{image.height} pixels; "
-                        f"the limit is {max_pixels} pixels in all."
+                        f"the limit is {limit} pixels in all."
                     )
                 image.draft(image.mode, (DRAFT_SIDE, DRAFT_SIDE))
-                image.load()
-                return np.array(_upright(_square(image), image), dtype=np.uint8)
+                with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
+                    image.load()
+                    return np.array(_upright(_square(image), image), dtype=np.uint8)
     except TooLargeError:
         raise
     except UnidentifiedImageError:
@@ -84,7 +94,8 @@ def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
 
 def is_small(content: bytes) -> bool:
     """Whether a file is a small PNG, whose decoding is so short that the event loop can wait for it."""
-    if len(content) > SMALL_BYTES or not content.startswith(PNG_HEAD):
+    # With a second header there could be other pixels than the first one has.
+    if len(content) > SMALL_BYTES or not content.startswith(PNG_HEAD) or content.count(b"IHDR") > 1:
         return False
     width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
     return max(width, height) <= SMALL_SIDE

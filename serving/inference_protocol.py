@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,18 @@ EXTENSIONS = ["binary_tensor_data", "classification"]
 JSON_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary tensors
 OUTPUTS = ("logits", "probabilities")
 IMAGE = (32, 32, 3)
-BYTES_A_VALUE = 16  # of JSON, generously; more is refused before it takes many times that memory
+BYTES_A_VALUE = 8  # of JSON, generously; more is refused before it takes many times that memory
+MAX_TENSORS = 16  # that are named in a request; more is refused before each has its error
 
 Json = dict[str, Any]
+
+# Lists that end at the first thing that is wrong: a list of all of them takes a thousand times the JSON.
+Value = Annotated[int, Field(strict=True, ge=0, le=255)]
+Values = Annotated[list[Value], Field(fail_fast=True)]
+Pixel = Annotated[list[Value], Field(fail_fast=True, min_length=3, max_length=3)]
+Row = Annotated[list[Pixel], Field(fail_fast=True, min_length=32, max_length=32)]
+Image = Annotated[list[Row], Field(fail_fast=True, min_length=32, max_length=32)]
+Images = Annotated[list[Image], Field(fail_fast=True)]
 
 
 class InputParameters(BaseModel):
@@ -42,10 +51,10 @@ class Input(BaseModel):
     """A tensor that is sent."""
 
     name: str
-    shape: list[int]
+    shape: Annotated[list[int], Field(fail_fast=True, max_length=8)]
     datatype: str
     parameters: InputParameters = InputParameters()
-    data: list[Any] | None = None
+    data: Values | Images | None = None
 
 
 class OutputParameters(BaseModel):
@@ -73,8 +82,8 @@ class InferenceRequest(BaseModel):
 
     id: str | None = None
     parameters: Parameters = Parameters()
-    inputs: list[Input]
-    outputs: list[Output] = []
+    inputs: Annotated[list[Input], Field(fail_fast=True, max_length=MAX_TENSORS)]
+    outputs: Annotated[list[Output], Field(fail_fast=True, max_length=MAX_TENSORS)] = []
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,9 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
         FieldError: its tensors are not those of the model.
         TooLargeError: it has more than `max_images` images.
     """
-    if json_length is not None and not (json_length.isdecimal() and int(json_length) <= len(body)):
+    if json_length is not None and not (
+        json_length.isdecimal() and len(json_length) < 20 and int(json_length) <= len(body)
+    ):
         raise RequestError(
             f"{JSON_LENGTH} is {json_length[:20]!r}; right would be the bytes of JSON in the body, "
             f"which has {len(body)} in all."
@@ -141,10 +152,15 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
     try:
         request = InferenceRequest.model_validate_json(body[:end])
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        if first["loc"][:3] == ("inputs", 0, "data"):
+            raise FieldError(
+                "The data of images is not right; right would be whole numbers from 0 to 255, in one "
+                "list or nested as [N, 32, 32, 3]."
+            ) from None
         place = ".".join(map(str, first["loc"]))
         raise RequestError(f"The request's JSON cannot be read: {place}: {first['msg']}") from None
-    names = [tensor.name[:100] for tensor in request.inputs]
+    names = [tensor.name[:100] for tensor in request.inputs[:4]]
     if names != ["images"]:
         raise FieldError(f"The inputs are {names}; right would be the one input 'images'.")
     (tensor,) = request.inputs
@@ -222,18 +238,13 @@ def _pixels(tensor: Input, binary: bytes) -> npt.NDArray[np.uint8]:
         raise FieldError("There are bytes after the JSON, but images has no binary_data_size.")
     if tensor.data is None:
         raise FieldError("images has no data; right would be data, or binary_data_size and bytes.")
-    try:
-        values = np.asarray(tensor.data)
-    except ValueError:
-        raise FieldError("The data of images is ragged; right would be [N, 32, 32, 3].") from None
-    if values.size != count or values.shape not in {(count,), tuple(tensor.shape)}:
+    values = np.array(tensor.data, np.uint8)
+    if values.size != count:
         raise FieldError(
             f"The data of images has the shape {list(values.shape)}; right would be {tensor.shape}, "
             f"or {count} values in one list."
         )
-    if values.dtype.kind != "i" or values.min() < 0 or values.max() > 255:
-        raise FieldError("The data of images must be whole numbers from 0 to 255.")
-    return values.astype(np.uint8).reshape(tensor.shape)
+    return values.reshape(tensor.shape)
 
 
 def _best(values: npt.NDArray[np.float32], classes: tuple[str, ...], count: int) -> list[list[str]]:

@@ -24,8 +24,13 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from serving.model import Model
 from serving.predictions import softmax
+from serving.settings import METRICS_FOLDER
 
 __all__ = ["CONTENT_TYPE_LATEST"]
+
+if METRICS_FOLDER in os.environ:
+    # BentoML has one for all servers of a user, and each that starts empties it.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.environ[METRICS_FOLDER]
 
 MILLISECONDS = (1, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500)
 SECONDS = (*(value / 1000 for value in MILLISECONDS), 1, 2, 5, 10, 30, 60, 120, 300)

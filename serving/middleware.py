@@ -132,6 +132,8 @@ class ErrorShape:
         try:
             await self.app(scope, receive, shaped)
         except Exception as error:
+            if started and isinstance(error, RequestError):
+                return  # too late to tell; uvicorn ends the connection
             if started:
                 raise
             if not isinstance(error, RequestError):

@@ -4,10 +4,13 @@
 # mypy: disable-error-code="untyped-decorator"
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import logging
 import os
+import tempfile
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
@@ -52,9 +55,9 @@ from serving.requests import (
     read_images,
 )
 from serving.responses import Answers, Classification, Csv, answer_response, error_body, error_response
-from serving.settings import Settings
+from serving.settings import METRICS_FOLDER, Settings
 from serving.submission import read_submission
-from serving.uvicorn_server import limit_heads, running_server, shorten
+from serving.uvicorn_server import limit_connections, running_server, shorten
 
 logger = logging.getLogger("serving")
 logger.setLevel(logging.INFO)  # BentoML shows warnings only, of all loggers but its own
@@ -137,7 +140,8 @@ async def get_openapi(classifier: "Classifier", request: Request) -> JSONRespons
 @answering
 async def get_metrics(classifier: "Classifier", request: Request) -> Response:
     """For Prometheus."""
-    figures = await classifier.in_reader(classifier.metrics.exposition)
+    # Not in a reader: those may have images to decode for a while.
+    figures = await asyncio.to_thread(classifier.metrics.exposition)
     return Response(figures, media_type=classifier.metrics.CONTENT_TYPE_LATEST)
 
 
@@ -203,7 +207,13 @@ async def post_classify_batch(classifier: "Classifier", request: Request) -> Res
     contents, top_k = await read_images(request, SETTINGS.max_batch_images)
     parts = [contents[start : start + READ_AT_ONCE] for start in range(0, len(contents), READ_AT_ONCE)]
     with waiting.share():
-        read = await asyncio.gather(*(classifier.in_reader(_decoded, part) for part in parts))
+        given_up = threading.Event()
+        try:
+            read = await asyncio.gather(
+                *(classifier.in_reader(_decoded, part, given_up) for part in parts)
+            )
+        finally:
+            given_up.set()
         decoded = [image for part in read for image in part]
         images = [image for image in decoded if not isinstance(image, RequestError)]
         deployment = classifier.deployment
@@ -273,6 +283,9 @@ class Classifier:
             raise BentoMLConfigException(str(error)) from None
         # The workers of a Bento start in its folder, not in the one that the path is relative to.
         os.environ["SERVING_MODEL"] = str(SETTINGS.model.absolute())
+        folder = tempfile.TemporaryDirectory(prefix="cifar10-metrics-", ignore_cleanup_errors=True)
+        os.environ[METRICS_FOLDER] = folder.name
+        atexit.register(folder.cleanup)
 
     @bentoml.on_startup
     async def start(self) -> None:
@@ -285,7 +298,7 @@ class Classifier:
         server = running_server()
         if server is not None:  # in a test without a server there is none
             drain.listen(server)
-            limit_heads(server, SETTINGS.head_timeout)
+            limit_connections(server, SETTINGS.head_timeout, SETTINGS.body_timeout)
             if not SETTINGS.tracing:  # BentoML makes the spans, on its own way
                 shorten(server, SHORT, short_way())
 
@@ -295,7 +308,7 @@ class Classifier:
         if self.watch is not None:
             self.watch.cancel()
         await self.deployment.batcher.stop()
-        self.readers.shutdown()
+        self.readers.shutdown(wait=False, cancel_futures=True)
 
     @property
     def model(self) -> Model:
@@ -392,10 +405,14 @@ class Classifier:
         await old.batcher.finish()
 
 
-def _decoded(contents: list[bytes]) -> list[npt.NDArray[np.uint8] | RequestError]:
-    """Each image, or what is wrong with it."""
+def _decoded(
+    contents: list[bytes], given_up: threading.Event
+) -> list[npt.NDArray[np.uint8] | RequestError]:
+    """Each image, or what is wrong with it; no more of them once nobody waits."""
     images: list[npt.NDArray[np.uint8] | RequestError] = []
     for content in contents:
+        if given_up.is_set():
+            break
         try:
             images.append(decode(content, SETTINGS.max_image_pixels))
         except RequestError as error:

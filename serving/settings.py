@@ -21,6 +21,7 @@ from pydantic import (
 from serving.errors import SettingsError
 
 PREFIX = "SERVING_"
+METRICS_FOLDER = "CIFAR10_METRICS_FOLDER"  # the variable by which a server's workers share their figures
 
 # Found beside the package, not in the working directory: a built Bento starts from anywhere.
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "default.onnx"
@@ -66,7 +67,9 @@ class Settings(BaseModel):
         300, description="Seconds until a request is given up with 504."
     )
     body_timeout: PositiveFloat = Field(
-        60, description="Seconds in which a request's body must have arrived, else 408."
+        60,
+        description="Seconds in which a request's body must have arrived, else 408, and in which a "
+        "client must take its answer, else it is hung up on.",
     )
     head_timeout: PositiveFloat = Field(
         10, description="Seconds in which a request's headers must have arrived, else it is hung up on."

@@ -1,13 +1,18 @@
 """The uvicorn server that BentoML starts around a worker: how to reach it, and what it lacks."""
 
 import asyncio
+import json
 import signal
-from collections.abc import Container
+from collections.abc import Container, Sized
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from serving.errors import RequestError
+from serving.responses import error_body
 
 MAX_HEAD_BYTES = 64 * 1024
 
@@ -41,57 +46,103 @@ def shorten(server: uvicorn.Server, paths: Container[str], app: ASGIApp) -> None
         server.config.loaded_app = shortened(whole)
 
 
-def limit_heads(server: uvicorn.Server, seconds: float) -> None:
-    """Close connections whose request line and headers take over `seconds`, or 64 KiB, to arrive.
+class _Flow(FlowControl):
+    """Reads nothing while requests wait that a client has sent before it had its answer.
 
-    uvicorn has neither limit: a client that sends a header line a minute, or nothing at all, would be
-    kept for ever.
+    uvicorn stops when the first one comes, and goes on as soon as a request is answered or reads.
+    """
+
+    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        if not self._pipeline:
+            super().resume_reading()
+
+
+def limit_connections(server: uvicorn.Server, head_seconds: float, body_seconds: float) -> None:
+    """Close connections that bring too much, or too little for too long; uvicorn keeps them for ever.
+
+    A request line with its headers may take `head_seconds`, and 64 KiB, as may what lies between and
+    after the pieces of a body. An answer must be taken within `body_seconds`. A body is not taken
+    together with an offer to speak another protocol: the parser would read on behind the headers.
     """
 
     class Connection(HttpToolsProtocol):
         _overdue: asyncio.TimerHandle | None = None  # set while the head of a request is awaited
-        _head_bytes = 0
-        _in_body = False
+        _unread: asyncio.TimerHandle | None = None  # set while the client is to take an answer
+        _head_bytes = 0  # since the last byte of a body, or the last request
+        _complaint = "The request is not HTTP that can be read."
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self.flow = _Flow(transport, self.pipeline)
             self._await_head()
 
         def data_received(self, data: bytes) -> None:
             if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
                 self._await_head()
-            in_body = self._in_body
+            self._head_bytes += len(data)
             super().data_received(data)
-            # The rest of a body that was refused is read, or the client might not see its answer.
-            if self._overdue is not None and not (in_body or self._in_body):
-                self._head_bytes += len(data)
-                if self._head_bytes > MAX_HEAD_BYTES:
-                    self._give_up()
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._give_up()
 
         def on_headers_complete(self) -> None:
             self._cancel()
-            self._in_body = True
+            if self.parser.should_upgrade() and any(map(_tells_of_a_body, self.headers)):
+                self._complaint = "A request with a body cannot ask for an Upgrade; send it without."
+                raise ValueError(self._complaint)
             super().on_headers_complete()
 
+        def on_body(self, body: bytes) -> None:
+            # The rest of a body that was refused is read too, or the client might not see its answer.
+            self._head_bytes = 0
+            super().on_body(body)
+
         def on_message_complete(self) -> None:
-            self._in_body = False
+            self._head_bytes = 0
             if self._overdue is not None:  # the time of a refused body is not that of the next head
                 self._await_head()
             super().on_message_complete()
 
+        def send_400_response(self, msg: str) -> None:
+            if self.cycle is None or self.cycle.response_complete:  # else it would be within an answer
+                body = json.dumps(error_body(RequestError.code, self._complaint)).encode()
+                head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+                self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n")
+                self.transport.write(head.encode() + b"\r\n" + body)
+            self.transport.close()
+
+        def pause_writing(self) -> None:
+            self._unread = self.loop.call_later(body_seconds, self.transport.abort)
+            super().pause_writing()
+
+        def resume_writing(self) -> None:
+            self._cancel_unread()
+            super().resume_writing()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
+            self._cancel_unread()
             super().connection_lost(exc)
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """Nothing to warn of: no answer here is anything but HTTP."""
 
         def _await_head(self) -> None:
             self._cancel()
-            self._head_bytes = 0
-            self._overdue = self.loop.call_later(seconds, self._give_up)
+            self._overdue = self.loop.call_later(head_seconds, self._give_up)
 
         def _cancel(self) -> None:
             if self._overdue is not None:
                 self._overdue.cancel()
                 self._overdue = None
+
+        def _cancel_unread(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
 
         def _give_up(self) -> None:
             self._cancel()
@@ -99,3 +150,8 @@ def limit_heads(server: uvicorn.Server, seconds: float) -> None:
 
     if server.config.http_protocol_class is HttpToolsProtocol:
         server.config.http_protocol_class = Connection
+        server.config.ws_protocol_class = None
+
+
+def _tells_of_a_body(header: tuple[bytes, bytes]) -> bool:
+    return header[0] == b"transfer-encoding" or (header[0] == b"content-length" and header[1] != b"0")

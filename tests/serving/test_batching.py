@@ -107,6 +107,7 @@ def test_who_fails_a_batch_harms_no_other() -> None:
         await engine.started()
         before, failing, after, later = await requested(batcher, 1, 255, 2, 3)
         bulk = asyncio.create_task(collected(batcher, 5, 6, 255))
+        await asyncio.sleep(0)
         engine.permission.release(100)
         for task in failing, bulk:
             with pytest.raises(ValueError, match="a batch that fails"):

@@ -1,9 +1,10 @@
 """Clients that are slow, leave, or send too much, by raw sockets."""
 
+import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import httpx
 import numpy as np
@@ -116,13 +117,68 @@ def test_who_sends_on_after_a_refusal_can_read_it(strict_url: str) -> None:
             assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
-def test_endless_headers_are_hung_up_on(strict_url: str) -> None:
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /healthz HTTP/1.1\r\n",
+        post("/classify", None) + b"1\r\nx\r\n0\r\n",
+        post("/classify", None) + b"1;",
+    ],
+    ids=["headers", "trailers", "extensions of a chunk"],
+)
+def test_endless_headers_are_hung_up_on(strict_url: str, begin: bytes) -> None:
     with connected(strict_url) as connection:
-        connection.sendall(b"GET /healthz HTTP/1.1\r\n")
+        connection.sendall(begin)
         endless = b"".join([b"X-A: " + b"b" * 10_000 + b"\r\n"] * 10_000)
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            connection.sendall(endless)
+            connection.sendall(endless if not begin.endswith(b";") else b"b" * 100_000_000)
     assert httpx.get(f"{strict_url}/healthz").status_code == 200
+
+
+def test_who_does_not_take_the_answers_is_hung_up_on(strict_url: str) -> None:
+    with connected(strict_url) as connection, httpx.Client(base_url=strict_url) as client:
+        connection.settimeout(0.01)
+        deadline, hung_up = time.monotonic() + PATIENCE, False
+        while not hung_up and time.monotonic() < deadline:
+            try:
+                connection.sendall(b"GET /docs.json HTTP/1.1\r\nHost: a\r\n\r\n" * 50)
+            except TimeoutError:
+                continue
+            except (ConnectionResetError, BrokenPipeError):
+                hung_up = True
+        assert hung_up
+        assert under_way(client) == 0
+
+
+def test_a_body_with_an_offer_to_upgrade_is_no_request_of_its_own(strict_url: str) -> None:
+    smuggled = b"GET /model HTTP/1.1\r\nHost: a\r\n\r\n"
+    head = post("/classify", len(smuggled)).removesuffix(b"\r\n")
+    with connected(strict_url) as connection:
+        connection.sendall(head + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+        answer = connection.makefile("rb")
+        with suppress(ConnectionError):
+            connection.sendall(smuggled)
+        assert answer.readline() == b"HTTP/1.1 400 Bad Request\r\n"
+        rest = answer.read()
+    message = "A request with a body cannot ask for an Upgrade; send it without."
+    body = {"error": {"code": "bad_request", "message": message}}
+    assert json.loads(rest.partition(b"\r\n\r\n")[2]) == body
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_other_offers_to_upgrade_are_ignored(strict_url: str, protocol: str) -> None:
+    headers = {"Connection": "Upgrade", "Upgrade": protocol, "Sec-WebSocket-Key": "a", "A": "b"}
+    with httpx.Client(base_url=strict_url, headers=headers) as client:
+        assert [client.get("/healthz").status_code for _ in range(3)] == [200] * 3
+
+
+def test_what_is_not_http_is_told_in_our_shape(strict_url: str) -> None:
+    with connected(strict_url) as connection:
+        connection.sendall(b"HELLO\r\n\r\n")
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    message = "The request is not HTTP that can be read."
+    assert json.loads(body) == {"error": {"code": "bad_request", "message": message}}
 
 
 def test_large_headers_within_the_limit_pass(strict_url: str) -> None:

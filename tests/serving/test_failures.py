@@ -19,13 +19,16 @@ from tests.transcripts import assert_as_shown
 
 DARK = encoded(np.full((32, 32, 3), 100, np.uint8))
 BRIGHT = encoded(np.full((32, 32, 3), 200, np.uint8))
+NO_NUMBERS = encoded(np.full((32, 32, 3), 50, np.uint8))
 
 
 @pytest.fixture(scope="module")
 def fragile_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A service whose model looks the brightest pixel up in a table that ends at 127."""
+    """A service whose model looks the brightest pixel up in a table that ends at 127, and has no
+    numbers for 50."""
     folder = tmp_path_factory.mktemp("fragile")
     table = np.random.default_rng(0).normal(size=(128, 10)).astype(np.float32)
+    table[50] = np.nan
     nodes = [
         helper.make_node("Cast", ["images"], ["integers"], to=TensorProto.INT64),
         helper.make_node("ReduceMax", ["integers"], ["index"], axes=[1, 2, 3], keepdims=0),
@@ -42,7 +45,10 @@ def test_a_failing_engine_is_a_500_without_details_and_the_service_lives_on(frag
             return [
                 await client.post("/classify", files={"image": DARK}),
                 *await asyncio.gather(
-                    *(client.post("/classify", files={"image": each}) for each in [BRIGHT, DARK] * 20)
+                    *(
+                        client.post("/classify", files={"image": each})
+                        for each in [BRIGHT, DARK, NO_NUMBERS, DARK] * 10
+                    )
                 ),
                 await client.post("/classify", files={"image": DARK}),
             ]

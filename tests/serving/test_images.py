@@ -193,6 +193,15 @@ def test_small_is_a_png_of_few_pixels_and_few_bytes() -> None:
     assert not is_small(saved(plain((0, 0, 0), (64, 65)), "PNG"))
     assert not is_small(saved(plain((0, 0, 0)), "PNG") + bytes(SMALL_BYTES))
     assert not is_small(saved(plain((0, 0, 0)), "JPEG"))
+
+
+def test_a_second_header_makes_no_small_image() -> None:
+    """Pillow takes the last one: as many pixels as that says would be decoded on the event loop."""
+    content, larger = saved(plain((0, 0, 0)), "PNG"), saved(plain((9, 9, 9), (300, 300)), "PNG")
+    head = 33
+    twice = content[:head] + larger[8:]
+    assert decode(twice, LIMIT)[0, 0].tolist() == [9, 9, 9]
+    assert not is_small(twice)
     assert not is_small(b"")
 
 

@@ -1,13 +1,14 @@
 """The memory that uploads take, of a real service and of the reader of pickles by itself."""
 
 import io
+import json
 import subprocess
 import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 from serving.errors import PickleError
 from serving.submission import read_submission
+from tests.serving.raw import connected
 from tests.serving.samples import pickled
 from tests.serving.server import ROOT, serving
 
@@ -88,30 +90,82 @@ def test_submissions_at_once(
 
 
 PEAK = """
+import contextlib
 import sys
 from pathlib import Path
+from serving.errors import RequestError
 from serving.images import decode
+from serving.inference_protocol import read
 
 def peak():
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
-content = Path(sys.argv[1]).read_bytes()
+content = Path(sys.argv[2]).read_bytes()
 before = peak()
-decode(content, 50_000_000)
-print(peak() - before)
+with contextlib.suppress(RequestError):
+    decode(content, 50_000_000) if sys.argv[1] == "decode" else read(content, None, 256)
+print(1024 * (peak() - before))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak")
-def test_a_small_file_of_many_pixels(tmp_path: Path) -> None:
-    """Transparent colours of a palette: as RGBA they take four bytes a pixel, and more than once."""
-    side, file = 7000, tmp_path / "image.png"
-    Image.new("P", (side, side)).save(file, transparency=0)
+def peak(what: str, file: Path) -> int:
+    """Bytes of memory that reading a file takes above what its process has."""
+    command = [sys.executable, "-c", PEAK, what, str(file)]
+    return int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+
+
+linux = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak"
+)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("mode", "kind", "side", "options", "copies"),
+    [
+        # As RGBA they take four bytes a pixel, and more than once.
+        pytest.param("P", "PNG", 7000, {"transparency": 0}, 2, id="transparent colours of a palette"),
+        pytest.param("RGBA", "WEBP", 3500, {"lossless": True, "method": 0}, 18, id="WebP"),
+        pytest.param("RGBA", "WEBP", 7000, {"lossless": True, "method": 0}, 1, id="WebP, refused"),
+    ],
+)
+def test_a_small_file_of_many_pixels(
+    tmp_path: Path, mode: str, kind: str, side: int, options: dict[str, Any], copies: int
+) -> None:
+    file = tmp_path / "image"
+    Image.new(mode, (side, side)).save(file, kind, **options)
     assert file.stat().st_size < 100_000
-    command = [sys.executable, "-c", PEAK, str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert side**2 < 1024 * int(done.stdout) < 2 * side**2
+    assert peak("decode", file) < copies * side**2
+
+
+@linux
+@pytest.mark.parametrize(
+    "data",
+    [["a" * 100_000, *["a"] * 2500], [[]] * 1_000_000, [None] * 1_000_000],
+    ids=["texts", "lists", "nulls"],
+)
+def test_a_tensor_of_anything(tmp_path: Path, data: list[Any]) -> None:
+    file = tmp_path / "body"
+    tensor = {"name": "images", "shape": [256, 32, 32, 3], "datatype": "UINT8", "data": data}
+    file.write_text(json.dumps({"inputs": [tensor]}))
+    assert peak("read", file) < 50_000_000
+
+
+def test_requests_that_are_sent_before_there_was_an_answer(
+    tmp_path: Path, model_file: Callable[..., Path]
+) -> None:
+    others = set(psutil.Process().children(recursive=True))
+    with (
+        serving(tmp_path, SERVING_MODEL=str(model_file()), SERVING_PROVIDER="cpu") as url,
+        connected(url) as connection,
+    ):
+        peak = Peak(set(psutil.Process().children(recursive=True)) - others)
+        idle = peak.bytes
+        connection.settimeout(2)
+        with peak.sampled(), suppress(TimeoutError):
+            connection.sendall(b"GET /nothing HTTP/1.1\r\n\r\n" * 400_000)
+    assert peak.bytes - idle < 50 * 2**20
 
 
 ONE = np.zeros((1, 32, 32, 3), np.uint8)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from serving.predictions import softmax
 from tests.serving.figures import read, value
 from tests.serving.models import write_slow_model
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import ROOT, serving
+from tests.serving.server import ROOT, running, serving
 from tests.transcripts import assert_as_shown
 
 DASHBOARD = json.loads((ROOT / "serving" / "grafana.json").read_text())
@@ -115,3 +116,21 @@ def test_dashboard_shows_only_what_there_is(client: httpx.Client) -> None:
     assert grouped <= labels
     legends = [target["legendFormat"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
     assert {label for text in legends for label in re.findall(r"{{(\w+)}}", text)} <= labels
+
+
+def test_a_second_server_leaves_the_figures_of_the_first_alone(
+    tmp_path: Path, model_file: Callable[..., Path]
+) -> None:
+    """Of the same user, so with one BENTOML_HOME."""
+    model = str(model_file())
+
+    def answered(url: str) -> float:
+        with httpx.Client(base_url=url) as client:
+            client.get("/model")
+            return value(read(client), "cifar10_requests_total", route="/model", status="200")
+
+    with running(tmp_path, SERVING_MODEL=model, SERVING_PROVIDER="cpu") as first:
+        assert answered(first.url) == 1
+        with running(tmp_path, SERVING_MODEL=model, SERVING_PROVIDER="cpu") as second:
+            assert answered(second.url) == 1
+        assert answered(first.url) == 2
