@@ -31,11 +31,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks import stored
 from benchmarks.engines import SUBMISSION_BATCH
+from benchmarks.stored import BenchmarkError
 from export import graph, quantize
 from export.ensemble import Ensemble, half
 from serving.providers import obstacle
@@ -43,7 +45,6 @@ from serving.settings import PREFIX
 from training import data, device, provenance, recipe, train
 from training.__main__ import markdown_table
 from training.evaluate import Classifier
-from training.files import replacing
 from training.model import CLASSES
 from training.recipe import RecipeError
 
@@ -66,10 +67,6 @@ NAMES = {
     "pytorch:fp32": "eager PyTorch",
     "pytorch:bf16": "eager PyTorch",
 }
-
-
-class BenchmarkError(RuntimeError):
-    """A benchmark that cannot run; the message says why."""
 
 
 class Rates(BaseModel):
@@ -281,18 +278,7 @@ def read(path: Path = FIGURES) -> Figures:
     Raises:
         BenchmarkError: there are none, or the file is not one of ours.
     """
-    try:
-        return Figures.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise BenchmarkError(f"no figures at {path}: run python -m benchmarks.inference") from error
-    except ValidationError as error:
-        raise BenchmarkError(f"{path} does not hold the figures of this benchmark: {error}") from error
-
-
-def write(figures: Figures, path: Path = FIGURES) -> None:
-    """Write the figures beside ``path`` and rename them there."""
-    with replacing(path) as file:
-        file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
+    return stored.read(Figures, path, "benchmarks.inference")
 
 
 def markdown(figures: Figures) -> str:
@@ -381,7 +367,7 @@ def _run(options: argparse.Namespace) -> Figures:
         rates=rates,
         submissions=times,
     )
-    write(figures, options.figures)
+    stored.write(figures, options.figures)
     return figures
 
 

@@ -30,13 +30,15 @@ from typing import Any
 
 import httpx
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.inference import BenchmarkError, built, packages
+from benchmarks import stored
+from benchmarks.inference import built, packages
 from benchmarks.load import requests
 from benchmarks.peers import net
+from benchmarks.stored import BenchmarkError
 from serving.settings import PREFIX
 from training import device, provenance
 from training.__main__ import markdown_table
@@ -348,12 +350,7 @@ def read(path: Path = FIGURES) -> Figures:
     Raises:
         BenchmarkError: there are none, or the file is not one of ours.
     """
-    try:
-        return Figures.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise BenchmarkError(f"no figures at {path}: run python -m benchmarks.serving") from error
-    except ValidationError as error:
-        raise BenchmarkError(f"{path} does not hold the figures of this benchmark: {error}") from error
+    return stored.read(Figures, path, "benchmarks.serving")
 
 
 def write(figures: Figures, raw: Sequence[dict[str, Any]], path: Path, results: Path) -> None:
@@ -361,8 +358,7 @@ def write(figures: Figures, raw: Sequence[dict[str, Any]], path: Path, results: 
     results.parent.mkdir(parents=True, exist_ok=True)
     with replacing(results) as file:
         file.write("".join(f"{json.dumps(line)}\n" for line in raw).encode())
-    with replacing(path) as file:
-        file.write(f"{figures.model_dump_json(indent=1)}\n".encode())
+    stored.write(figures, path)
 
 
 def markdown(figures: Figures) -> str:

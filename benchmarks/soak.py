@@ -41,14 +41,15 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks import stored
+from benchmarks.stored import BenchmarkError
 from serving.settings import BUNDLED_MODEL, PREFIX
 from training import data, device, provenance
 from training.__main__ import markdown_table
-from training.files import replacing
 
 FIGURES = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,10 +67,6 @@ SHED = 503
 LEFT = "left"  # in place of a status: the client did not wait for one
 
 CONSOLE = Console(stderr=True)
-
-
-class SoakError(RuntimeError):
-    """A soak that cannot run; the message says why."""
 
 
 class Figures(BaseModel):
@@ -119,7 +116,7 @@ def server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     """A ``bentoml serve`` process with default settings that is ready: its address, and itself.
 
     Raises:
-        SoakError: it does not start, or does not end with 0 at SIGTERM.
+        BenchmarkError: it does not start, or does not end with 0 at SIGTERM.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -144,7 +141,7 @@ def server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
         process.send_signal(signal.SIGTERM)
         status = process.wait(START_SECONDS)
     if status != 0:
-        raise SoakError(f"the server ended with {status}: {log.read_text()[-500:]}")
+        raise BenchmarkError(f"the server ended with {status}: {log.read_text()[-500:]}")
 
 
 def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -155,7 +152,7 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -
                 return
         except httpx.TransportError:
             time.sleep(0.1)  # nobody listens yet; there is no event to wait for
-    raise SoakError(f"the server does not start: {log.read_text()[-500:]}")
+    raise BenchmarkError(f"the server does not start: {log.read_text()[-500:]}")
 
 
 @dataclass(frozen=True)
@@ -360,20 +357,9 @@ def read(path: Path = FIGURES) -> Figures:
     """The figures of an earlier soak.
 
     Raises:
-        SoakError: there are none, or the file is not one of ours.
+        BenchmarkError: there are none, or the file is not one of ours.
     """
-    try:
-        return Figures.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise SoakError(f"no figures at {path}: run python -m benchmarks.soak") from error
-    except ValidationError as error:
-        raise SoakError(f"{path} does not hold the figures of this soak: {error}") from error
-
-
-def write(figures: Figures, path: Path = FIGURES) -> None:
-    """Write the figures beside ``path`` and rename them there."""
-    with replacing(path) as file:
-        file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
+    return stored.read(Figures, path, "benchmarks.soak")
 
 
 def markdown(figures: Figures) -> str:
@@ -405,7 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         figures = read(options.figures) if options.markdown else _run(options)
-    except (SoakError, httpx.HTTPError, OSError) as error:
+    except (BenchmarkError, httpx.HTTPError, OSError) as error:
         print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return 1
     print(markdown(figures))
@@ -414,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> Figures:
     if options.seconds <= 0 or options.clients < 1:
-        raise SoakError("--clients has to be at least 1, and --seconds above 0")
+        raise BenchmarkError("--clients has to be at least 1, and --seconds above 0")
     date, commit = provenance.now(), provenance.commit()  # of the server's code, at its start
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (url, process):
         measured = asyncio.run(soak(url, process, options.seconds, options.clients))
@@ -428,7 +414,7 @@ def _run(options: argparse.Namespace) -> Figures:
         clients=options.clients,
         **measured,
     )
-    write(figures, options.figures)
+    stored.write(figures, options.figures)
     return figures
 
 

@@ -26,15 +26,16 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from benchmarks import stored
+from benchmarks.stored import BenchmarkError
 from training import data, device, model, optimizer, provenance, recipe, train
 from training.__main__ import markdown_table
 from training.data import Images
-from training.files import replacing
 from training.learner import Learner, TrainingError
 from training.processes import Processes
 from training.recipe import Recipe
@@ -42,10 +43,6 @@ from training.recipe import Recipe
 FIGURES = Path(__file__).with_suffix(".json")
 WARM_UP = 0.2  # of a measurement's seconds, and at least a step, before its clock starts
 LEAST_STEPS = 3  # of a measurement, however long they take
-
-
-class BenchmarkError(RuntimeError):
-    """A benchmark that cannot run; the message says why."""
 
 
 class Rates(BaseModel):
@@ -292,18 +289,7 @@ def read(path: Path = FIGURES) -> Figures:
     Raises:
         BenchmarkError: there are none, or the file is not one of ours.
     """
-    try:
-        return Figures.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise BenchmarkError(f"no figures at {path}: run python -m benchmarks.training") from error
-    except ValidationError as error:
-        raise BenchmarkError(f"{path} does not hold the figures of this benchmark: {error}") from error
-
-
-def write(figures: Figures, path: Path = FIGURES) -> None:
-    """Write the figures beside ``path`` and rename them there."""
-    with replacing(path) as file:
-        file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
+    return stored.read(Figures, path, "benchmarks.training")
 
 
 def markdown(figures: Figures) -> str:
@@ -360,7 +346,7 @@ def _run(options: argparse.Namespace) -> Figures:
             seconds=options.seconds,
             rates=rates,
         )
-        write(figures, options.figures)  # so that an interruption costs one recipe's figures only
+        stored.write(figures, options.figures)  # so that an interruption costs one recipe's figures only
     return figures
 
 

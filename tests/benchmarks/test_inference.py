@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import engines
 from benchmarks import inference as benchmark
+from benchmarks.stored import BenchmarkError
 from serving.model import Model
 from serving.settings import BUNDLED_MODEL
 
@@ -144,5 +145,5 @@ def test_wrong_arguments_are_one_clear_line(
 def test_an_engine_that_fails_is_named(tmp_path: Path) -> None:
     file = tmp_path / "text.onnx"
     file.write_text(json.dumps({}))
-    with pytest.raises(benchmark.BenchmarkError, match=r"onnxruntime with text\.onnx failed: "):
+    with pytest.raises(BenchmarkError, match=r"onnxruntime with text\.onnx failed: "):
         benchmark._apart("onnxruntime", file, "A1", "--rows", "1")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import serving as benchmark
-from benchmarks.inference import BenchmarkError
 from benchmarks.load import requests
 from benchmarks.serving import Load, Server
+from benchmarks.stored import BenchmarkError
 from tests.serving.server import ROOT
 
 # The peers that `make test` has the packages of.
