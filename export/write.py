@@ -10,6 +10,7 @@ from onnx import ModelProto
 
 from export import graph, member, metadata, parity, quantize, reliability, temperature
 from export.ensemble import Ensemble, half
+from export.graph import GraphError
 from export.parity import ELSEWHERE, LIMITS, PYTORCH, Parity
 from export.provider import BATCH, CPU, others
 from export.reliability import Bins
@@ -57,10 +58,13 @@ def write(
         CheckpointError, RecipeError: a checkpoint that cannot be used.
         TemperatureError: a trial that cannot give the temperature.
         DataError: a data set that is present but damaged.
-        GraphError: the graph does not keep the contract.
+        GraphError: a file's name does not end in ``.onnx``, or the graph does not keep the contract.
         ParityError, ProviderError: a file does not compute what it should, or a provider cannot run it.
             None of the files is written then.
     """
+    for path in files.values():
+        if path.suffix != ".onnx":  # the last of several checkpoints, say, with the file forgotten
+            raise GraphError(f"{path}: the model file comes last, and its name must end in .onnx")
     members = [member.load(path, views) for path in checkpoints]
     trials = [member.load(path, views) for path in temperature_from]
     fitted = temperature.of(members, trials)

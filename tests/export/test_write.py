@@ -209,6 +209,19 @@ def test_a_plot_of_no_known_kind_is_an_error_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_checkpoint_in_the_place_of_the_file_is_left_alone(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = train("A1"), train("A1", seed=1)
+    content = second.read_bytes()
+    for precision in ("fp32", "all"):
+        assert main(["write", str(first), str(second), "--precision", precision]) == 1
+        error = capsys.readouterr().err
+        assert f"{second}: the model file comes last, and its name must end in .onnx" in error
+    assert second.read_bytes() == content
+    assert not second.with_name("checkpoint.fp16.pt").exists()
+
+
 def test_not_a_checkpoint_is_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     foreign = tmp_path / "foreign.pt"
     foreign.write_bytes(b"foreign")
