@@ -100,7 +100,7 @@ def resume(
     """Train a created run from its last checkpoint to its end, and evaluate it if it is complete.
 
     The test images are used here and nowhere else, once, and for complete runs only; their row is
-    appended to ``results.csv`` if they trained on CIFAR-10. A run that had ended stays as it is.
+    added to ``results.csv``, once, if they trained on CIFAR-10. A run that had ended stays as it is.
 
     Returns:
         The state at the end, with its ``result`` if the run is complete.
@@ -124,9 +124,7 @@ def resume(
             if complete:
                 run.test(watch)
     if processes.first and state.result is not None and dataset.source == "cifar10":
-        result = Result.model_validate(state.result)
-        if result not in results.read():
-            results.append(result)
+        results.record(Result.model_validate(state.result))
     return state
 
 
