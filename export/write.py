@@ -55,7 +55,7 @@ def write(
         temperature_from: trials of the same recipes, whose held-out images give the temperature.
 
     Raises:
-        CheckpointError, RecipeError: a checkpoint that cannot be used.
+        CheckpointError, RecipeError: a checkpoint that cannot be used, or whose run is not finished.
         TemperatureError: a trial that cannot give the temperature.
         DataError: a data set that is present but damaged.
         GraphError: a file's name does not end in ``.onnx``, or the graph does not keep the contract.
@@ -66,6 +66,8 @@ def write(
         if path.suffix != ".onnx":  # the last of several checkpoints, say, with the file forgotten
             raise GraphError(f"{path}: the model file comes last, and its name must end in .onnx")
     members = [member.load(path, views) for path in checkpoints]
+    for path, part in zip(checkpoints, members, strict=True):
+        part.checkpoint.check_finished(path)
     trials = [member.load(path, views) for path in temperature_from]
     fitted = temperature.of(members, trials)
     ensemble = Ensemble([part.classifier() for part in members], fitted.value)

@@ -4,7 +4,6 @@ A run is created with a checkpoint of its initial state and then only ever conti
 checkpoint, so a first start and a resumption are the same code.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -50,7 +49,7 @@ def create(
     Raises:
         TrainingError: the folder holds a run.
         RecipeError: parts of the recipe that do not fit each other.
-        CheckpointError: a teacher that cannot be used.
+        CheckpointError: a teacher that cannot be used, or is not finished.
     """
     if (folder / CHECKPOINT).exists() or checkpoints.previous(folder / CHECKPOINT).exists():
         raise TrainingError(f"{folder} holds a run: resume it, or name another folder with --out")
@@ -117,7 +116,7 @@ def resume(
     if state.run["data"] != dataset.source:
         raise TrainingError(f"{folder} trains on {state.run['data']}, not on {dataset.source}")
     complete = state.run["complete"]
-    if state.epoch < state.parsed_recipe().epochs or (complete and state.result is None):
+    if not state.finished or (complete and state.result is None):
         run = Run(folder, state, dataset, processes, console, tensorboard)
         with watch.signals():
             run.train(watch)
@@ -134,6 +133,9 @@ def _copy_teacher(teacher: Path, beside: Path) -> None:
             f"no teacher at {teacher}: train one, or name its checkpoint with "
             "--set distillation.teacher=FILE"
         )
-    checkpoints.load(teacher).network()
-    with teacher.open("rb") as source, replacing(beside) as copy:
-        shutil.copyfileobj(source, copy)
+    content = checkpoints.read(teacher)  # once: the run that writes it may be going on
+    state = checkpoints.decode(content, teacher)
+    state.check_finished(teacher)
+    state.network()
+    with replacing(beside) as copy:
+        copy.write(content)

@@ -59,11 +59,6 @@ class Entry:
     network: nn.Module
 
     @property
-    def done(self) -> bool:
-        """Whether all epochs are trained."""
-        return self.state.epoch >= self.recipe.epochs
-
-    @property
     def val_accuracy(self) -> float | None:
         """That after the last epoch so far, where images are held out."""
         return self.state.history[-1].get("val_accuracy") if self.state.history else None
