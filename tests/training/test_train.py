@@ -151,6 +151,26 @@ def test_divergence_names_the_epoch(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(value.isfinite().all() for value in state.model.values())
 
 
+@pytest.mark.parametrize(("name", "complete"), [("val", False), ("test", True)])
+def test_divergence_in_the_last_step(
+    name: str, complete: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Only one step, whose loss is that of the initial weights.
+    settings = ["epochs=1", "batch_size=50", "drop_last=true", "optimizer.lr=1e30"]
+    path, out = tmp_path / "steep.toml", tmp_path / "run"
+    arguments = ["--limit", "50", "--set", "data.validation=0.2"]
+    if complete:
+        settings[1], arguments = "batch_size=500", []
+    path.write_text(recipe.load("A1", settings).to_toml())
+    assert main(["run", str(path), "--out", str(out), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert f"the {name} loss of epoch 1 is nan: the learning rate (1e+30) is probably too" in error
+    assert f"{out / 'checkpoint.pt'}, written before this was seen, may hold weights" in error
+    metrics = out / "metrics.jsonl"
+    assert not metrics.exists() or "NaN" not in metrics.read_text()
+    assert checkpoint.load(out / "checkpoint.pt").result is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
