@@ -116,7 +116,8 @@ class Learner:
         """What the steps of an epoch learn from, from step ``first`` on.
 
         Raises:
-            TrainingError: memory does not suffice; the message names a batch that fits.
+            TrainingError: memory does not suffice; of a single process, the message names a batch that
+                fits.
         """
         order = self.order(epoch)
         ahead = max(1, AHEAD // self.recipe.batch_size)
@@ -133,7 +134,8 @@ class Learner:
             classified correctly; scalars on the device.
 
         Raises:
-            TrainingError: memory does not suffice; the message names a batch that fits.
+            TrainingError: memory does not suffice; of a single process, the message names a batch that
+                fits.
         """
         self._parallel.train()
         try:
@@ -218,10 +220,13 @@ class Learner:
         return steps
 
     def _too_large(self, count: int, epoch: int) -> TrainingError:
-        rows = self.processes.rows(count)
-        size = self._fitting(rows.stop - rows.start, epoch) * self.processes.count
-        advice = f"{size} would fit: --set batch_size={size}, with a learning rate to match"
-        if size == 0:
+        if self.processes.count > 1:
+            # The search would run BatchNorm, which waits for the others; they are still in their step.
+            size = count // 2
+            advice = f"try --set batch_size={size}, with a learning rate to match, or more processes"
+        elif size := self._fitting(count, epoch):
+            advice = f"{size} would fit: --set batch_size={size}, with a learning rate to match"
+        else:
             advice = "not even one image fits; this network needs another device"
         return TrainingError(f"out of memory with a batch of {count} on {self.device}: {advice}")
 

@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.serving.server import ROOT
 from training import checkpoint, data
 from training.__main__ import main
 from training.processes import Processes
@@ -28,14 +30,16 @@ def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
 
 
-def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    processes: int, *arguments: str, program: Sequence[str] = ("-m", "training")
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     return subprocess.run(
-        [*command, str(processes), "-m", "training", *arguments],
+        [*command, str(processes), *program, *arguments],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -91,6 +95,26 @@ def test_error_of_the_first_process_ends_all(tmp_path: Path) -> None:
     process = torchrun(2, "run", "A1", "--out", str(tmp_path), "--set", "batch_size=1")
     assert process.returncode == 1
     assert "2 processes cannot share a batch of 1" in process.stderr
+
+
+def test_out_of_memory_in_one_process_ends_all(tmp_path: Path) -> None:
+    """The others wait in a collective that the search for a batch that fits would mix up."""
+    program, out = tmp_path / "program.py", tmp_path / "run"
+    program.write_text(
+        "import sys, torch\n"
+        "from training.__main__ import main\n"
+        "from training.learner import Learner\n"
+        "from training.processes import Processes\n"
+        "def learn(self, *arguments):\n"
+        "    raise torch.OutOfMemoryError('out of memory')\n"
+        "if Processes().rank == 1:\n"
+        "    Learner._learn = learn\n"
+        "sys.exit(main())\n"
+    )
+    arguments = ["run", "C1", "--out", str(out), "--limit", "50", "--epochs", "1", "--set"]
+    process = torchrun(2, *arguments, *SETTINGS["C1"], program=[str(program)])
+    assert process.returncode == 1
+    assert "out of memory with a batch of 25 on cpu: try --set batch_size=12," in process.stderr
 
 
 def test_shares_cover_a_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
