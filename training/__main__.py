@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from training import data, device, range_test, recipe, results, train
-from training.checkpoint import Checkpoint, CheckpointError, load_last
+from training import checkpoint, data, device, range_test, recipe, results, train
+from training.checkpoint import Checkpoint, CheckpointError
 from training.learner import Learner, TrainingError
 from training.model import build, parameter_count
 from training.processes import Processes
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "report":
             with console.status("writing pages"):
-                for page in pages.write(options.runs, options.out):
+                for page in pages.write(options.runs, options.out, console):
                     console.print(page, markup=False)
             return 0
         if options.deterministic:
@@ -130,7 +130,7 @@ def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
 
 
 def _open(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
-    load_last(options.run / CHECKPOINT)  # before the data set is looked for
+    checkpoint.load_last(options.run / CHECKPOINT)  # before the data set is looked for
     return options.run, data.load()
 
 
@@ -156,7 +156,7 @@ def _percent(fraction: float) -> str:
 def _free_folder(folder: Path) -> Path:
     """The folder, or the first of ``folder-2``, ``folder-3``, ... that holds no run."""
     free, number = folder, 1
-    while (free / CHECKPOINT).exists():
+    while checkpoint.present(free / CHECKPOINT):
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free

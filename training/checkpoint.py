@@ -169,6 +169,11 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
+def present(path: Path) -> bool:
+    """Whether ``load_last`` would find a checkpoint (perhaps damaged)."""
+    return path.exists() or previous(path).exists()
+
+
 def load_last(path: Path) -> tuple[Checkpoint, str]:
     """The checkpoint at ``path``, or the previous one where it is missing or damaged.
 

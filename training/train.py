@@ -51,7 +51,7 @@ def create(
         RecipeError: parts of the recipe that do not fit each other.
         CheckpointError: a teacher that cannot be used, or is not finished.
     """
-    if (folder / CHECKPOINT).exists() or checkpoints.previous(folder / CHECKPOINT).exists():
+    if checkpoints.present(folder / CHECKPOINT):
         raise TrainingError(f"{folder} holds a run: resume it, or name another folder with --out")
     train_images = data.split(dataset.train, recipe.data.validation)[0].first(limit)
     network = initial_network(recipe, seed, train_images)

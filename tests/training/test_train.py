@@ -85,6 +85,10 @@ def test_second_run_takes_another_folder(
     for _ in range(2):
         assert main(["run", "A1", *SMALL]) == 0
     assert [path.name for path in sorted(Path("runs").iterdir())] == ["A1-seed0", "A1-seed0-2"]
+    # A run whose last checkpoint is lost is one to resume still.
+    Path("runs/A1-seed0/checkpoint.pt").rename("runs/A1-seed0/checkpoint.previous.pt")
+    assert main(["run", "A1", *SMALL]) == 0
+    assert Path("runs/A1-seed0-3/checkpoint.pt").exists()
     capsys.readouterr()
     assert main(["run", "A1", "--out", "runs/A1-seed0", *SMALL]) == 1
     assert "holds a run" in capsys.readouterr().err
