@@ -21,7 +21,8 @@ from training.watch import Stopped, Watch
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
-    Returns the exit code: 1 for an error, 75 at the time limit, 128 + N for signal N.
+    Returns the exit code: 1 for an error, 75 at the time limit, 128 + N for signal N; torchrun makes
+    each of them 1.
     """
     options = _parser().parse_args(arguments)
     processes = Processes()
@@ -240,7 +241,8 @@ def _parser() -> argparse.ArgumentParser:
             "--max-seconds",
             type=_positive,
             metavar="N",
-            help="stop within N seconds with a checkpoint to resume from; the exit code is then 75",
+            help="stop within N seconds, or after the first step, with a checkpoint to resume from; the "
+            "exit code is then 75 (torchrun's is 1)",
         )
         command.add_argument(
             "--tensorboard",

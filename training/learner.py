@@ -249,7 +249,11 @@ class Learner:
 
 
 def mix(*numbers: int) -> int:
-    """A seed from several numbers, different for each combination."""
+    """A seed from several numbers, none of them negative.
+
+    Combinations of as many numbers have seeds of their own; but a SeedSequence takes no notice of zeros
+    at the end, so (3, 1) and (3, 1, 0) have the same. All runs so far are of these seeds.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
