@@ -18,6 +18,7 @@ def saved(model: ModelProto, path: Path) -> str:
 
 
 def entry(model: ModelProto, key: str) -> StringStringEntryProto:
+    found: StringStringEntryProto
     (found,) = [entry for entry in model.metadata_props if entry.key == key]
     return found
 
