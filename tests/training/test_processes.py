@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests.serving.server import ROOT
 from training import checkpoint, data
 from training.__main__ import main
+from training.learner import TrainingError
 from training.processes import Processes
 
 # A network without and one with BatchNorm; batches that cannot be shared evenly. SGD, because Adam and
@@ -126,6 +128,24 @@ def test_shares_cover_a_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setenv("RANK", str(rank))
                 rows += range(images)[Processes().rows(images)]
             assert rows == list(range(images))
+
+
+def test_after_an_error_nobody_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda *arguments, **options: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("in order"))
+
+    def fail() -> None:
+        with Processes().joined():
+            raise TrainingError("out of memory")
+
+    with pytest.raises(TrainingError, match="out of memory"):
+        fail()
+    assert left == []
+    with Processes().joined():
+        assert left == []
+    assert left == ["in order"]
 
 
 def test_alone_nothing_changes() -> None:
