@@ -61,7 +61,7 @@ class Learner:
         optimizers, scaler: with their states, which a run saves and loads.
 
     Raises:
-        TrainingError: too few images for a batch, or for the processes.
+        TrainingError: too few images for a batch, or for the processes, or too few GPUs for them.
         CheckpointError: a teacher that cannot be used.
     """
 
@@ -75,6 +75,12 @@ class Learner:
         teacher: Path,
     ) -> None:
         self.recipe, self.seed, self.processes = recipe, seed, processes
+        gpus = torch.cuda.device_count()
+        if 0 < gpus <= processes.local_rank:
+            raise TrainingError(
+                f"process {processes.local_rank + 1} on a machine with {gpus} GPU{'s' * (gpus > 1)}: "
+                f"start one process a GPU, torchrun --nproc-per-node {gpus}"
+            )
         self.device = device.choose(processes.local_rank)
         device.prepare(recipe, self.device)
         self.dtype = device.precision(recipe.amp, self.device)
