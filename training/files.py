@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -38,14 +38,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def locked(path: Path) -> Iterator[None]:
     """Hold the file for this process alone, after the others that hold it; it is made where it is not.
 
-    Inside, ``path`` may be replaced. Where the system has no ``flock`` (Windows) nothing is held.
+    Inside, ``path`` may be replaced. Where the system (Windows) or the file system has no ``flock``
+    nothing is held.
     """
     if sys.platform == "win32":
         yield
         return
     while True:
         with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(OSError):  # no locks here: better a row at risk than none
+                fcntl.flock(file, fcntl.LOCK_EX)
             # The one who held it before has perhaps put another file in its place.
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield
@@ -58,5 +60,5 @@ def _remove_leftovers(path: Path) -> None:
         try:
             if number.isdecimal() and time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
                 left.unlink()
-        except FileNotFoundError:  # its process has done it
+        except OSError:  # another process was faster, or it is not ours to remove
             continue

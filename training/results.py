@@ -64,9 +64,11 @@ def record(result: Result, path: Path = RESULTS) -> None:
 
     Of runs that end at the same time each waits for the one before it.
     """
+    if _has_row(result, read(path)):
+        return  # without the lock, which needs a file that can be written to
     with locked(path):
         rows = read(path)
-        if any(result.same_run(row) for row in rows):
+        if _has_row(result, rows):
             return
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(Result.model_fields), lineterminator="\n")
@@ -74,6 +76,10 @@ def record(result: Result, path: Path = RESULTS) -> None:
         writer.writerows(row.model_dump() for row in [*rows, result])
         with replacing(path) as file:
             file.write(text.getvalue().encode())
+
+
+def _has_row(result: Result, rows: list[Result]) -> bool:
+    return any(result.same_run(row) for row in rows)
 
 
 def summary(results: list[Result], digest: str) -> str:
