@@ -56,8 +56,9 @@ def load(path: Path, views: str | None) -> Member:
     Raises:
         CheckpointError, RecipeError: a checkpoint that cannot be used.
     """
-    state = checkpoints.load(path)
+    content = checkpoints.read(path)  # once: the digest is of the bytes that were loaded
+    state = checkpoints.decode(content, path)
     recipe = state.parsed_recipe()
     if views is not None:
         recipe = recipe.model_copy(update={"views": views})
-    return Member(state, hashlib.sha256(path.read_bytes()).hexdigest(), recipe)
+    return Member(state, hashlib.sha256(content).hexdigest(), recipe)

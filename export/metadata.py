@@ -33,9 +33,6 @@ def write(
 ) -> None:
     """Set a model file's metadata: texts, numbers as decimals, lists and objects as JSON.
 
-    The version is a digest of the graph with its weights: that of another precision, temperature or
-    choice of views is another one.
-
     Args:
         model: changed in place; metadata that it has is replaced.
         members: what it was made from. Of one, the facts are keys of the file; of several, they are
@@ -53,7 +50,7 @@ def write(
     values: dict[str, object] = {
         "contract": CONTRACT,
         "name": "+".join(member.checkpoint.recipe_name for member in members),
-        "version": hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()[:12],
+        "version": version(model),
         "classes": list(CLASSES),
         "precision": precision,
         "opset": OPSET,
@@ -78,11 +75,23 @@ def write(
     onnx.helper.set_model_props(model, texts)
 
 
+def version(model: ModelProto) -> str:
+    """Twelve hex digits that change with the graph and its weights, not with the metadata.
+
+    That of another precision, temperature or choice of views is another one.
+    """
+    bare = ModelProto()
+    bare.CopyFrom(model)
+    del bare.metadata_props[:]
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()[:12]
+
+
 def read(model: ModelProto) -> dict[str, str]:
     """A model file's metadata.
 
     Raises:
-        GraphError: it is not of a file of ours: a key is missing, or its value is unknown.
+        GraphError: it is not of a file of ours: a key is missing, or its value is unknown or not that
+            of the graph.
     """
     values = {entry.key: entry.value for entry in model.metadata_props}
     missing = [key for key in REQUIRED if not values.get(key)]
@@ -99,4 +108,13 @@ def read(model: ModelProto) -> dict[str, str]:
             json.loads(values[key])
     except ValueError as error:
         raise GraphError(f"{key} in the metadata is not JSON: {error}") from error
+    if json.loads(values["classes"]) != list(CLASSES):
+        raise GraphError(
+            f"classes {values['classes']} in the metadata; right would be {json.dumps(CLASSES)}"
+        )
+    if (found := version(model)) != values["version"]:
+        raise GraphError(
+            f"version {values['version']} in the metadata, but that of the graph is {found}: it was "
+            f"changed after it was written"
+        )
     return values

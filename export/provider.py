@@ -1,6 +1,5 @@
 """Providers: what can run a model file on this machine, in the sessions that the service would open."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import loky
@@ -8,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.graph import INPUT, OUTPUT
-from serving.errors import ProviderError
 from serving.providers import FULL_NAMES, obstacle, open_session
 from serving.settings import ProviderName
 
@@ -40,13 +38,7 @@ class Provider:
 CPU = Provider("cpu")
 
 
-def others(model: bytes) -> Iterator[Provider]:
-    """The providers beside the CPU that this machine has for ``model``."""
-    if not obstacle("openvino"):
-        yield Provider("openvino")
-    if not obstacle("cuda"):
-        try:
-            open_session(model, "cuda", 1)
-        except ProviderError:  # its libraries are not those of the GPU's driver, say
-            return
-        yield Provider("cuda")
+def others() -> list[Provider]:
+    """The providers beside the CPU that this machine has; that one of them fails is an error."""
+    names: tuple[ProviderName, ...] = ("openvino", "cuda")
+    return [Provider(name) for name in names if not obstacle(name)]

@@ -130,7 +130,7 @@ def _check_alike(members: Sequence[Member], trials: Sequence[Member]) -> None:
                 f"{trial} is of another recipe than {member}: {', '.join(differing)} differ; "
                 f"right would be the same but for data.validation"
             )
-        if trial.checkpoint.epoch < trial.recipe.epochs:
+        if not trial.checkpoint.finished:
             raise TemperatureError(
                 f"{trial} is not finished: epoch {trial.checkpoint.epoch} of {trial.recipe.epochs}"
             )

@@ -54,7 +54,7 @@ def verify(path: Path, checkpoints: Sequence[Path] = ()) -> Verification:
         checkpoints: that it says it was made from, in the same order, to compare with PyTorch.
 
     Raises:
-        GraphError: no model file, not one of ours, or not made from these checkpoints.
+        GraphError: no model file, not one of ours, changed since, or not made from these checkpoints.
         CheckpointError, RecipeError: a checkpoint that cannot be used.
         DataError: a data set that is present but damaged.
         ProviderError: a provider cannot run the file.
@@ -71,7 +71,7 @@ def verify(path: Path, checkpoints: Sequence[Path] = ()) -> Verification:
         in_pytorch = logits(_ensemble(values, checkpoints), images.pixels, BATCH).numpy()
         report = parity.compare(in_pytorch, found, images, source, PYTORCH, CPU.name)
         compared.append((report, report.findings(LIMITS[precision])))
-    for other in others(content):
+    for other in others():
         report = parity.compare(
             found, other.logits(content, pixels), images, source, CPU.name, other.name
         )

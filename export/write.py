@@ -10,6 +10,7 @@ from onnx import ModelProto
 
 from export import graph, member, metadata, parity, quantize, reliability, temperature
 from export.ensemble import Ensemble, half
+from export.graph import GraphError
 from export.parity import ELSEWHERE, LIMITS, PYTORCH, Parity
 from export.provider import BATCH, CPU, others
 from export.reliability import Bins
@@ -54,14 +55,19 @@ def write(
         temperature_from: trials of the same recipes, whose held-out images give the temperature.
 
     Raises:
-        CheckpointError, RecipeError: a checkpoint that cannot be used.
+        CheckpointError, RecipeError: a checkpoint that cannot be used, or whose run is not finished.
         TemperatureError: a trial that cannot give the temperature.
         DataError: a data set that is present but damaged.
-        GraphError: the graph does not keep the contract.
+        GraphError: a file's name does not end in ``.onnx``, or the graph does not keep the contract.
         ParityError, ProviderError: a file does not compute what it should, or a provider cannot run it.
             None of the files is written then.
     """
+    for path in files.values():
+        if path.suffix != ".onnx":  # the last of several checkpoints, say, with the file forgotten
+            raise GraphError(f"{path}: the model file comes last, and its name must end in .onnx")
     members = [member.load(path, views) for path in checkpoints]
+    for path, part in zip(checkpoints, members, strict=True):
+        part.checkpoint.check_finished(path)
     trials = [member.load(path, views) for path in temperature_from]
     fitted = temperature.of(members, trials)
     ensemble = Ensemble([part.classifier() for part in members], fitted.value)
@@ -85,7 +91,7 @@ def write(
             here.check(LIMITS[precision])
         content = model.SerializeToString()
         elsewhere = []
-        for other in others(content):
+        for other in others():
             actual = other.logits(content, pixels)
             there = parity.compare(found, actual, images, source, CPU.name, other.name)
             there.check(ELSEWHERE[precision])

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from training import data, device, range_test, recipe, results, train
-from training.checkpoint import Checkpoint, CheckpointError, load_last
+from training import checkpoint, data, device, range_test, recipe, results, train
+from training.checkpoint import Checkpoint, CheckpointError
 from training.learner import Learner, TrainingError
 from training.model import build, parameter_count
 from training.processes import Processes
@@ -21,7 +21,8 @@ from training.watch import Stopped, Watch
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
-    Returns the exit code: 1 for an error, 75 at the time limit, 128 + N for signal N.
+    Returns the exit code: 1 for an error, 75 at the time limit, 128 + N for signal N; torchrun makes
+    each of them 1.
     """
     options = _parser().parse_args(arguments)
     processes = Processes()
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "report":
             with console.status("writing pages"):
-                for page in pages.write(options.runs, options.out):
+                for page in pages.write(options.runs, options.out, console):
                     console.print(page, markup=False)
             return 0
         if options.deterministic:
@@ -130,7 +131,7 @@ def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
 
 
 def _open(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
-    load_last(options.run / CHECKPOINT)  # before the data set is looked for
+    checkpoint.load_last(options.run / CHECKPOINT)  # before the data set is looked for
     return options.run, data.load()
 
 
@@ -156,7 +157,7 @@ def _percent(fraction: float) -> str:
 def _free_folder(folder: Path) -> Path:
     """The folder, or the first of ``folder-2``, ``folder-3``, ... that holds no run."""
     free, number = folder, 1
-    while (free / CHECKPOINT).exists():
+    while checkpoint.present(free / CHECKPOINT):
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
@@ -240,7 +241,8 @@ def _parser() -> argparse.ArgumentParser:
             "--max-seconds",
             type=_positive,
             metavar="N",
-            help="stop within N seconds with a checkpoint to resume from; the exit code is then 75",
+            help="stop within N seconds, or after the first step, with a checkpoint to resume from; the "
+            "exit code is then 75 (torchrun's is 1)",
         )
         command.add_argument(
             "--tensorboard",

@@ -3,6 +3,7 @@
 A checkpoint is a dictionary of plain values and tensors, so it loads with ``weights_only=True``.
 """
 
+import io
 import pickle
 import zipfile
 import zlib
@@ -87,6 +88,19 @@ class Checkpoint(BaseModel):
         """The recipe, validated anew."""
         return parse(self.recipe, f"recipe {self.recipe_name} in the checkpoint")
 
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are trained."""
+        return self.epoch >= self.parsed_recipe().epochs
+
+    def check_finished(self, path: Path) -> None:
+        """Raise CheckpointError, which names ``path``, where epochs are left to train."""
+        if not self.finished:
+            done = f"epoch {self.epoch} of {self.parsed_recipe().epochs}"
+            raise CheckpointError(
+                f"{path}: not finished: {done}; go on with: python -m training resume {path.parent}"
+            )
+
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` says: all but the recipe's text, the tensors and the history."""
         return {
@@ -155,6 +169,11 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
+def present(path: Path) -> bool:
+    """Whether ``load_last`` would find a checkpoint (perhaps damaged)."""
+    return path.exists() or previous(path).exists()
+
+
 def load_last(path: Path) -> tuple[Checkpoint, str]:
     """The checkpoint at ``path``, or the previous one where it is missing or damaged.
 
@@ -181,15 +200,36 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: missing, damaged, of another format, or not a checkpoint of ours.
     """
+    return decode(read(path), path)
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a checkpoint's file.
+
+    Raises:
+        CheckpointError: missing, or it cannot be read.
+    """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def decode(content: bytes, path: Path) -> Checkpoint:
+    """A checkpoint from the bytes of its file, on the CPU; nothing in them is executed.
+
+    Raises:
+        CheckpointError: damaged, of another format, or not a checkpoint of ours; it names ``path``.
+    """
+    try:
         # torch reads tensors without a look at their checksums, which it does write.
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"{path}: damaged: the checksum of {damaged} differs")
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (
         *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, zipfile.BadZipFile),
         *(NotImplementedError, zlib.error, ValueError),

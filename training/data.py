@@ -56,7 +56,7 @@ def load() -> DataSet:
     torchvision downloads the files (170 MB, once). Their MD5 sums are checked in either case.
 
     Raises:
-        DataError: missing, damaged, or the download failed.
+        DataError: missing, damaged, not to be read, or the download failed.
     """
     named = os.environ.get(ROOT_VARIABLE)
     if named and named.endswith(".npz"):
@@ -68,6 +68,11 @@ def load() -> DataSet:
             for train in (True, False)
         ]
     except (URLError, OSError) as error:
+        if named:
+            raise DataError(
+                f"could not read CIFAR-10 in {root / FOLDER}: {error}. Make its files readable, or set "
+                f"{ROOT_VARIABLE} to another folder with {FOLDER} in it"
+            ) from error
         raise DataError(
             f"could not download CIFAR-10 to {root}: {error}. Fetch cifar-10-python.tar.gz by other "
             f"means, unpack it, and set {ROOT_VARIABLE} to the folder with {FOLDER} in it"

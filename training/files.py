@@ -1,19 +1,29 @@
-"""Files that are either whole or as they were before."""
+"""Files that are either whole or as they were before, and files that one process at a time changes."""
 
+import glob
 import os
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+if sys.platform != "win32":
+    import fcntl
+
+LEFTOVER_SECONDS = 3600.0  # no file takes so long to write
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file beside ``path`` that takes its place once it is written and on the disk.
 
-    A kill at any moment leaves the old file or the new one; after an error the old one stays.
+    A kill at any moment leaves the old file or the new one; after an error the old one stays. Each
+    process has a file of its own; what one that was killed left beside is removed an hour later.
     """
-    beside = path.with_name(path.name + ".new")
+    _remove_leftovers(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         with beside.open("wb") as file:
             yield file
@@ -22,3 +32,33 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the file for this process alone, after the others that hold it; it is made where it is not.
+
+    Inside, ``path`` may be replaced. Where the system (Windows) or the file system has no ``flock``
+    nothing is held.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    while True:
+        with path.open("ab") as file:
+            with suppress(OSError):  # no locks here: better a row at risk than none
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # The one who held it before has perhaps put another file in its place.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield
+                return
+
+
+def _remove_leftovers(path: Path) -> None:
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.new"):
+        number = left.name[len(path.name) + 1 : -len(".new")]
+        try:
+            if number.isdecimal() and time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
+                left.unlink()
+        except OSError:  # another process was faster, or it is not ours to remove
+            continue

@@ -61,7 +61,7 @@ class Learner:
         optimizers, scaler: with their states, which a run saves and loads.
 
     Raises:
-        TrainingError: too few images for a batch, or for the processes.
+        TrainingError: too few images for a batch, or for the processes, or too few GPUs for them.
         CheckpointError: a teacher that cannot be used.
     """
 
@@ -75,6 +75,12 @@ class Learner:
         teacher: Path,
     ) -> None:
         self.recipe, self.seed, self.processes = recipe, seed, processes
+        gpus = torch.cuda.device_count()
+        if 0 < gpus <= processes.local_rank:
+            raise TrainingError(
+                f"process {processes.local_rank + 1} on a machine with {gpus} GPU{'s' * (gpus > 1)}: "
+                f"start one process a GPU, torchrun --nproc-per-node {gpus}"
+            )
         self.device = device.choose(processes.local_rank)
         device.prepare(recipe, self.device)
         self.dtype = device.precision(recipe.amp, self.device)
@@ -116,7 +122,8 @@ class Learner:
         """What the steps of an epoch learn from, from step ``first`` on.
 
         Raises:
-            TrainingError: memory does not suffice; the message names a batch that fits.
+            TrainingError: memory does not suffice; of a single process, the message names a batch that
+                fits.
         """
         order = self.order(epoch)
         ahead = max(1, AHEAD // self.recipe.batch_size)
@@ -133,7 +140,8 @@ class Learner:
             classified correctly; scalars on the device.
 
         Raises:
-            TrainingError: memory does not suffice; the message names a batch that fits.
+            TrainingError: memory does not suffice; of a single process, the message names a batch that
+                fits.
         """
         self._parallel.train()
         try:
@@ -218,10 +226,13 @@ class Learner:
         return steps
 
     def _too_large(self, count: int, epoch: int) -> TrainingError:
-        rows = self.processes.rows(count)
-        size = self._fitting(rows.stop - rows.start, epoch) * self.processes.count
-        advice = f"{size} would fit: --set batch_size={size}, with a learning rate to match"
-        if size == 0:
+        if self.processes.count > 1:
+            # The search would run BatchNorm, which waits for the others; they are still in their step.
+            size = count // 2
+            advice = f"try --set batch_size={size}, with a learning rate to match, or more processes"
+        elif size := self._fitting(count, epoch):
+            advice = f"{size} would fit: --set batch_size={size}, with a learning rate to match"
+        else:
             advice = "not even one image fits; this network needs another device"
         return TrainingError(f"out of memory with a batch of {count} on {self.device}: {advice}")
 
@@ -244,7 +255,11 @@ class Learner:
 
 
 def mix(*numbers: int) -> int:
-    """A seed from several numbers, different for each combination."""
+    """A seed from several numbers, none of them negative.
+
+    Combinations of as many numbers have seeds of their own; but a SeedSequence takes no notice of zeros
+    at the end, so (3, 1) and (3, 1, 0) have the same. All runs so far are of these seeds.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -43,16 +43,18 @@ class Processes:
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Connect the processes: by gloo on the CPU, and nccl on GPUs."""
+        """Connect the processes: by gloo on the CPU, and nccl on GPUs.
+
+        After an error they are not disconnected, which could wait for others that wait in a step for
+        this one: torchrun ends them when this one has ended.
+        """
         if self.count == 1:
             yield
             return
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+        yield
+        dist.destroy_process_group()
 
     def rows(self, count: int) -> slice:
         """This process's share of ``count`` images of a batch: a contiguous part, as even as can be."""

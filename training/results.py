@@ -7,9 +7,13 @@ from statistics import mean, stdev
 
 from pydantic import BaseModel, ConfigDict
 
-from training.files import replacing
+from training.files import locked, replacing
 
 RESULTS = Path(__file__).parent / "results.csv"
+
+# What another evaluation of the same trained network may have otherwise: it is later, perhaps on
+# another device. The rest, the training's seconds among it, tells runs apart.
+EVALUATION = {"date", "accuracy", "single_view_accuracy", "device", "precision", "python", "torch"}
 
 
 class Result(BaseModel):
@@ -41,6 +45,10 @@ class Result(BaseModel):
     torch: str
     commit: str
 
+    def same_run(self, other: "Result") -> bool:
+        """Whether both are of one run, which was evaluated again perhaps."""
+        return self.model_dump(exclude=EVALUATION) == other.model_dump(exclude=EVALUATION)
+
 
 def read(path: Path = RESULTS) -> list[Result]:
     """All rows, oldest first; none where there is no file yet."""
@@ -51,14 +59,27 @@ def read(path: Path = RESULTS) -> list[Result]:
     return [Result.model_validate(row) for row in rows]
 
 
-def append(result: Result, path: Path = RESULTS) -> None:
-    """Add a row: the file is written anew beside the old one and renamed."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(Result.model_fields), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row.model_dump() for row in [*read(path), result])
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+def record(result: Result, path: Path = RESULTS) -> None:
+    """Add a run's row, where it has none yet: the file is written anew beside the old one and renamed.
+
+    Of runs that end at the same time each waits for the one before it.
+    """
+    if _has_row(result, read(path)):
+        return  # without the lock, which needs a file that can be written to
+    with locked(path):
+        rows = read(path)
+        if _has_row(result, rows):
+            return
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(Result.model_fields), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row.model_dump() for row in [*rows, result])
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())
+
+
+def _has_row(result: Result, rows: list[Result]) -> bool:
+    return any(result.same_run(row) for row in rows)
 
 
 def summary(results: list[Result], digest: str) -> str:

@@ -128,14 +128,15 @@ class Run:
 
         Raises:
             Stopped: ``watch`` has a reason to.
+            TrainingError: the loss is not finite.
         """
         if reason := self.processes.highest(watch.reason(self._needed(len(self.test_images)))):
             raise Stopped(reason)
         test_images = self.test_images.to(self.device)
-        evaluation = self._evaluate(test_images, self.recipe.views)
+        evaluation = self._evaluate("test", test_images, self.recipe.views)
         single = evaluation
         if self.recipe.views != "none":
-            single = self._evaluate(test_images, "none")
+            single = self._evaluate("test", test_images, "none")
         sessions = self.state.sessions
         result = Result(
             date=provenance.now(),
@@ -211,9 +212,9 @@ class Run:
             "train_loss": self.processes.total(loss_sum).item() / seen,
             "train_accuracy": self.processes.total(correct).item() / seen,
         }
-        self._check_finite(metrics["train_loss"])
+        self._check_finite("loss", metrics["train_loss"])
         if len(self.val_images):
-            val = self._evaluate(self.val_images, self.recipe.views)
+            val = self._evaluate("val", self.val_images, self.recipe.views)
             metrics |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
         state.seconds = seconds_before + time.monotonic() - began
         metrics["seconds"] = round(state.seconds, 1)
@@ -224,30 +225,36 @@ class Run:
             self._save()
         self._report(metrics)
 
-    def _evaluate(self, images: Images, views: str) -> Evaluation:
-        """Evaluate the network that the run gives, each process on its share of the images."""
+    def _evaluate(self, part: str, images: Images, views: str) -> Evaluation:
+        """Evaluate the network that the run gives, each process on its share of the images.
+
+        ``part`` of the data set is what they are: its name in the error of a loss that is not finite.
+        """
         recipe = self.recipe.model_copy(update={"views": views})
         rows = self.processes.rows(len(images))
         share = evaluate(self.learner.result, recipe, Images(images.pixels[rows], images.labels[rows]))
         sums = torch.tensor([share.correct, share.loss_sum], dtype=torch.float64)
         correct, loss_sum = self.processes.total(sums).tolist()
+        self._check_finite(f"{part} loss", loss_sum)
         return Evaluation(round(correct), loss_sum, len(images))
 
     def _needed(self, images: int) -> float:
         """Seconds to train on, or evaluate, so many images and write a checkpoint; rather too many."""
         return 1.0 + 2 * images * self._image_seconds + 2 * self._save_seconds
 
-    def _check_finite(self, loss: float) -> None:
+    def _check_finite(self, name: str, loss: float) -> None:
         if not math.isfinite(loss):
+            epoch = self.state.epoch + (self.state.step > 0)  # the one under way, or the last
             raise TrainingError(
-                f"the loss of epoch {self.state.epoch + 1} is {loss}: the learning rate "
-                f"({self.learner.lr:g}) is probably too high for this network and batch size; "
-                f"{self.folder / CHECKPOINT} is from before"
+                f"the {name} of epoch {epoch} is {loss}: the learning rate "
+                f"({self.learner.lr:g}) is probably too high for this network and batch size; start "
+                f"anew with a lower one, as {self.folder / CHECKPOINT}, written before this was seen, "
+                f"may hold weights that are too large already"
             )
 
     def _save(self) -> None:
         """Write the checkpoint and what belongs to it; a run whose loss is not finite keeps the old."""
-        self._check_finite(self.state.loss_sum)
+        self._check_finite("loss", self.state.loss_sum)
         began = time.monotonic()
         self.state.model = self.learner.model.state_dict()
         if self.learner.average is not None:

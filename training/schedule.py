@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from training import recipe
 
+EPS = 1e-8  # of ReduceLROnPlateau
+
 
 def learning_rate(
     schedule: recipe.Schedule,
@@ -43,11 +45,15 @@ def learning_rate(
             passed = sum(whole >= milestone for milestone in schedule.milestones)
             return base_lr * schedule.gamma**passed
         case recipe.Plateau():
-            return base_lr * schedule.factor ** plateaus(val_losses, schedule.patience)
+            count = plateaus(val_losses, schedule.patience)
+            # A change so small torch does not make, nor those that would follow it.
+            while count and base_lr * schedule.factor ** (count - 1) * (1 - schedule.factor) <= EPS:
+                count -= 1
+            return base_lr * schedule.factor**count
 
 
 def plateaus(losses: Sequence[float], patience: int, threshold: float = 1e-4) -> int:
-    """How often torch's ReduceLROnPlateau (mode ``min``) would have reduced after these ``losses``.
+    """How many plateaus torch's ReduceLROnPlateau (mode ``min``) would have found in these ``losses``.
 
     An epoch is better when its loss is below the best by a relative ``threshold``; more than
     ``patience`` epochs in a row that are not better are a plateau, and the count begins again.

@@ -4,7 +4,6 @@ A run is created with a checkpoint of its initial state and then only ever conti
 checkpoint, so a first start and a resumption are the same code.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -50,9 +49,9 @@ def create(
     Raises:
         TrainingError: the folder holds a run.
         RecipeError: parts of the recipe that do not fit each other.
-        CheckpointError: a teacher that cannot be used.
+        CheckpointError: a teacher that cannot be used, or is not finished.
     """
-    if (folder / CHECKPOINT).exists() or checkpoints.previous(folder / CHECKPOINT).exists():
+    if checkpoints.present(folder / CHECKPOINT):
         raise TrainingError(f"{folder} holds a run: resume it, or name another folder with --out")
     train_images = data.split(dataset.train, recipe.data.validation)[0].first(limit)
     network = initial_network(recipe, seed, train_images)
@@ -100,7 +99,7 @@ def resume(
     """Train a created run from its last checkpoint to its end, and evaluate it if it is complete.
 
     The test images are used here and nowhere else, once, and for complete runs only; their row is
-    appended to ``results.csv`` if they trained on CIFAR-10. A run that had ended stays as it is.
+    added to ``results.csv``, once, if they trained on CIFAR-10. A run that had ended stays as it is.
 
     Returns:
         The state at the end, with its ``result`` if the run is complete.
@@ -117,16 +116,14 @@ def resume(
     if state.run["data"] != dataset.source:
         raise TrainingError(f"{folder} trains on {state.run['data']}, not on {dataset.source}")
     complete = state.run["complete"]
-    if state.epoch < state.parsed_recipe().epochs or (complete and state.result is None):
+    if not state.finished or (complete and state.result is None):
         run = Run(folder, state, dataset, processes, console, tensorboard)
         with watch.signals():
             run.train(watch)
             if complete:
                 run.test(watch)
     if processes.first and state.result is not None and dataset.source == "cifar10":
-        result = Result.model_validate(state.result)
-        if result not in results.read():
-            results.append(result)
+        results.record(Result.model_validate(state.result))
     return state
 
 
@@ -136,6 +133,9 @@ def _copy_teacher(teacher: Path, beside: Path) -> None:
             f"no teacher at {teacher}: train one, or name its checkpoint with "
             "--set distillation.teacher=FILE"
         )
-    checkpoints.load(teacher).network()
-    with teacher.open("rb") as source, replacing(beside) as copy:
-        shutil.copyfileobj(source, copy)
+    content = checkpoints.read(teacher)  # once: the run that writes it may be going on
+    state = checkpoints.decode(content, teacher)
+    state.check_finished(teacher)
+    state.network()
+    with replacing(beside) as copy:
+        copy.write(content)

@@ -1,17 +1,19 @@
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
+import serving.providers
 from export.provider import CPU, others
 from serving.errors import ProviderError
-from serving.providers import obstacle
+from serving.providers import CUDA, obstacle
 from training import data
 
 
 def test_others_run_the_file_too_where_there_are_any(files: dict[str, Path]) -> None:
     content, pixels = files["fp32"].read_bytes(), data.load_sample().test.pixels[:50].numpy()
-    found = list(others(content))
+    found = others()
     assert CPU not in found
     assert ("OpenVINOExecutionProvider" in {other.name for other in found}) == (
         obstacle("openvino") is None
@@ -21,6 +23,16 @@ def test_others_run_the_file_too_where_there_are_any(files: dict[str, Path]) -> 
         actual = provider.logits(content, pixels)
         assert (actual.argmax(1) == expected.argmax(1)).mean() > 0.95
         assert np.abs(actual - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.skipif(
+    CUDA not in onnxruntime.get_available_providers(), reason="this onnxruntime has no CUDA provider"
+)
+def test_a_gpu_that_cannot_run_the_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.providers, "_gpu_count", lambda: 1)
+    (cuda,) = [other for other in others() if other.name == CUDA]
+    with pytest.raises(ProviderError, match=CUDA):
+        cuda.logits(b"nonsense", np.zeros((1, 32, 32, 3), np.uint8))
 
 
 @pytest.mark.parametrize("content", [b"nonsense", b""])

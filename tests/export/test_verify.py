@@ -1,17 +1,57 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, StringStringEntryProto, numpy_helper
 
+from export import metadata
 from export.__main__ import main
-from tests.export.conftest import Train
+from tests.export.conftest import BUNDLED, Bundled, Train
+from training.model import CLASSES
 
 
 def saved(model: ModelProto, path: Path) -> str:
     onnx.save(model, path)
     return str(path)
+
+
+def entry(model: ModelProto, key: str) -> StringStringEntryProto:
+    found: StringStringEntryProto
+    (found,) = [entry for entry in model.metadata_props if entry.key == key]
+    return found
+
+
+def test_the_bundled_file_keeps_its_version() -> None:
+    model = onnx.load(BUNDLED)
+    assert metadata.version(model) == metadata.read(model)["version"] == "d68322afaac3"
+
+
+def test_classes_in_another_order(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(files["fp32"])
+    classes = entry(model, "classes")
+    classes.value = json.dumps([CLASSES[1], CLASSES[0], *CLASSES[2:]])
+    assert main(["verify", saved(model, tmp_path / "swapped.onnx")]) == 1
+    error = capsys.readouterr().err
+    assert f"classes {classes.value} in the metadata; right would be {json.dumps(CLASSES)}" in error
+
+
+def test_another_temperature_than_when_it_was_written(
+    bundled: Bundled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "calibrated.onnx"
+    assert main(["write", str(bundled(0.2)), str(out)]) == 0
+    model = onnx.load(out)
+    (divisor,) = [t for t in model.graph.initializer if t.name == model.graph.node[-1].input[1]]
+    temperature = numpy_helper.to_array(divisor)
+    assert temperature == pytest.approx(float(entry(model, "temperature").value))
+    divisor.CopyFrom(numpy_helper.from_array(3 * temperature, divisor.name))
+    assert main(["verify", saved(model, tmp_path / "hotter.onnx")]) == 1
+    error = capsys.readouterr().err
+    assert f"version {entry(model, 'version').value} in the metadata, but that of the graph is" in error
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -34,12 +74,14 @@ def test_other_weights_than_the_metadata_says(
     weights = numpy_helper.to_array(head)
     noise = np.random.default_rng(0).normal(size=weights.shape, scale=weights.std())
     head.CopyFrom(numpy_helper.from_array((weights + 3 * noise).astype(np.float32), head.name))
+    entry(model, "version").value = metadata.version(model)
     file = saved(model, tmp_path / "noisy.onnx")
     assert main(["verify", file]) == 1
     assert "accuracy on the test images of sample" in capsys.readouterr().err
 
     # So little noise that the accuracy is the same: PyTorch tells them apart.
     head.CopyFrom(numpy_helper.from_array((weights + noise / 500).astype(np.float32), head.name))
+    entry(model, "version").value = metadata.version(model)
     file = saved(model, tmp_path / "hardly.onnx")
     assert main(["verify", file]) == 0
     assert main(["verify", file, "--checkpoint", str(trained)]) == 1

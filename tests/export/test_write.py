@@ -2,6 +2,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from onnx import ModelProto, numpy_helper
 from export import graph, metadata, parity, quantize
 from export.__main__ import main
 from export.ensemble import Ensemble
+from export.member import load
 from export.provider import CPU
 from tests.export.conftest import TEST, Bundled, Train
 from training import checkpoint, data, recipe
@@ -207,6 +209,44 @@ def test_a_plot_of_no_known_kind_is_an_error_before_anything_is_written(
     assert main(arguments) == 1
     assert "plot.txt" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_in_the_place_of_the_file_is_left_alone(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = train("A1"), train("A1", seed=1)
+    content = second.read_bytes()
+    for precision in ("fp32", "all"):
+        assert main(["write", str(first), str(second), "--precision", precision]) == 1
+        error = capsys.readouterr().err
+        assert f"{second}: the model file comes last, and its name must end in .onnx" in error
+    assert second.read_bytes() == content
+    assert not second.with_name("checkpoint.fp16.pt").exists()
+
+
+def test_an_unfinished_run_is_refused(
+    trained: Path, bundled: Bundled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unfinished = bundled(epoch=14)
+    assert main(["write", str(trained), str(unfinished), str(tmp_path / "out.onnx")]) == 1
+    assert f"{unfinished}: not finished: epoch 14 of 15" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_digest_is_of_the_checkpoint_that_was_loaded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, torch_load = tmp_path / "checkpoint.pt", torch.load
+    content = trained.read_bytes()
+    path.write_bytes(content)
+
+    def load_and_replace(*arguments: Any, **options: Any) -> Any:
+        state = torch_load(*arguments, **options)
+        path.write_bytes(b"the next checkpoint of a run that goes on")
+        return state
+
+    monkeypatch.setattr(torch, "load", load_and_replace)
+    assert load(path, None).digest == hashlib.sha256(content).hexdigest()
 
 
 def test_not_a_checkpoint_is_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,15 @@ def test_damaged_data_set_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         data.load()
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that fails to be read")
+def test_data_set_that_cannot_be_read_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / data.FOLDER).mkdir()
+    (tmp_path / data.FOLDER / "data_batch_1").symlink_to("/proc/self/mem")  # an error even for root
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(tmp_path))
+    with pytest.raises(data.DataError, match=r"could not read CIFAR-10 in .*Input/output error"):
+        data.load()
+
+
 def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # A real attempt, through a proxy that refuses every connection.
     monkeypatch.delenv(data.ROOT_VARIABLE, raising=False)

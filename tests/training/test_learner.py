@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training import data, recipe, train
-from training.learner import Learner
+from training.learner import Learner, TrainingError
 from training.processes import Processes
 
 
@@ -24,3 +24,14 @@ def test_batches_are_the_same_from_whatever_step_on(size: int) -> None:
         for batch, expected in zip(learner.batches(1, first), all_of_them[first:], strict=True):
             assert (batch.epoch, batch.step) == (1, expected.step)
             assert torch.equal(batch.inputs, expected.inputs)
+
+
+def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for variable, value in (("WORLD_SIZE", "3"), ("RANK", "2"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(variable, value)
+    chosen, images = recipe.load("A1"), data.load_sample().train
+    network = train.initial_network(chosen, 0, images)
+    with pytest.raises(TrainingError, match=r"process 3 on a machine with 2 GPUs: .*-node 2"):
+        Learner(chosen, 0, network, images, Processes(), Path())

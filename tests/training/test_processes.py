@@ -4,14 +4,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from tests.serving.server import ROOT
 from training import checkpoint, data
 from training.__main__ import main
+from training.learner import TrainingError
 from training.processes import Processes
 
 # A network without and one with BatchNorm; batches that cannot be shared evenly. SGD, because Adam and
@@ -28,14 +32,16 @@ def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
 
 
-def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    processes: int, *arguments: str, program: Sequence[str] = ("-m", "training")
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     return subprocess.run(
-        [*command, str(processes), "-m", "training", *arguments],
+        [*command, str(processes), *program, *arguments],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -93,6 +99,26 @@ def test_error_of_the_first_process_ends_all(tmp_path: Path) -> None:
     assert "2 processes cannot share a batch of 1" in process.stderr
 
 
+def test_out_of_memory_in_one_process_ends_all(tmp_path: Path) -> None:
+    """The others wait in a collective that the search for a batch that fits would mix up."""
+    program, out = tmp_path / "program.py", tmp_path / "run"
+    program.write_text(
+        "import sys, torch\n"
+        "from training.__main__ import main\n"
+        "from training.learner import Learner\n"
+        "from training.processes import Processes\n"
+        "def learn(self, *arguments):\n"
+        "    raise torch.OutOfMemoryError('out of memory')\n"
+        "if Processes().rank == 1:\n"
+        "    Learner._learn = learn\n"
+        "sys.exit(main())\n"
+    )
+    arguments = ["run", "C1", "--out", str(out), "--limit", "50", "--epochs", "1", "--set"]
+    process = torchrun(2, *arguments, *SETTINGS["C1"], program=[str(program)])
+    assert process.returncode == 1
+    assert "out of memory with a batch of 25 on cpu: try --set batch_size=12," in process.stderr
+
+
 def test_shares_cover_a_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (1, 2, 3, 8):
         for images in (1, 7, 8, 125):
@@ -102,6 +128,24 @@ def test_shares_cover_a_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setenv("RANK", str(rank))
                 rows += range(images)[Processes().rows(images)]
             assert rows == list(range(images))
+
+
+def test_after_an_error_nobody_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda *arguments, **options: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("in order"))
+
+    def fail() -> None:
+        with Processes().joined():
+            raise TrainingError("out of memory")
+
+    with pytest.raises(TrainingError, match="out of memory"):
+        fail()
+    assert left == []
+    with Processes().joined():
+        assert left == []
+    assert left == ["in order"]
 
 
 def test_alone_nothing_changes() -> None:

@@ -438,7 +438,19 @@ def test_missing_data_set_is_named(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("damage", ["no run", "no checkpoint", "cut off", "same name", "file"])
+def test_the_previous_checkpoint_gives_the_page_where_the_last_is_lost(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "checkpoint.pt").unlink()
+    assert main(["report", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert f"no checkpoint at {run / 'checkpoint.pt'}; going on from checkpoint.previous.pt" in out
+    assert (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("damage", ["no run", "cut off", "same name", "file"])
 def test_wrong_runs_are_one_clear_line(
     damage: str, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -450,11 +462,9 @@ def test_wrong_runs_are_one_clear_line(
     match damage:
         case "no run":
             message = f"no checkpoint at {file}"
-        case "no checkpoint":
-            file.unlink()
-            message = f"no checkpoint at {file}"
         case "cut off":
-            file.write_bytes(file.read_bytes()[:1000])
+            for part in (file, checkpoint.previous(file)):
+                part.write_bytes(part.read_bytes()[:1000])
             message = f"{file}: damaged"
         case "same name":
             arguments.insert(0, str(uninterrupted))

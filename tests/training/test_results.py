@@ -1,3 +1,5 @@
+import multiprocessing
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -29,15 +31,49 @@ def result(recipe: str, seed: int, accuracy: float, val_accuracy: float | None =
     )
 
 
-def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
+def test_rows_are_added_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     assert results.read(path) == []
     rows = [result("A1", 0, 0.5), result("A1", 1, 0.6, 0.61)]
     for row in rows:
-        results.append(row, path)
+        results.record(row, path)
     assert results.read(path) == rows
     assert path.read_text().count("\n") == 3
     assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+
+
+def _record_many(seeds: range, path: Path, together: Barrier) -> None:
+    together.wait()
+    for seed in seeds:
+        results.record(result("A1", seed, 0.5), path)
+
+
+def test_runs_that_end_together_all_get_their_rows(tmp_path: Path) -> None:
+    path, context = tmp_path / "results.csv", multiprocessing.get_context("spawn")
+    together = context.Barrier(2)
+    seeds = [range(30), range(30, 60)]
+    processes = [context.Process(target=_record_many, args=(part, path, together)) for part in seeds]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    assert sorted(row.seed for row in results.read(path)) == list(range(60))
+    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_a_run_has_one_row_however_often_it_is_evaluated(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    row = result("A1", 0, 0.5, 0.51)
+    results.record(row, path)
+    again = {"date": "2026-01-02T00:00:00+00:00", "accuracy": 0.5001, "device": "a processor + a GPU"}
+    results.record(row.model_copy(update=again), path)
+    assert results.read(path) == [row]
+    others = [row.model_copy(update={key: value}) for key, value in
+              (("seed", 1), ("commit", "def"), ("recipe_digest", "b"), ("seconds", 3.6))]  # fmt: skip
+    for other in others:
+        results.record(other, path)
+    assert results.read(path) == [row, *others]
 
 
 @pytest.mark.parametrize(

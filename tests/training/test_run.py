@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import checkpoint, data
+from training import checkpoint, data, results
 from training.__main__ import main
+from training.results import Result
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +143,12 @@ def test_previous_checkpoint_replaces_a_damaged_one(
     assert main(["resume", str(out)]) == 0
     assert "going on from checkpoint.previous.pt" in capsys.readouterr().out
     assert_same_run(out, uninterrupted)
-    assert checkpoint.load(path).result is not None
+    # It was evaluated again, and is still one run with one row.
+    evaluations = [checkpoint.load(folder / "checkpoint.pt").result for folder in (uninterrupted, out)]
+    for evaluation in evaluations:
+        results.record(Result.model_validate(evaluation), tmp_path / "results.csv")
+    (row,) = results.read(tmp_path / "results.csv")
+    assert row.model_dump() == evaluations[0]
 
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (out / name).write_bytes(whole[:1000])

@@ -61,15 +61,20 @@ def test_linear_falls_with_every_step_to_zero() -> None:
     assert [learning_rate(linear, 2.0, e, 4) for e in (0, 0.5, 3, 4)] == [2.0, 1.75, 0.5, 0.0]
 
 
-def test_plateau_is_torchs() -> None:
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("lr", "factor"), [(1.0, 0.5), (0.003, 0.1), (2e-6, 0.7), (1.5e-8, 0.5), (1e-8, 0.1)]
+)
+def test_plateau_is_torchs(lr: float, factor: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     losses = (1 / (1 + torch.arange(75.0)) + 0.2 * torch.rand(75, generator=generator)).tolist()
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
-    plateau = recipe.Plateau(kind="plateau", factor=0.5, patience=5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=factor, patience=3)
+    plateau = recipe.Plateau(kind="plateau", factor=factor, patience=3)
     for done in range(len(losses) + 1):
         expected = optimizer.param_groups[0]["lr"]
-        assert learning_rate(plateau, 1.0, done, 75, losses[:done]) == pytest.approx(expected)
+        actual = learning_rate(plateau, lr, done, 75, losses[:done])
+        assert actual == pytest.approx(expected, rel=1e-9, abs=0)
         if done < len(losses):
             scheduler.step(losses[done])
-    assert plateaus(losses, 5) >= 3
+    assert plateaus(losses, 3) >= 6

@@ -85,6 +85,10 @@ def test_second_run_takes_another_folder(
     for _ in range(2):
         assert main(["run", "A1", *SMALL]) == 0
     assert [path.name for path in sorted(Path("runs").iterdir())] == ["A1-seed0", "A1-seed0-2"]
+    # A run whose last checkpoint is lost is one to resume still.
+    Path("runs/A1-seed0/checkpoint.pt").rename("runs/A1-seed0/checkpoint.previous.pt")
+    assert main(["run", "A1", *SMALL]) == 0
+    assert Path("runs/A1-seed0-3/checkpoint.pt").exists()
     capsys.readouterr()
     assert main(["run", "A1", "--out", "runs/A1-seed0", *SMALL]) == 1
     assert "holds a run" in capsys.readouterr().err
@@ -149,6 +153,26 @@ def test_divergence_names_the_epoch(tmp_path: Path, capsys: pytest.CaptureFixtur
     # What is left is from before.
     state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
     assert all(value.isfinite().all() for value in state.model.values())
+
+
+@pytest.mark.parametrize(("name", "complete"), [("val", False), ("test", True)])
+def test_divergence_in_the_last_step(
+    name: str, complete: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Only one step, whose loss is that of the initial weights.
+    settings = ["epochs=1", "batch_size=50", "drop_last=true", "optimizer.lr=1e30"]
+    path, out = tmp_path / "steep.toml", tmp_path / "run"
+    arguments = ["--limit", "50", "--set", "data.validation=0.2"]
+    if complete:
+        settings[1], arguments = "batch_size=500", []
+    path.write_text(recipe.load("A1", settings).to_toml())
+    assert main(["run", str(path), "--out", str(out), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert f"the {name} loss of epoch 1 is nan: the learning rate (1e+30) is probably too" in error
+    assert f"{out / 'checkpoint.pt'}, written before this was seen, may hold weights" in error
+    metrics = out / "metrics.jsonl"
+    assert not metrics.exists() or "NaN" not in metrics.read_text()
+    assert checkpoint.load(out / "checkpoint.pt").result is None
 
 
 @pytest.mark.parametrize(

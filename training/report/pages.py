@@ -15,6 +15,7 @@ from urllib.parse import quote
 import jinja2
 import torch
 from markupsafe import Markup
+from rich.console import Console
 from torch import nn
 
 from training import checkpoint, data
@@ -59,11 +60,6 @@ class Entry:
     network: nn.Module
 
     @property
-    def done(self) -> bool:
-        """Whether all epochs are trained."""
-        return self.state.epoch >= self.recipe.epochs
-
-    @property
     def val_accuracy(self) -> float | None:
         """That after the last epoch so far, where images are held out."""
         return self.state.history[-1].get("val_accuracy") if self.state.history else None
@@ -86,13 +82,15 @@ class Entry:
         return {name: _text(name, value) for name, value in values.items() if value is not None}
 
 
-def write(folders: Sequence[Path], out: Path | None = None) -> Iterator[Path]:
+def write(folders: Sequence[Path], out: Path | None, console: Console) -> Iterator[Path]:
     """Write a page for each run, and one that compares them where there are several.
 
     Args:
         folders: of the runs.
         out: the folder for all pages. Without it a run's page is ``report.html`` in its own folder,
             and the comparison lies in the folder that the runs' folders have in common.
+        console: for a warning where a run's last checkpoint cannot be used, and the page is of the
+            previous one.
 
     Yields:
         The path of each page once it is written.
@@ -102,7 +100,7 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Iterator[Path]:
         DataError: the data set is missing or damaged.
         ReportError: a run of another data set, or two pages of one name.
     """
-    entries = [_read(folder, out) for folder in folders]
+    entries = [_read(folder, out, console) for folder in folders]
     parent = os.path.commonpath([folder.absolute().parent for folder in folders])
     comparison = (out or Path(parent)) / COMPARISON
     pages = [entry.page for entry in entries] + [comparison] * (len(entries) > 1)
@@ -173,8 +171,10 @@ def comparison_page(entries: Sequence[Entry], folder: Path) -> str:
     )
 
 
-def _read(folder: Path, out: Path | None) -> Entry:
-    state = checkpoint.load(folder / CHECKPOINT)
+def _read(folder: Path, out: Path | None, console: Console) -> Entry:
+    state, warning = checkpoint.load_last(folder / CHECKPOINT)
+    if warning:
+        console.print(warning, style="yellow", markup=False)
     state.optimizers.clear()  # of no use here, and as large as the network or larger
     name = folder.resolve().name
     page = folder / PAGE if out is None else out / f"{name}.html"

@@ -1,0 +1,36 @@
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from training.files import LEFTOVER_SECONDS, replacing
+
+
+def test_an_error_leaves_the_old_file_and_nothing_beside(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with replacing(path) as file:
+            file.write(b"ne")
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert [other.name for other in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
+    path = tmp_path / "file[1]"
+    left, written, foreign = (tmp_path / f"file[1].{part}" for part in ("1.new", "2.new", "mine.new"))
+    for other in (left, written, foreign):
+        other.write_bytes(b"half")
+    long_ago = time.time() - LEFTOVER_SECONDS - 1
+    for other in (left, foreign):
+        os.utime(other, (long_ago, long_ago))
+    with replacing(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert set(tmp_path.iterdir()) == {path, written, foreign}
