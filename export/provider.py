@@ -1,5 +1,6 @@
 """Providers: what can run a model file on this machine, in the sessions that the service would open."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import loky
@@ -7,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.graph import INPUT, OUTPUT
-from serving.providers import FULL_NAMES, obstacle, open_session
+from serving.errors import NoProviderError
+from serving.providers import FULL_NAMES, open_session
 from serving.settings import ProviderName
 
 BATCH = 250
@@ -38,7 +40,16 @@ class Provider:
 CPU = Provider("cpu")
 
 
-def others() -> list[Provider]:
-    """The providers beside the CPU that this machine has; that one of them fails is an error."""
+def others(model: bytes) -> Iterator[Provider]:
+    """The providers beside the CPU that this machine has.
+
+    Raises:
+        ProviderError: one of them is here and does not run the ``model``.
+    """
     names: tuple[ProviderName, ...] = ("openvino", "cuda")
-    return [Provider(name) for name in names if not obstacle(name)]
+    for name in names:
+        try:
+            open_session(model, name, 1)
+        except NoProviderError:
+            continue
+        yield Provider(name)

@@ -71,7 +71,7 @@ def verify(path: Path, checkpoints: Sequence[Path] = ()) -> Verification:
         in_pytorch = logits(_ensemble(values, checkpoints), images.pixels, BATCH).numpy()
         report = parity.compare(in_pytorch, found, images, source, PYTORCH, CPU.name)
         compared.append((report, report.findings(LIMITS[precision])))
-    for other in others():
+    for other in others(content):
         report = parity.compare(
             found, other.logits(content, pixels), images, source, CPU.name, other.name
         )

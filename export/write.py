@@ -91,7 +91,7 @@ def write(
             here.check(LIMITS[precision])
         content = model.SerializeToString()
         elsewhere = []
-        for other in others():
+        for other in others(content):
             actual = other.logits(content, pixels)
             there = parity.compare(found, actual, images, source, CPU.name, other.name)
             there.check(ELSEWHERE[precision])

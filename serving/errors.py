@@ -25,6 +25,10 @@ class ProviderError(StartError):
     """The execution provider that was asked for by name is not usable here."""
 
 
+class NoProviderError(ProviderError):
+    """The provider, its libraries or its device are not here."""
+
+
 class RequestError(Exception):
     """A request that gets an error answer; other requests do not notice."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from serving.errors import ProviderError
+from serving.errors import NoProviderError, ProviderError
 from serving.settings import ProviderName
 
 CPU = "CPUExecutionProvider"
@@ -59,11 +59,12 @@ def open_session(model: Path | bytes, provider: ProviderName, threads: int) -> o
         model: the file, or its bytes.
 
     Raises:
-        ProviderError: the provider cannot be used here; the message has the command that helps.
+        NoProviderError: the provider is not here; the message has the command that helps.
+        ProviderError: it does not run the model.
     """
     lack = obstacle(provider)
     if lack:
-        raise ProviderError(f"{lack}.")
+        raise NoProviderError(f"{lack}.")
     options = session_options()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -79,7 +80,7 @@ def open_session(model: Path | bytes, provider: ProviderName, threads: int) -> o
         raise ProviderError(f"{FULL_NAMES[provider]} does not run the model: {error}") from error
     # onnxruntime falls back to the CPU without an error.
     if session.get_providers()[0] != FULL_NAMES[provider]:
-        raise ProviderError(
+        raise NoProviderError(
             f"{FULL_NAMES[provider]} does not start, though a GPU is here; `{COMMANDS[provider]}`."
         )
     return session

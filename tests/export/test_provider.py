@@ -13,7 +13,7 @@ from training import data
 
 def test_others_run_the_file_too_where_there_are_any(files: dict[str, Path]) -> None:
     content, pixels = files["fp32"].read_bytes(), data.load_sample().test.pixels[:50].numpy()
-    found = others()
+    found = list(others(content))
     assert CPU not in found
     assert ("OpenVINOExecutionProvider" in {other.name for other in found}) == (
         obstacle("openvino") is None
@@ -30,9 +30,18 @@ def test_others_run_the_file_too_where_there_are_any(files: dict[str, Path]) -> 
 )
 def test_a_gpu_that_cannot_run_the_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving.providers, "_gpu_count", lambda: 1)
-    (cuda,) = [other for other in others() if other.name == CUDA]
-    with pytest.raises(ProviderError, match=CUDA):
-        cuda.logits(b"nonsense", np.zeros((1, 32, 32, 3), np.uint8))
+    monkeypatch.setattr(serving.providers, "obstacle", lambda name: None if name == "cuda" else "No")
+    with pytest.raises(ProviderError, match=f"{CUDA} does not run the model"):
+        list(others(b"nonsense"))
+
+
+def test_a_gpu_without_its_libraries_is_none(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if obstacle("cuda") is None:
+        pytest.skip("CUDA may work here")
+    monkeypatch.setattr(serving.providers, "_gpu_count", lambda: 1)
+    assert CUDA not in {other.name for other in others(files["fp32"].read_bytes())}
 
 
 @pytest.mark.parametrize("content", [b"nonsense", b""])
