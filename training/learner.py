@@ -237,21 +237,26 @@ class Learner:
         return TrainingError(f"out of memory with a batch of {count} on {self.device}: {advice}")
 
     def _fitting(self, batch: int, epoch: int) -> int:
-        """The largest halving of ``batch`` whose gradients can be computed; 0 where none can."""
-        while batch := batch // 2:
+        """The largest halving of ``batch`` whose gradients can be computed; 0 where none can.
+
+        From the smallest on: on a CPU each failure leaves the heap in more pieces, until nothing fits.
+        """
+        fitting = 0
+        for size in (batch >> halvings for halvings in range(batch.bit_length() - 1, 0, -1)):
             device.release_memory(self.device)
             try:
-                drawn = self._augment.draw(torch.arange(batch), epoch, torch.Generator())
-                inputs = self._augment.apply(self.images.pixels[:batch], drawn, epoch)
+                drawn = self._augment.draw(torch.arange(size), epoch, torch.Generator())
+                inputs = self._augment.apply(self.images.pixels[:size], drawn, epoch)
                 with self._autocast():
                     self.model(inputs).sum().backward()
-                return batch
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
+                break
+            fitting = size
             for part in self.optimizers:
                 part.zero_grad()
-        return 0
+        return fitting
 
 
 def mix(*numbers: int) -> int:
