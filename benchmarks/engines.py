@@ -117,9 +117,8 @@ def submission_seconds(run: Run, rows: int) -> float:
 def _peak_memory() -> float:
     """The most memory, in MiB, that the process has had in RAM."""
     status = Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # getrusage would give what the process that started this one had, if that is more
+    # getrusage would give what the process that started this one had, if that is more.
+    if status.exists():
         (line,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
         return int(line) * 1024 / MEBIBYTE
     unit = 1 if sys.platform == "darwin" else 1024

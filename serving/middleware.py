@@ -132,9 +132,9 @@ class ErrorShape:
         try:
             await self.app(scope, receive, shaped)
         except Exception as error:
-            if started and isinstance(error, RequestError):
-                return  # too late to tell; uvicorn ends the connection
             if started:
+                if isinstance(error, RequestError):
+                    return  # too late to tell; uvicorn ends the connection
                 raise
             if not isinstance(error, RequestError):
                 logger.exception("%s %s (%s) failed", scope["method"], scope["path"], request_id.get())

@@ -125,16 +125,7 @@ def test_a_server_that_ends_is_an_error_with_its_last_words(tmp_path: Path) -> N
 
 def test_the_client_counts_answers_by_status_and_errors(url: str) -> None:
     def load(path: str, *options: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "benchmarks.load", f"{url}{path}", "--connections", "3"]
-        done = subprocess.run(
-            [*command, "--seconds", "1", *options],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        return benchmark.load(f"{url}{path}", 3, 1, *options)
 
     good = load("/classify")
     assert good["statuses"] == {"200": good["answers"]}
