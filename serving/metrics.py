@@ -55,6 +55,7 @@ queue_seconds = Histogram("cifar10_queue_seconds", "Images' wait for the engine"
 engine_seconds = Histogram("cifar10_engine_seconds", "A run of the engine", buckets=SECONDS)
 batch_images = Histogram("cifar10_batch_images", "Images in a run of the engine", buckets=SIZES)
 shed = Counter("cifar10_shed_requests", "Requests refused because too many waited")
+evicted = Counter("cifar10_evicted_connections", "Connections closed because there were too many")
 predictions = Counter("cifar10_predictions", "Images by their most probable class", ["label"])
 confidence = Histogram(
     "cifar10_confidence", "Probability of an image's most probable class", buckets=TENTHS

@@ -57,7 +57,7 @@ from serving.requests import (
 from serving.responses import Answers, Classification, Csv, answer_response, error_body, error_response
 from serving.settings import METRICS_FOLDER, Settings
 from serving.submission import read_submission
-from serving.uvicorn_server import limit_connections, running_server, shorten
+from serving.uvicorn_server import connections_that_fit, limit_connections, running_server, shorten
 
 logger = logging.getLogger("serving")
 logger.setLevel(logging.INFO)  # BentoML shows warnings only, of all loggers but its own
@@ -298,7 +298,13 @@ class Classifier:
         server = running_server()
         if server is not None:  # in a test without a server there is none
             drain.listen(server)
-            limit_connections(server, SETTINGS.head_timeout, SETTINGS.body_timeout)
+            limit_connections(
+                server,
+                connections_that_fit(SETTINGS.max_connections),
+                SETTINGS.head_timeout,
+                SETTINGS.body_timeout,
+                self.metrics.evicted.inc,
+            )
             if not SETTINGS.tracing:  # BentoML makes the spans, on its own way
                 shorten(server, SHORT, short_way())
 

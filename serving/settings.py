@@ -54,6 +54,11 @@ class Settings(BaseModel):
     max_waiting: PositiveInt = Field(
         512, description="Requests that have arrived and wait for their answers before new ones get 503."
     )
+    max_connections: PositiveInt = Field(
+        1024,
+        validate_default=True,
+        description="Open connections before those that have gone without a request longest are closed.",
+    )
     max_body_bytes: PositiveInt = Field(64 * 2**20, description="Bytes of a request body.")
     max_upload_bytes: PositiveInt = Field(
         512 * 2**20,
@@ -85,6 +90,14 @@ class Settings(BaseModel):
         description="Spans (OpenTelemetry) for each request, as BentoML's configuration says.",
     )
     access_log: bool = Field(False, description="Log a line of JSON per request.")
+
+    @field_validator("max_connections")
+    @classmethod
+    def _leaves_one(cls, value: int, info: ValidationInfo) -> int:
+        waiting = info.data.get("max_waiting", 0)
+        if value <= waiting:
+            raise ValueError(f"{waiting} requests may wait ({PREFIX}MAX_WAITING), each on a connection")
+        return value
 
     @field_validator("max_upload_bytes")
     @classmethod

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import logging
+import resource
 import signal
-from collections.abc import Container, Sized
+from collections.abc import Callable, Container, Sized
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -14,7 +16,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from serving.errors import RequestError
 from serving.responses import error_body
 
+logger = logging.getLogger("serving")
+
 MAX_HEAD_BYTES = 64 * 1024
+OTHER_FILES = 1024  # what the process opens beside connections: bodies on disk, libraries, the model
 
 
 def running_server() -> uvicorn.Server | None:
@@ -61,13 +66,40 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
-def limit_connections(server: uvicorn.Server, head_seconds: float, body_seconds: float) -> None:
-    """Close connections that bring too much, or too little for too long; uvicorn keeps them for ever.
+def connections_that_fit(wanted: int) -> int:
+    """As many connections as wanted, or as there can be: the limit of open files is raised for them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = wanted + OTHER_FILES
+    if hard != resource.RLIM_INFINITY and hard < files:
+        files = hard
+    if soft != resource.RLIM_INFINITY and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    fitting = min(wanted, max(files - OTHER_FILES, files // 2))
+    if fitting < wanted:
+        logger.warning(
+            "%d connections at once, not %d: this process may open %d files (ulimit -Hn)",
+            *(fitting, wanted, files),
+        )
+    return fitting
 
+
+def limit_connections(
+    server: uvicorn.Server,
+    most: int,
+    head_seconds: float,
+    body_seconds: float,
+    evicted: Callable[[], object],
+) -> None:
+    """Close connections that are too many, or bring too much, or too little for too long.
+
+    uvicorn keeps all of them for ever. When there are more than `most`, that one goes, and `evicted` is
+    called, which has been without a whole request for longest: a request that has arrived is answered.
     A request line with its headers may take `head_seconds`, and 64 KiB, as may what lies between and
     after the pieces of a body. An answer must be taken within `body_seconds`. A body is not taken
     together with an offer to speak another protocol: the parser would read on behind the headers.
     """
+    # Those without a whole request that waits for its answer, by the time since when: how to close each.
+    unasked: dict[HttpToolsProtocol, Callable[[], None]] = {}
 
     class Connection(HttpToolsProtocol):
         _overdue: asyncio.TimerHandle | None = None  # set while the head of a request is awaited
@@ -78,6 +110,9 @@ def limit_connections(server: uvicorn.Server, head_seconds: float, body_seconds:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.flow = _Flow(transport, self.pipeline)
+            unasked[self] = self._make_room
+            if len(self.connections) > most:
+                next(iter(unasked.values()))()
             self._await_head()
 
         def data_received(self, data: bytes) -> None:
@@ -101,10 +136,18 @@ def limit_connections(server: uvicorn.Server, head_seconds: float, body_seconds:
             super().on_body(body)
 
         def on_message_complete(self) -> None:
+            if not self.cycle.response_complete:
+                unasked.pop(self, None)
             self._head_bytes = 0
             if self._overdue is not None:  # the time of a refused body is not that of the next head
                 self._await_head()
             super().on_message_complete()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            # Unless the next request has come already.
+            if self in self.connections and (self.cycle.response_complete or self.cycle.more_body):
+                unasked[self] = self._make_room
 
         def send_400_response(self, msg: str) -> None:
             if self.cycle is None or self.cycle.response_complete:  # else it would be within an answer
@@ -123,6 +166,7 @@ def limit_connections(server: uvicorn.Server, head_seconds: float, body_seconds:
             super().resume_writing()
 
         def connection_lost(self, exc: Exception | None) -> None:
+            unasked.pop(self, None)
             self._cancel()
             self._cancel_unread()
             super().connection_lost(exc)
@@ -147,6 +191,12 @@ def limit_connections(server: uvicorn.Server, head_seconds: float, body_seconds:
         def _give_up(self) -> None:
             self._cancel()
             self.transport.close()
+
+        def _make_room(self) -> None:
+            evicted()
+            unasked.pop(self)
+            self.connections.discard(self)  # now, or the next new one would push out another for it
+            self._give_up()
 
     if server.config.http_protocol_class is HttpToolsProtocol:
         server.config.http_protocol_class = Connection

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -148,6 +149,45 @@ def test_who_does_not_take_the_answers_is_hung_up_on(strict_url: str) -> None:
                 hung_up = True
         assert hung_up
         assert under_way(client) == 0
+
+
+def test_who_floods_with_connections_pushes_out_the_own_ones(
+    tmp_path: Path, images: npt.NDArray[np.uint8]
+) -> None:
+    half = post("/classify", 100_000)
+    begins = [b"", b"GET /", half + b"x", post("/classify", 0) + half]
+    form = httpx.Request("POST", "http://a", files={"file": ("a.pkl", pickled({"data": images[:500]}))})
+    body = form.read()
+    with (
+        serving(
+            tmp_path,
+            SERVING_MODEL=str(write_slow_model(tmp_path)),
+            SERVING_PROVIDER="cpu",
+            SERVING_THREADS="1",
+            SERVING_MAX_WAITING="5",
+            SERVING_MAX_CONNECTIONS="6",
+        ) as url,
+        connected(url) as asked,
+        ExitStack() as stack,
+    ):
+        asked.sendall(post("/submission", len(body), form.headers["content-type"]) + body)
+        with httpx.Client(base_url=url) as client:
+            while not under_way(client):
+                pass
+        flood = []
+        for begin in begins * 10:
+            flood.append(stack.enter_context(connected(url)))
+            flood[-1].sendall(begin)
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        for connection in flood[:-6]:
+            with suppress(ConnectionResetError):
+                while connection.recv(65536):
+                    pass
+        assert asked.recv(65536).startswith(b"HTTP/1.1 200 ")
+        evicted = value(
+            read(stack.enter_context(httpx.Client(base_url=url))), "cifar10_evicted_connections_total"
+        )
+    assert len(flood) - 6 < evicted <= len(flood) + 2
 
 
 def test_a_body_with_an_offer_to_upgrade_is_no_request_of_its_own(strict_url: str) -> None:

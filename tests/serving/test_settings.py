@@ -47,6 +47,7 @@ def test_unknown_variable_is_named() -> None:
         ("SERVING_MAX_ROWS", "0"),
         ("SERVING_MAX_ROWS", "many"),
         ("SERVING_REQUEST_TIMEOUT", "-1"),
+        ("SERVING_MAX_CONNECTIONS", "512"),  # no more than requests may wait
         ("SERVING_MAX_UPLOAD_BYTES", "1000"),  # fewer than a single body may have
     ],
 )

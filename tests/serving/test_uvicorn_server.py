@@ -1,6 +1,8 @@
 """uvicorn as it is used here: what is relied on beyond its documentation."""
 
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,3 +60,18 @@ def test_posts_to_short_paths_go_past_the_servers_application(proxy_headers: boo
         assert httpx.post(f"{url}/short", headers=headers).text == f"short for {client}"
         assert httpx.get(f"{url}/short", headers=headers).text == f"long for {client}"
         assert httpx.post(f"{url}/other", headers=headers).text == f"long for {client}"
+
+
+@pytest.mark.parametrize(
+    ("hard", "fitting", "soft"), [(10_000, 1000, 2024), (1500, 750, 1500), (2000, 1000, 2000)]
+)
+def test_open_files_bound_the_connections(hard: int, fitting: int, soft: int) -> None:
+    program = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))
+from serving.uvicorn_server import connections_that_fit
+print(connections_that_fit(1000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert run.stdout.split() == [str(fitting), str(soft)]
+    assert ("ulimit" in run.stderr) == (fitting < 1000)
