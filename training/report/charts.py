@@ -116,7 +116,7 @@ def lines(
     height = max(HEIGHT, LABEL * len(series))
     ends = [
         f"{part.label}, from {_number(part.values[0], percent)} to {_number(part.values[-1], percent)}"
-        if len(part.values) > 1
+        if len(set(part.values)) > 1
         else part.label
         for part in series
         if part.label

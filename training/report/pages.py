@@ -34,7 +34,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 MISTAKES = 24
 SAMPLES, TIMES = 6, 7  # training images shown, and augmented versions of each
-TRAIN, VAL, TEST = 0, 1, 2  # colours of the images in a run's charts
+TRAIN, VAL, TEST, REPORTED = 0, 1, 2, 3  # colours in a run's charts
 
 # What the head of a page says in its own words, or better places of it do.
 TOLD = {
@@ -226,6 +226,10 @@ def _curves(entry: Entry) -> dict[str, Markup]:
     if (value := entry.test_accuracy) is not None:
         label = f"test {_percent(value)}"
         accuracies.append(charts.Series(label, [history[-1]["epoch"]], [value], TEST))
+    if (claim := entry.recipe.report) is not None:
+        label = f"reported {_percent(claim.accuracy)}"
+        ends = [history[0]["epoch"], history[-1]["epoch"]]
+        accuracies.append(charts.Series(label, ends, [claim.accuracy] * 2, REPORTED, faint=True))
     changes = [
         (part.from_epoch + 1, f"{part.size} px")
         for part in entry.recipe.resolution
