@@ -22,7 +22,10 @@ from training.processes import Processes
 # Muon make steps of one size from gradients that are nothing but rounding; small steps, because what
 # differs in rounding differs tenfold after each large one.
 SETTINGS = {
-    "A1": ["batch_size=125", "optimizer.lr=0.05"],
+    "A1": [
+        "batch_size=125",
+        "optimizer={kind='sgd', lr=0.05, momentum=0.9, nesterov=false, weight_decay=0.0}",
+    ],
     "C1": ["batch_size=25", "model.widths=[16,16,32]", "optimizer.lr=1e-4"],
 }
 

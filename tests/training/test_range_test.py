@@ -79,7 +79,7 @@ def test_only_training_images_count(
     labels[held_out.labels] = 0
     nothing = Images(sample.test.pixels[:0], sample.test.labels[:0])
     arguments = ["lr-find", "A1", "--steps", "20", "--out", str(tmp_path / "plot.svg")]
-    arguments += ["--set", "batch_size=64", "data.validation=0.1"]
+    arguments += ["--set", "batch_size=32", "data.validation=0.1"]
     assert main(arguments) == 0
     expected = capsys.readouterr().out
     changed = DataSet(Images(sample.train.pixels, labels), nothing, "sample")
