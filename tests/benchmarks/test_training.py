@@ -33,7 +33,7 @@ def test_figures_are_written_and_become_a_table(
     assert written["commit"]
     assert written["date"]
     (rates,) = written["rates"]
-    assert (rates["recipe"], rates["batch_size"], rates["precision"]) == ("A1", 4, "float32")
+    assert (rates["recipe"], rates["batch_size"], rates["precision"]) == ("A1", 128, "float32")
     for loop in ("job", "plain", "job_without_augmentation"):
         assert len(rates[loop]) == 1
         assert all(rate > 0 for rate in rates[loop])
