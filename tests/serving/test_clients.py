@@ -40,6 +40,13 @@ def images_run(samples: Samples) -> float:
     return value(samples, "cifar10_batch_images_sum")
 
 
+def submission(pickle: bytes) -> bytes:
+    """A whole request that posts the pickle."""
+    form = httpx.Request("POST", "http://a", files={"file": ("a.pkl", pickle)})
+    body = form.read()
+    return post("/submission", len(body), form.headers["content-type"]) + body
+
+
 def trickle(connection: socket.socket, piece: bytes) -> bytes:
     """Send the piece again and again, slowly, until the server ends it; what it said."""
     said = b""
@@ -156,8 +163,6 @@ def test_who_floods_with_connections_pushes_out_the_own_ones(
 ) -> None:
     half = post("/classify", 100_000)
     begins = [b"", b"GET /", half + b"x", post("/classify", 0) + half]
-    form = httpx.Request("POST", "http://a", files={"file": ("a.pkl", pickled({"data": images[:500]}))})
-    body = form.read()
     with (
         serving(
             tmp_path,
@@ -170,7 +175,7 @@ def test_who_floods_with_connections_pushes_out_the_own_ones(
         connected(url) as asked,
         ExitStack() as stack,
     ):
-        asked.sendall(post("/submission", len(body), form.headers["content-type"]) + body)
+        asked.sendall(submission(pickled({"data": images[:500]})))
         with httpx.Client(base_url=url) as client:
             while not under_way(client):
                 pass
@@ -184,9 +189,8 @@ def test_who_floods_with_connections_pushes_out_the_own_ones(
                 while connection.recv(65536):
                     pass
         assert asked.recv(65536).startswith(b"HTTP/1.1 200 ")
-        evicted = value(
-            read(stack.enter_context(httpx.Client(base_url=url))), "cifar10_evicted_connections_total"
-        )
+        with httpx.Client(base_url=url) as client:
+            evicted = value(read(client), "cifar10_evicted_connections_total")
     assert len(flood) - 6 < evicted <= len(flood) + 2
 
 
@@ -237,9 +241,7 @@ def test_work_that_nobody_waits_for_is_dropped(
         before = read(client)
         if leaves:
             with connected(strict_url) as connection:
-                form = httpx.Request("POST", strict_url, files={"file": ("a.pkl", content)})
-                body = form.read()
-                connection.sendall(post("/submission", len(body), form.headers["content-type"]) + body)
+                connection.sendall(submission(content))
                 while images_run(read(client)) == images_run(before):
                     pass
         else:

@@ -7,13 +7,14 @@ import pytest
 from training import data, recipe
 from training.__main__ import main
 
+SGD = "optimizer={kind='sgd', lr=0.05, momentum=0.9, nesterov=false, weight_decay=0.0}"
+
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of A1's network and augmentation: three epochs of eight steps of SGD that learn."""
     path = tmp_path_factory.mktemp("recipe") / "short.toml"
-    sgd = "optimizer={kind='sgd', lr=0.05, momentum=0.9, nesterov=false, weight_decay=0.0}"
-    path.write_text(recipe.load("A1", ["epochs=3", "batch_size=64", sgd]).to_toml())
+    path.write_text(recipe.load("A1", ["epochs=3", "batch_size=64", SGD]).to_toml())
     return path
 
 

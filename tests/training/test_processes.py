@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.serving.server import ROOT
+from tests.training.conftest import SGD
 from training import checkpoint, data
 from training.__main__ import main
 from training.learner import TrainingError
@@ -22,10 +23,7 @@ from training.processes import Processes
 # Muon make steps of one size from gradients that are nothing but rounding; small steps, because what
 # differs in rounding differs tenfold after each large one.
 SETTINGS = {
-    "A1": [
-        "batch_size=125",
-        "optimizer={kind='sgd', lr=0.05, momentum=0.9, nesterov=false, weight_decay=0.0}",
-    ],
+    "A1": ["batch_size=125", SGD],
     "C1": ["batch_size=25", "model.widths=[16,16,32]", "optimizer.lr=1e-4"],
 }
 
