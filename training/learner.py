@@ -239,16 +239,16 @@ class Learner:
     def _fitting(self, batch: int, epoch: int) -> int:
         """The largest halving of ``batch`` whose gradients can be computed; 0 where none can.
 
-        From the smallest on: on a CPU each failure leaves the heap in more pieces, until nothing fits.
+        From the smallest on, and each only where more than it should take is free: with a CPU's memory
+        used up, oneDNN may call code that it had no room for, which ends the process.
         """
-        fitting = 0
+        fitting, needed = 0, 0
         for size in (batch >> halvings for halvings in range(batch.bit_length() - 1, 0, -1)):
             device.release_memory(self.device)
             try:
-                drawn = self._augment.draw(torch.arange(size), epoch, torch.Generator())
-                inputs = self._augment.apply(self.images.pixels[:size], drawn, epoch)
-                with self._autocast():
-                    self.model(inputs).sum().backward()
+                torch.empty(needed, dtype=torch.uint8, device=self.device)
+                device.release_memory(self.device)
+                needed = 3 * self._compute_gradients(size, epoch)  # the next size is twice this one
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
@@ -257,6 +257,23 @@ class Learner:
             for part in self.optimizers:
                 part.zero_grad()
         return fitting
+
+    def _compute_gradients(self, size: int, epoch: int) -> int:
+        """Compute the gradients of a batch of this ``size``; the bytes that were kept for them."""
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        drawn = self._augment.draw(torch.arange(size), epoch, torch.Generator())
+        inputs = self._augment.apply(self.images.pixels[:size], drawn, epoch)
+        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with hooks, self._autocast():
+            logits = self.model(inputs)
+        logits.sum().backward()
+        return sum(kept.values())
 
 
 def mix(*numbers: int) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -177,20 +178,29 @@ def test_full_disk_keeps_the_last_checkpoint(short: Path, uninterrupted: Path, t
     assert_same_run(out, uninterrupted)
 
 
-def test_out_of_memory_names_a_batch_that_fits(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    # 2.3 GB on top of what the program itself takes: too little for 500 images in B2's network, and far
-    # more than half of them need. With hardly enough oneDNN would crash, which asks for small pieces.
+def test_out_of_memory_names_a_batch_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, many = tmp_path / "run", tmp_path / "many.npz"
+    arrays = dict(np.load(data.SAMPLE, allow_pickle=False))
+    np.savez(
+        many, **{name: np.concatenate([part] * 40) for name, part in arrays.items()}, allow_pickle=False
+    )
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(many))
+    # 1.6 GB on top of what the program itself takes: the first layer's output for all images needs more
+    # in one piece, so enough is left when it fails. With hardly any left oneDNN would crash.
     scarce = """
 import resource, torch, training.__main__
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 2_300_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (size + 1_600_000_000,) * 2)
 """
-    arguments = ["run", "B2", "--out", str(out), "--epochs", "1", "--set", "data.validation=0.002"]
-    process = start(*arguments, "batch_size=499", "augment=[]", before=scarce)
+    arguments = ["run", "B2", "--epochs", "1", "--set", "data.validation=0.002", "augment=[]"]
+    process = start(*arguments, "batch_size=19960", "--out", str(out), before=scarce)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "error: out of memory with a batch of 499 on cpu: " in errors
-    size = int(errors.partition("batch_size=")[2].partition(",")[0])
-    assert 1 <= size < 499
+    assert "error: out of memory with a batch of 19960 on cpu: " in errors
     assert checkpoint.load(out / "checkpoint.pt").epoch == 0
+    named = errors.partition("--set ")[2].partition(",")[0]
+    again = start(
+        *arguments, named, "--out", str(tmp_path / "again"), "--max-seconds", "1", before=scarce
+    )
+    _, errors = again.communicate(timeout=300)
+    assert (again.returncode, named.partition("=")[0]) == (75, "batch_size"), errors
