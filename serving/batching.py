@@ -3,8 +3,8 @@
 BentoML's own `batchable=True` is not used: it polls instead of waking up, its queue has no bound,
 it counts requests rather than images, takes one argument only, and one bad item fails its batch.
 Here a run takes whatever waits at that moment, so an idle service answers at once and a busy one
-fills its batches, with no delay to tune. The engine's thread takes the next batch by itself: the event
-loop, which may be busy reading requests, is never between two runs.
+fills its batches, with no delay to tune. The engine's threads take the next batch by themselves: the
+event loop, which may be busy reading requests, is never between two runs.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +34,11 @@ class _Job:
 
 
 class Batcher:
-    """Runs the engine in one thread, with turns between single images and chunks of bulk work.
+    """Runs the engine in threads, with turns between single images and chunks of bulk work.
 
-    Single images are run up to `max_batch_size` at a time. Bulk work is cut into chunks of that
-    size and takes every other turn while single images wait, so neither can hold up the other.
+    Each thread takes the single images that wait, up to `max_batch_size`. Bulk work is cut into chunks
+    of that size, of which one at a time runs: the first thread takes one every other turn while single
+    images wait. So neither can hold up the other.
     """
 
     def __init__(
@@ -45,13 +47,15 @@ class Batcher:
         *,
         max_batch_size: int,
         waited: Callable[[float], None],
+        threads: int = 1,
     ) -> None:
         """
         Args:
-            run: uint8 [N, 32, 32, 3] to float32 [N, classes]; called in one thread.
+            run: uint8 [N, 32, 32, 3] to float32 [N, classes]; called in each of the threads.
             max_batch_size: images in one call of `run`.
             waited: told, when its run begins, for how many seconds each image or chunk has waited;
-                called in the same thread.
+                called in the same threads.
+            threads: calls of `run` at a time.
         """
         self._run = run
         self._max_batch_size = max_batch_size
@@ -59,26 +63,30 @@ class Batcher:
         self._waiting = 0
         self._singles: deque[_Job] = deque()
         self._chunks: deque[_Job] = deque()
-        self._work = threading.Event()
+        self._arrived = threading.Condition()  # work, or the end
         self._stopped = False
         self._idle = asyncio.Event()  # nobody waits
         self._idle.set()
-        self._engine: threading.Thread | None = None
+        self._engine: list[threading.Thread] = []
+        self._threads = threads
 
     def start(self) -> None:
         """Begin to take turns; needs a running event loop."""
         loop = asyncio.get_running_loop()
-        self._engine = threading.Thread(
-            target=self._take_turns, args=(loop,), name="engine", daemon=True
-        )
-        self._engine.start()
+        self._engine = [
+            threading.Thread(target=self._take_turns, args=(loop, queues), name="engine", daemon=True)
+            for queues in ([self._singles, self._chunks], *[[self._singles]] * (self._threads - 1))
+        ]
+        for thread in self._engine:
+            thread.start()
 
     async def stop(self) -> None:
-        """Stop taking turns and wait for the run under way."""
-        self._stopped = True
-        self._work.set()
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.join)
+        """Stop taking turns and wait for the runs under way."""
+        with self._arrived:
+            self._stopped = True
+            self._arrived.notify_all()
+        for thread in self._engine:
+            await asyncio.to_thread(thread.join)
 
     async def finish(self) -> None:
         """Answer everybody who waits, then stop; nobody may come any more."""
@@ -127,35 +135,34 @@ class Batcher:
 
     def _queued(self, queue: deque[_Job], images: Images) -> asyncio.Future[Logits]:
         job = _Job(images, asyncio.get_running_loop().create_future(), time.perf_counter())
-        queue.append(job)
-        self._work.set()
+        with self._arrived:
+            queue.append(job)
+            self._arrived.notify_all()
         return job.logits
 
-    def _take_turns(self, loop: asyncio.AbstractEventLoop) -> None:
-        while not self._stopped:
-            self._work.wait()
-            self._work.clear()
-            while (self._singles or self._chunks) and not self._stopped:
-                self._turn(self._taken(self._singles, self._max_batch_size), loop)
-                self._turn(self._taken(self._chunks, 1), loop)
+    def _take_turns(self, loop: asyncio.AbstractEventLoop, queues: list[deque[_Job]]) -> None:
+        """Run what waits in `queues`, one after the other, until the end."""
+        for queue in cycle(queues):
+            with self._arrived:
+                self._arrived.wait_for(lambda: self._stopped or any(queues))
+                jobs = self._taken(queue)
+            if self._stopped:
+                break
+            now = time.perf_counter()
+            for job in jobs:
+                self._waited(now - job.queued)
+            if jobs:
+                self._answered(jobs, loop)
 
-    @staticmethod
-    def _taken(queue: deque[_Job], count: int) -> list[_Job]:
-        """Up to `count` jobs that somebody still waits for."""
+    def _taken(self, queue: deque[_Job]) -> list[_Job]:
+        """The single images, or the chunk, of one run; without those that nobody waits for any more."""
+        count = self._max_batch_size if queue is self._singles else 1
         jobs: list[_Job] = []
         while queue and len(jobs) < count:
             job = queue.popleft()
             if not job.logits.done():
                 jobs.append(job)
         return jobs
-
-    def _turn(self, jobs: list[_Job], loop: asyncio.AbstractEventLoop) -> None:
-        """One run, which begins for these jobs what they have waited for."""
-        now = time.perf_counter()
-        for job in jobs:
-            self._waited(now - job.queued)
-        if jobs:
-            self._answered(jobs, loop)
 
     def _answered(self, jobs: list[_Job], loop: asyncio.AbstractEventLoop) -> None:
         """One run; where it fails, one for each job, so that the one it failed for harms no other."""

@@ -76,6 +76,7 @@ class Deployment:
             self._run,
             max_batch_size=settings.max_batch_size,
             waited=metrics.queue_seconds.observe,
+            threads=self.model.runs,
         )
 
     def __str__(self) -> str:

@@ -35,6 +35,7 @@ class Model:
         name, version: identify the model in every answer.
         classes: label of each index.
         provider: the execution provider that really runs it, and `provider_reason` why it is that one.
+        runs: calls of `logits` at a time that make the most of the device.
     """
 
     def __init__(self, path: Path, provider: Provider, threads: int, *, max_batch_size: int = 1) -> None:
@@ -64,6 +65,7 @@ class Model:
         _check_runs(path, opened, len(self.classes))
         self._engine = Engine(path, provider, threads)
         self.provider, self.provider_reason = self._engine.provider, self._engine.reason
+        self.runs = self._engine.runs
         self._engine.warm_up(max_batch_size)
         logger.info("%s %s on %s: %s", self.name, self.version, self.provider, self.provider_reason)
 

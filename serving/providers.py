@@ -28,6 +28,7 @@ FULL_NAMES: dict[ProviderName, str] = {
     "cuda": CUDA,
     "tensorrt": TENSORRT,
 }
+SHORT_NAMES = {full: short for short, full in FULL_NAMES.items()}
 
 COMMANDS: dict[ProviderName, str] = {
     "openvino": "pip install onnxruntime-ep-openvino",
@@ -52,11 +53,16 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
-def open_session(model: Path | bytes, provider: ProviderName, threads: int) -> ort.InferenceSession:
-    """A session that has run a model file on a provider, with `threads` threads where that is a CPU.
+def open_session(
+    model: Path | bytes, provider: ProviderName, threads: int, runs: int = 1
+) -> ort.InferenceSession:
+    """A session that has run a model file on a provider.
 
     Args:
         model: the file, or its bytes.
+        provider: that runs it.
+        threads: of the session, where it runs on the CPU.
+        runs: at a time that share the threads; as many as it has at most.
 
     Raises:
         NoProviderError: the provider is not here; the message has the command that helps.
@@ -66,14 +72,14 @@ def open_session(model: Path | bytes, provider: ProviderName, threads: int) -> o
     if lack:
         raise NoProviderError(f"{lack}.")
     options = session_options()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads - runs + 1  # whoever calls for a run is one of them
     options.inter_op_num_threads = 1
     # Threads that spin while they wait would take the cores from the HTTP server.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Patterns are cached for each batch size, and batch sizes vary.
     options.enable_mem_pattern = False
     try:
-        chain = _chain(options, provider, threads)
+        chain = _chain(options, provider, threads, runs)
         session = ort.InferenceSession(model, options, providers=chain)
         session.run(["logits"], {"images": np.zeros((1, 32, 32, 3), np.uint8)})
     except Exception as error:
@@ -109,11 +115,13 @@ def obstacle(provider: ProviderName) -> str | None:
     return None
 
 
-def _chain(options: ort.SessionOptions, provider: ProviderName, threads: int) -> list[Any] | None:
+def _chain(
+    options: ort.SessionOptions, provider: ProviderName, threads: int, runs: int
+) -> list[Any] | None:
     """The providers in the order in which nodes are offered; None where the options have them."""
     match provider:
         case "openvino":
-            options.add_provider_for_devices([_openvino_cpu()], _openvino_options(threads))
+            options.add_provider_for_devices([_openvino_cpu()], _openvino_options(threads, runs))
             return None
         case "cuda" | "tensorrt":
             # The libraries of NVIDIA's packages lie in site-packages, where no loader looks.
@@ -136,9 +144,10 @@ def _openvino_cpu() -> ort.OrtEpDevice:
     raise ProviderError("The OpenVINO plug-in finds no processor that it can use")
 
 
-def _openvino_options(threads: int) -> dict[str, str]:
+def _openvino_options(threads: int, runs: int) -> dict[str, str]:
     properties = {
         "INFERENCE_NUM_THREADS": str(threads),
+        "NUM_STREAMS": str(runs),
         # Threads that are bound to cores meet those of other workers on the same ones.
         "ENABLE_CPU_PINNING": "NO",
     }

@@ -40,11 +40,11 @@ class Engine:
         await asyncio.to_thread(self.running.acquire)
 
 
-def run(test: Callable[[Engine, Batcher], Awaitable[None]]) -> Engine:
+def run(test: Callable[[Engine, Batcher], Awaitable[None]], threads: int = 1) -> Engine:
     engine = Engine()
 
     async def main() -> None:
-        batcher = Batcher(engine, max_batch_size=4, waited=engine.waits.append)
+        batcher = Batcher(engine, max_batch_size=4, waited=engine.waits.append, threads=threads)
         batcher.start()
         try:
             await asyncio.wait_for(test(engine, batcher), 60)
@@ -99,6 +99,40 @@ def test_single_images_and_bulk_work_take_turns() -> None:
         [4, 5],
         [108, 109, 110, 111],
     ]
+
+
+def test_with_two_threads_single_images_run_beside_bulk_work() -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        bulk = [asyncio.create_task(collected(batcher, *numbers)) for numbers in ([100, 101], [102])]
+        await engine.started()
+        first = await requested(batcher, 0)
+        await engine.started()
+        assert engine.batches == [[100, 101], [0]], "one chunk at a time"
+        rest = await requested(batcher, 1, 2)
+        engine.permission.release(100)
+        logits = await asyncio.gather(*first, *rest)
+        assert [int(row[0]) for row in logits] == [0, 1, 2]
+        assert await asyncio.gather(*bulk) == [[100, 101], [102]]
+
+    assert len(run(test, threads=2).waits) == 5
+
+
+def test_with_two_threads_what_waits_is_run_by_the_one_that_is_free() -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        tasks = []
+        for number in range(2):
+            tasks += await requested(batcher, number)
+            await engine.started()
+        tasks += await requested(batcher, 2, 3)
+        assert engine.batches == [[0], [1]]
+        engine.permission.release()
+        await engine.started()
+        assert engine.batches == [[0], [1], [2, 3]]
+        engine.permission.release(100)
+        logits = await asyncio.gather(*tasks)
+        assert [int(row[0]) for row in logits] == [0, 1, 2, 3]
+
+    run(test, threads=2)
 
 
 def test_who_fails_a_batch_harms_no_other() -> None:

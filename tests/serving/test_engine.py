@@ -1,12 +1,15 @@
 import logging
 import re
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from onnxruntime import InferenceSession
 
 from serving import engine as engines
 from serving.engine import Engine
@@ -132,3 +135,31 @@ def test_a_gpus_batches_are_padded_to_few_sizes(
 def test_on_a_cpu_the_largest_batch_is_run_at_start(model_file: ModelFile, sizes: list[int]) -> None:
     Engine(model_file(), "cpu", 1).warm_up(24)
     assert sizes == [24]
+
+
+@pytest.mark.parametrize("provider", ["cpu", pytest.param("openvino", marks=needs_openvino)])
+def test_runs_at_the_same_time_share_the_threads(
+    images: Images, provider: ProviderName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(BUNDLED_MODEL, provider, 2)
+    alone = engine.run(images[:8])
+    both_began, sessions = threading.Barrier(engine.runs, timeout=60), []
+    run = engines._logits
+
+    def recorded(session: InferenceSession, batch: Images) -> npt.NDArray[np.float32]:
+        sessions.append(session)
+        both_began.wait()
+        return run(session, batch)
+
+    monkeypatch.setattr(engines, "_logits", recorded)
+    with ThreadPoolExecutor(engine.runs) as threads:
+        results = list(threads.map(engine.run, [images[:8]] * engine.runs))
+    assert [session.get_providers()[0] for session in sessions] == [engine.provider] * 2
+    assert len(set(sessions)) == 2
+    for result in results:
+        assert np.abs(result - alone).max() <= 0.05 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("provider", ["cpu", pytest.param("openvino", marks=needs_openvino)])
+def test_a_single_thread_is_not_shared(model_file: ModelFile, provider: ProviderName) -> None:
+    assert Engine(model_file(), provider, 1).runs == 1
