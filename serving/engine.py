@@ -19,8 +19,8 @@ logger = logging.getLogger("serving")
 TRIAL_BATCH_SIZE = 8  # of the runs that decide which provider is the fastest
 TRIAL_SECONDS = 0.3
 
-# At a time on a CPU. The threads of a run wait for each other at every layer, all the more while the HTTP
-# server takes a core from one of them; two runs on half the threads each get more done.
+# At a time on a CPU. The threads of a run wait for each other at every layer, all the more while the
+# HTTP server takes a core from one of them; two runs on half the threads each get more done.
 RUNS = 2
 
 

@@ -48,8 +48,8 @@ class Settings(BaseModel):
     threads: PositiveInt = Field(
         # The cores of the CPU affinity (taskset), or of the cgroup's quota (a container's) if fewer.
         default_factory=loky.cpu_count,
-        description="Threads of the engine on the CPU, shared by two runs at a time under load, and threads "
-        "that decode images.",
+        description="Threads of the engine on the CPU, shared by two runs at a time under load, and "
+        "threads that decode images.",
     )
     max_batch_size: PositiveInt = Field(64, description="Images the engine takes in one run.")
     max_waiting: PositiveInt = Field(
