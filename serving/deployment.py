@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.batching import Batcher
+from serving.engine import RUNS
 from serving.errors import ModelError
 from serving.model import Model
 from serving.settings import Settings
@@ -67,6 +68,7 @@ class Deployment:
             settings.model,
             settings.provider,
             settings.threads,
+            runs=RUNS,
             max_batch_size=settings.max_batch_size,
         )
         if FileState.of(settings.model) != self.file:

@@ -19,8 +19,8 @@ logger = logging.getLogger("serving")
 TRIAL_BATCH_SIZE = 8  # of the runs that decide which provider is the fastest
 TRIAL_SECONDS = 0.3
 
-# At a time on a CPU. The threads of a run wait for each other at every layer, all the more while the
-# HTTP server takes a core from one of them; two runs on half the threads each get more done.
+# At a time, for a server. The threads of a run wait for each other at every layer, all the more while
+# the server takes a core from one of them; two runs on half the threads each get more done.
 RUNS = 2
 
 
@@ -30,17 +30,18 @@ class Engine:
     Attributes:
         provider: the execution provider that runs it, by ONNX Runtime's name.
         reason: why it is that one.
-        runs: how many at a time make the most of the device.
+        runs: how many at a time make the most of it.
     """
 
-    def __init__(self, path: Path, provider: Provider, threads: int) -> None:
-        """Open a session.
+    def __init__(self, path: Path, provider: Provider, threads: int, runs: int = 1) -> None:
+        """Open a session, and on a CPU one more for runs at the same time.
 
         Args:
             path: a model file that keeps the contract.
             provider: by name, or "auto": CUDA where it works, else the faster of OpenVINO and the CPU
                 provider in a few runs of this model.
             threads: of the providers that use the CPU.
+            runs: how many the caller will make at a time.
 
         Raises:
             ProviderError: a provider that was asked for by name cannot be used here.
@@ -51,7 +52,7 @@ class Engine:
             self._alone, self.reason = _named(path, provider, threads), "asked for by name"
         self.provider: str = self._alone.get_providers()[0]
         self._pads = self.provider in (CUDA, TENSORRT)
-        self.runs = 1 if self._pads else min(RUNS, threads)
+        self.runs = 1 if self._pads else min(runs, threads)
         self._beside = self._alone
         if self.runs > 1:
             self._beside = open_session(path, SHORT_NAMES[self.provider], threads, self.runs)

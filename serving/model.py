@@ -35,15 +35,23 @@ class Model:
         name, version: identify the model in every answer.
         classes: label of each index.
         provider: the execution provider that really runs it, and `provider_reason` why it is that one.
-        runs: calls of `logits` at a time that make the most of the device.
+        runs: how many calls of `logits` at a time make the most of the device.
     """
 
-    def __init__(self, path: Path, provider: Provider, threads: int, *, max_batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        provider: Provider,
+        threads: int,
+        *,
+        runs: int = 1,
+        max_batch_size: int = 1,
+    ) -> None:
         """Load and check the file, then run it.
 
         Args:
             path: the file.
-            provider: of `serving.engine.Engine`, as are `threads`.
+            provider: of `serving.engine.Engine`, as are `threads` and `runs`.
             max_batch_size: images of the largest batch that will be common, which is run once here.
 
         Raises:
@@ -63,7 +71,7 @@ class Model:
         self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
         _check_signature(path, opened, len(self.classes))
         _check_runs(path, opened, len(self.classes))
-        self._engine = Engine(path, provider, threads)
+        self._engine = Engine(path, provider, threads, runs)
         self.provider, self.provider_reason = self._engine.provider, self._engine.reason
         self.runs = self._engine.runs
         self._engine.warm_up(max_batch_size)

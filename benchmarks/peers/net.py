@@ -22,9 +22,9 @@ def load() -> Run:
     if os.environ[ENGINE] == "service":
         import loky
 
-        from serving.engine import Engine
+        from serving.engine import RUNS, Engine
 
-        return Engine(path, "auto", loky.cpu_count()).run
+        return Engine(path, "auto", loky.cpu_count(), RUNS).run
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
