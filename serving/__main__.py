@@ -53,14 +53,14 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
         settings.threads,
         max_batch_size=settings.max_batch_size,
     )
-    labels = asyncio.run(_labels(model, submission, settings.max_batch_size))
+    labels = asyncio.run(_labels(model, submission))
     _write(csv, submission.csv(labels))
     print(f"{len(submission)} labels in {csv}")
 
 
-async def _labels(model: Model, submission: Submission, max_batch_size: int) -> list[int]:
+async def _labels(model: Model, submission: Submission) -> list[int]:
     """The most probable class of each image; a bar on the terminal says how far it is."""
-    batcher = Batcher(model.logits, max_batch_size=max_batch_size, waited=lambda seconds: None)
+    batcher = Batcher(model.logits, max_batch_size=model.batch_size, waited=lambda seconds: None)
     labels: list[int] = []
     with Progress(
         "[progress.description]{task.description}",

@@ -76,7 +76,7 @@ class Deployment:
         self._metrics = metrics
         self.batcher = Batcher(
             self._run,
-            max_batch_size=settings.max_batch_size,
+            max_batch_size=self.model.batch_size,
             waited=metrics.queue_seconds.observe,
             threads=self.model.runs,
         )

@@ -36,6 +36,7 @@ class Model:
         classes: label of each index.
         provider: the execution provider that really runs it, and `provider_reason` why it is that one.
         runs: how many calls of `logits` at a time make the most of the device.
+        batch_size: images of one of them at most, so that all together have `max_batch_size`.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Model:
         Args:
             path: the file.
             provider: of `serving.engine.Engine`, as are `threads` and `runs`.
-            max_batch_size: images of the largest batch that will be common, which is run once here.
+            max_batch_size: images that will be in the engine at a time; as many are run once here.
 
         Raises:
             ModelError: the file is missing, is not ONNX or does not keep the contract.
@@ -74,7 +75,8 @@ class Model:
         self._engine = Engine(path, provider, threads, runs)
         self.provider, self.provider_reason = self._engine.provider, self._engine.reason
         self.runs = self._engine.runs
-        self._engine.warm_up(max_batch_size)
+        self.batch_size = max(1, max_batch_size // self.runs)
+        self._engine.warm_up(self.batch_size)
         logger.info("%s %s on %s: %s", self.name, self.version, self.provider, self.provider_reason)
 
     def logits(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

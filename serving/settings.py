@@ -51,7 +51,7 @@ class Settings(BaseModel):
         description="Threads of the engine on the CPU, shared by two runs at a time under load, and "
         "threads that decode images.",
     )
-    max_batch_size: PositiveInt = Field(64, description="Images the engine takes in one run.")
+    max_batch_size: PositiveInt = Field(64, description="Images in the engine at a time.")
     max_waiting: PositiveInt = Field(
         512, description="Requests that have arrived and wait for their answers before new ones get 503."
     )
