@@ -42,12 +42,10 @@ def test_pace_of_training_is_the_table_of_the_benchmark() -> None:
     assert training.markdown(training.read()) in README
 
 
-@pytest.mark.skipif(not inference.FIGURES.exists(), reason="the benchmark was not run")
 def test_pace_of_inference_is_the_tables_of_the_benchmark() -> None:
     assert inference.markdown(inference.read()) in README
 
 
-@pytest.mark.skipif(not serving.FIGURES.exists(), reason="the benchmark was not run")
 def test_pace_of_serving_is_the_table_of_the_benchmark() -> None:
     assert serving.markdown(serving.read()) in README
 
