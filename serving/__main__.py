@@ -60,7 +60,12 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
 
 async def _labels(model: Model, submission: Submission) -> list[int]:
     """The most probable class of each image; a bar on the terminal says how far it is."""
-    batcher = Batcher(model.logits, max_batch_size=model.batch_size, waited=lambda seconds: None)
+    batcher = Batcher(
+        model.logits,
+        max_batch_size=model.batch_size,
+        chunk_size=model.chunk_size,
+        waited=lambda seconds: None,
+    )
     labels: list[int] = []
     with Progress(
         "[progress.description]{task.description}",

@@ -36,9 +36,9 @@ class _Job:
 class Batcher:
     """Runs the engine in threads, with turns between single images and chunks of bulk work.
 
-    Each thread takes the single images that wait, up to `max_batch_size`. Bulk work is cut into chunks
-    of that size, of which one at a time runs: the first thread takes one every other turn while single
-    images wait. So neither can hold up the other.
+    Each thread takes its share of the single images that wait, up to `max_batch_size`, and leaves the
+    rest to the next that is free. Bulk work is cut into chunks, of which one at a time runs: the first
+    thread takes one every other turn while single images wait. So neither can hold up the other.
     """
 
     def __init__(
@@ -46,19 +46,22 @@ class Batcher:
         run: Callable[[Images], Logits],
         *,
         max_batch_size: int,
+        chunk_size: int,
         waited: Callable[[float], None],
         threads: int = 1,
     ) -> None:
         """
         Args:
             run: uint8 [N, 32, 32, 3] to float32 [N, classes]; called in each of the threads.
-            max_batch_size: images in one call of `run`.
+            max_batch_size: single images in one call of `run`.
+            chunk_size: images of bulk work in one call.
             waited: told, when its run begins, for how many seconds each image or chunk has waited;
                 called in the same threads.
             threads: calls of `run` at a time.
         """
         self._run = run
         self._max_batch_size = max_batch_size
+        self._chunk_size = chunk_size
         self._waited = waited
         self._waiting = 0
         self._singles: deque[_Job] = deque()
@@ -108,8 +111,8 @@ class Batcher:
         with self._counted():
             under_way: deque[asyncio.Future[Logits]] = deque()
             try:
-                for start in range(0, len(images), self._max_batch_size):
-                    chunk = images[start : start + self._max_batch_size]
+                for start in range(0, len(images), self._chunk_size):
+                    chunk = images[start : start + self._chunk_size]
                     if not chunk.flags.c_contiguous:
                         chunk = await asyncio.to_thread(np.ascontiguousarray, chunk)
                     under_way.append(self._queued(self._chunks, chunk))
@@ -156,7 +159,8 @@ class Batcher:
 
     def _taken(self, queue: deque[_Job]) -> list[_Job]:
         """The single images, or the chunk, of one run; without those that nobody waits for any more."""
-        count = self._max_batch_size if queue is self._singles else 1
+        share = -(-len(queue) // self._threads)
+        count = min(share, self._max_batch_size) if queue is self._singles else 1
         jobs: list[_Job] = []
         while queue and len(jobs) < count:
             job = queue.popleft()

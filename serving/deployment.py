@@ -77,6 +77,7 @@ class Deployment:
         self.batcher = Batcher(
             self._run,
             max_batch_size=self.model.batch_size,
+            chunk_size=self.model.chunk_size,
             waited=metrics.queue_seconds.observe,
             threads=self.model.runs,
         )

@@ -23,6 +23,9 @@ TRIAL_SECONDS = 0.3
 # the server takes a core from one of them; two runs on half the threads each get more done.
 RUNS = 2
 
+# For each thread of a run on a CPU: more make it no faster, they only wait for each other.
+IMAGES_PER_THREAD = 8
+
 
 class Engine:
     """Runs a model file; safe to call from any thread.
@@ -31,6 +34,7 @@ class Engine:
         provider: the execution provider that runs it, by ONNX Runtime's name.
         reason: why it is that one.
         runs: how many at a time make the most of it.
+        enough: images with which a run is as fast as it gets, or None where more is always better.
     """
 
     def __init__(self, path: Path, provider: Provider, threads: int, runs: int = 1) -> None:
@@ -53,6 +57,7 @@ class Engine:
         self.provider: str = self._alone.get_providers()[0]
         self._pads = self.provider in (CUDA, TENSORRT)
         self.runs = 1 if self._pads else min(runs, threads)
+        self.enough = None if self._pads else IMAGES_PER_THREAD * (threads // self.runs)
         self._beside = self._alone
         if self.runs > 1:
             self._beside = open_session(path, SHORT_NAMES[self.provider], threads, self.runs)

@@ -36,7 +36,8 @@ class Model:
         classes: label of each index.
         provider: the execution provider that really runs it, and `provider_reason` why it is that one.
         runs: how many calls of `logits` at a time make the most of the device.
-        batch_size: images of one of them at most, so that all together have `max_batch_size`.
+        chunk_size: images of one of them at most, so that all together have `max_batch_size`.
+        batch_size: of those, as many as make the most of it: the answers to more would only come later.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class Model:
         self._engine = Engine(path, provider, threads, runs)
         self.provider, self.provider_reason = self._engine.provider, self._engine.reason
         self.runs = self._engine.runs
-        self.batch_size = max(1, max_batch_size // self.runs)
-        self._engine.warm_up(self.batch_size)
+        self.chunk_size = max(1, max_batch_size // self.runs)
+        self.batch_size = min(self.chunk_size, self._engine.enough or self.chunk_size)
+        self._engine.warm_up(self.chunk_size)
         logger.info("%s %s on %s: %s", self.name, self.version, self.provider, self.provider_reason)
 
     def logits(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

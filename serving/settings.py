@@ -51,7 +51,11 @@ class Settings(BaseModel):
         description="Threads of the engine on the CPU, shared by two runs at a time under load, and "
         "threads that decode images.",
     )
-    max_batch_size: PositiveInt = Field(64, description="Images in the engine at a time.")
+    max_batch_size: PositiveInt = Field(
+        64,
+        description="Most images in the engine at a time; single images go into it by 8 for each of a "
+        "CPU's threads, as more are no faster.",
+    )
     max_waiting: PositiveInt = Field(
         512, description="Requests that have arrived and wait for their answers before new ones get 503."
     )

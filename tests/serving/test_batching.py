@@ -44,7 +44,9 @@ def run(test: Callable[[Engine, Batcher], Awaitable[None]], threads: int = 1) ->
     engine = Engine()
 
     async def main() -> None:
-        batcher = Batcher(engine, max_batch_size=4, waited=engine.waits.append, threads=threads)
+        batcher = Batcher(
+            engine, max_batch_size=3, chunk_size=4, waited=engine.waits.append, threads=threads
+        )
         batcher.start()
         try:
             await asyncio.wait_for(test(engine, batcher), 60)
@@ -79,7 +81,7 @@ def test_what_waits_is_taken_together_and_answers_are_not_mixed_up() -> None:
         assert [int(row[0]) for row in logits] == list(range(7))
 
     engine = run(test)
-    assert engine.batches == [[0], [1, 2, 3, 4], [5, 6]]
+    assert engine.batches == [[0], [1, 2, 3], [4, 5, 6]]
     assert len(engine.waits) == 7
 
 
@@ -94,9 +96,9 @@ def test_single_images_and_bulk_work_take_turns() -> None:
 
     assert run(test).batches == [
         [100, 101, 102, 103],
-        [0, 1, 2, 3],
+        [0, 1, 2],
         [104, 105, 106, 107],
-        [4, 5],
+        [3, 4, 5],
         [108, 109, 110, 111],
     ]
 
@@ -117,20 +119,21 @@ def test_with_two_threads_single_images_run_beside_bulk_work() -> None:
     assert len(run(test, threads=2).waits) == 5
 
 
-def test_with_two_threads_what_waits_is_run_by_the_one_that_is_free() -> None:
+def test_each_of_two_threads_takes_its_share_of_what_waits() -> None:
     async def test(engine: Engine, batcher: Batcher) -> None:
         tasks = []
         for number in range(2):
             tasks += await requested(batcher, number)
             await engine.started()
-        tasks += await requested(batcher, 2, 3)
+        tasks += await requested(batcher, 2, 3, 4)
         assert engine.batches == [[0], [1]]
-        engine.permission.release()
-        await engine.started()
-        assert engine.batches == [[0], [1], [2, 3]]
+        for expected in [2, 3], [4]:
+            engine.permission.release()
+            await engine.started()
+            assert engine.batches[-1] == expected
         engine.permission.release(100)
         logits = await asyncio.gather(*tasks)
-        assert [int(row[0]) for row in logits] == [0, 1, 2, 3]
+        assert [int(row[0]) for row in logits] == [0, 1, 2, 3, 4]
 
     run(test, threads=2)
 
@@ -149,7 +152,7 @@ def test_who_fails_a_batch_harms_no_other() -> None:
         assert [int((await task)[0]) for task in (*first, before, after, later)] == [0, 1, 2, 3]
 
     engine = run(test)
-    assert engine.batches == [[0], [5, 6, 255], [1, 255, 2, 3], [1], [255], [2], [3]]
+    assert engine.batches == [[0], [5, 6, 255], [1, 255, 2], [1], [255], [2], [3]]
     assert len(engine.waits) == 6, "each image and chunk waits once"
 
 

@@ -163,3 +163,9 @@ def test_runs_at_the_same_time_share_the_threads(
 @pytest.mark.parametrize("provider", ["cpu", pytest.param("openvino", marks=needs_openvino)])
 def test_a_single_thread_is_not_shared(model_file: ModelFile, provider: ProviderName) -> None:
     assert Engine(model_file(), provider, 1, runs=2).runs == 1
+
+
+def test_a_run_needs_as_many_images_as_its_threads_take(model_file: ModelFile) -> None:
+    path = model_file()
+    enough = [Engine(path, "cpu", *many).enough for many in [(1, 2), (2, 2), (4, 2), (4, 1)]]
+    assert enough == [8, 8, 16, 32]

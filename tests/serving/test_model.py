@@ -29,6 +29,13 @@ def test_bundled_model(images: npt.NDArray[np.uint8]) -> None:
     np.testing.assert_allclose(logits, one_by_one, atol=1e-3)
 
 
+def test_single_images_wait_for_fewer_others_than_a_chunk_has(model_file: ModelFile) -> None:
+    path = model_file()
+    for most, expected in {64: (8, 32), 16: (8, 8), 6: (3, 3), 1: (1, 1)}.items():
+        model = Model(path, "cpu", 2, runs=2, max_batch_size=most)
+        assert (model.batch_size, model.chunk_size) == expected
+
+
 def test_takes_views_in_any_strides(model_file: ModelFile, images: npt.NDArray[np.uint8]) -> None:
     model = load(model_file())
     planes = np.ascontiguousarray(images[:3].transpose(0, 3, 1, 2))
