@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import os
+import shutil
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,9 +15,9 @@ import numpy.typing as npt
 
 from serving.batching import Batcher
 from serving.engine import RUNS
-from serving.errors import ModelError
+from serving.errors import ModelError, StartError
 from serving.model import Model
-from serving.settings import Settings
+from serving.settings import KEPT_MODEL, Settings
 
 logger = logging.getLogger("serving")
 
@@ -53,26 +55,27 @@ class Deployment:
         file: the state that the model's file had.
     """
 
-    def __init__(self, settings: Settings, metrics: Any) -> None:
-        """Load the file that the settings name, check it and run it once.
+    def __init__(self, path: Path, settings: Settings, metrics: Any) -> None:
+        """Load a file, check it and run it once.
 
         Args:
+            path: the file.
             settings: the service's.
             metrics: the module `serving.metrics`, which only workers import.
 
         Raises:
             StartError: the file or the provider is not usable.
         """
-        self.file = FileState.of(settings.model)
+        self.file = FileState.of(path)
         self.model = Model(
-            settings.model,
+            path,
             settings.provider,
             settings.threads,
             runs=RUNS,
             max_batch_size=settings.max_batch_size,
         )
-        if FileState.of(settings.model) != self.file:
-            raise ModelError(f"{settings.model} changed while it was loaded.")
+        if FileState.of(path) != self.file:
+            raise ModelError(f"{path} changed while it was loaded.")
         self._metrics = metrics
         self.batcher = Batcher(
             self._run,
@@ -98,6 +101,45 @@ class Deployment:
             raise FloatingPointError(f"{self} gave logits that are no finite numbers")
         self._metrics.ran(self.model, logits, time.perf_counter() - began)
         return logits
+
+
+def deploy(settings: Settings, metrics: Any) -> Deployment:
+    """Deploy the model file, and keep a copy of it for a worker that starts when it is usable no more.
+
+    Raises:
+        StartError: it is not usable, nor is there a copy of one that was.
+    """
+    deployment = Deployment(settings.model, settings, metrics)
+    if KEPT_MODEL in os.environ:
+        try:
+            _keep(settings.model, Path(os.environ[KEPT_MODEL]), deployment.file)
+        except OSError as error:
+            logger.warning("no copy of the model file is kept: %s", error)
+    return deployment
+
+
+def deploy_kept(settings: Settings, metrics: Any, refusal: StartError) -> Deployment:
+    """Deploy the copy of the last model file that was usable.
+
+    Raises:
+        StartError: there is none; this is the `refusal` of the model file.
+    """
+    kept = Path(os.environ.get(KEPT_MODEL, ""))
+    if not kept.is_file():
+        raise refusal
+    logger.error("the last model file that passed serves on; the present one is refused: %s", refusal)
+    return Deployment(kept, settings, metrics)
+
+
+def _keep(path: Path, kept: Path, state: FileState | None) -> None:
+    """Copy a file, unless it has changed from that state."""
+    beside = kept.with_name(f"{kept.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(path, beside)
+        if FileState.of(path) == state:
+            beside.replace(kept)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 async def replacements(path: Path, known: FileState | None) -> AsyncIterator[None]:

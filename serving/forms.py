@@ -4,6 +4,7 @@ They are read by the package `multipart`, which looks for the boundary by `bytes
 on which Starlette's own forms rest, calls back for each piece of a header.
 """
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from tempfile import SpooledTemporaryFile
@@ -16,6 +17,9 @@ from serving.errors import FieldError, RequestError, TooLargeError
 
 MAX_TEXTS = 16  # more are not a form of ours
 MAX_TEXT_BYTES = 1024
+# How some clients (urllib3 before its version 2) name a file if its name is not ASCII; the package reads
+# `filename` alone.
+EXTENDED_NAME = re.compile(r"; *filename\* *=", re.IGNORECASE)
 SPOOLED_BYTES = 2**20  # of a part in memory; a larger one lies on disk
 
 
@@ -31,7 +35,9 @@ class Part:
 
     def __init__(self, segment: MultipartSegment) -> None:
         self.name: str = segment.name or ""
-        self.is_file = segment.filename is not None
+        self.is_file = segment.filename is not None or bool(
+            EXTENDED_NAME.search(segment.header("Content-Disposition", ""))
+        )
         self.size = 0
         self.file = SpooledTemporaryFile(SPOOLED_BYTES)  # noqa: SIM115, closed with the form
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
 import bentoml
@@ -28,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving import inference_protocol
 from serving.access_log import open_access_log, request_id
-from serving.deployment import Deployment, replacements
+from serving.deployment import Deployment, deploy, deploy_kept, replacements
 from serving.drain import Drain
 from serving.errors import (
     InternalError,
@@ -55,7 +56,7 @@ from serving.requests import (
     read_images,
 )
 from serving.responses import Answers, Classification, Csv, answer_response, error_body, error_response
-from serving.settings import METRICS_FOLDER, Settings
+from serving.settings import KEPT_MODEL, METRICS_FOLDER, Settings
 from serving.submission import read_submission
 from serving.uvicorn_server import connections_that_fit, limit_connections, running_server, shorten
 
@@ -265,7 +266,10 @@ class Classifier:
 
         self.metrics = metrics
         metrics.forget_the_dead()
-        self.deployment = Deployment(SETTINGS, metrics)
+        try:
+            self.deployment = deploy(SETTINGS, metrics)
+        except StartError as refusal:
+            self.deployment = deploy_kept(SETTINGS, metrics, refusal)
         self.watch: asyncio.Task[None] | None = None
         pages.state.classifier = self
         self.readers = ThreadPoolExecutor(SETTINGS.threads, "reader")
@@ -283,8 +287,11 @@ class Classifier:
             raise BentoMLConfigException(str(error)) from None
         # The workers of a Bento start in its folder, not in the one that the path is relative to.
         os.environ["SERVING_MODEL"] = str(SETTINGS.model.absolute())
-        folder = tempfile.TemporaryDirectory(prefix="cifar10-metrics-", ignore_cleanup_errors=True)
-        os.environ[METRICS_FOLDER] = folder.name
+        folder = tempfile.TemporaryDirectory(prefix="cifar10-", ignore_cleanup_errors=True)
+        figures = Path(folder.name) / "metrics"
+        figures.mkdir()
+        os.environ[METRICS_FOLDER] = str(figures)
+        os.environ[KEPT_MODEL] = str(Path(folder.name) / "model.onnx")
         atexit.register(folder.cleanup)
 
     @bentoml.on_startup
@@ -388,7 +395,7 @@ class Classifier:
         """Let each new model file take over that passes the checks."""
         async for _ in replacements(SETTINGS.model, self.deployment.file):
             try:
-                new = await asyncio.to_thread(Deployment, SETTINGS, self.metrics)
+                new = await asyncio.to_thread(deploy, SETTINGS, self.metrics)
             except Exception as error:
                 self.metrics.swaps.labels("refused").inc()
                 logger.error(

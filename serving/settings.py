@@ -21,7 +21,9 @@ from pydantic import (
 from serving.errors import SettingsError
 
 PREFIX = "SERVING_"
-METRICS_FOLDER = "CIFAR10_METRICS_FOLDER"  # the variable by which a server's workers share their figures
+# The variables by which a server's workers share their figures, and the last model file that passed.
+METRICS_FOLDER = "CIFAR10_METRICS_FOLDER"
+KEPT_MODEL = "CIFAR10_KEPT_MODEL"
 
 # Found beside the package, not in the working directory: a built Bento starts from anywhere.
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "default.onnx"

@@ -84,6 +84,13 @@ def test_file_names_in_other_encodings() -> None:
     assert read(head + b"1\r\n--x--") == [("a", True, b"1", False)]
 
 
+def test_file_names_that_are_encoded() -> None:
+    head = (
+        b"--x\r\nContent-Disposition: form-data; name=\"a\"; filename*=utf-8''Geb%C3%A4ude.png\r\n\r\n"
+    )
+    assert read(head + b"1\r\n--x--") == [("a", True, b"1", False)]
+
+
 def test_several_files_where_one_is_right() -> None:
     with pytest.raises(FieldError, match="right would be one"):
         read(field("a", b"1") * 2 + b"--x--", max_files=1)

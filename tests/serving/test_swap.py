@@ -1,6 +1,9 @@
 """A new model file comes while the service is under load."""
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +16,23 @@ from serving.model import Model
 from tests.serving.figures import read, value
 from tests.serving.models import METADATA
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import running
+from tests.serving.server import START_SECONDS, Server, running
 
 FIRST, SECOND = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
+
+
+def replace(file: Path, content: bytes) -> None:
+    beside = file.with_name("beside")
+    beside.write_bytes(content)
+    beside.replace(file)
+
+
+def outcomes(client: httpx.Client) -> dict[str, float]:
+    samples = read(client)
+    return {
+        outcome: value(samples, "cifar10_model_swaps_total", outcome=outcome)
+        for outcome in ("done", "refused")
+    }
 
 
 def test_a_new_file_takes_over_between_requests_and_a_bad_one_is_refused(
@@ -34,11 +51,6 @@ def test_a_new_file_takes_over_between_requests_and_a_bad_one_is_refused(
     assert not set(zip(right[FIRST], range(50), strict=True)) & set(
         zip(right[SECOND], range(50), strict=True)
     ), "the answers tell the versions apart"
-
-    def replace(content: bytes) -> None:
-        beside = tmp_path / "beside"
-        beside.write_bytes(content)
-        beside.replace(served)
 
     stop = threading.Event()
     with (
@@ -70,31 +82,24 @@ def test_a_new_file_takes_over_between_requests_and_a_bad_one_is_refused(
             while client.get("/model").json()["version"] != version:
                 assert not any(load.done() for load in loads)
 
-        def outcomes() -> dict[str, float]:
-            samples = read(client)
-            return {
-                outcome: value(samples, "cifar10_model_swaps_total", outcome=outcome)
-                for outcome in ("done", "refused")
-            }
-
         loads = [pool.submit(ask_on, number) for number in range(4)]
         wait_for(FIRST)
-        replace(versions[SECOND].read_bytes())
+        replace(served, versions[SECOND].read_bytes())
         wait_for(SECOND)
-        replace(versions[FIRST].read_bytes()[:-1000])
-        while outcomes()["refused"] == 0:
+        replace(served, versions[FIRST].read_bytes()[:-1000])
+        while outcomes(client)["refused"] == 0:
             assert not any(load.done() for load in loads)
         assert client.get("/model").json()["version"] == SECOND
         served.unlink()
         assert client.get("/readyz").status_code == 200
-        replace(versions[FIRST].read_bytes())
+        replace(served, versions[FIRST].read_bytes())
         wait_for(FIRST)
         stop.set()
         for load in loads:
             seen = load.result()
             assert seen[0] == FIRST
             assert SECOND in seen
-        assert outcomes() == {"done": 2, "refused": 1}
+        assert outcomes(client) == {"done": 2, "refused": 1}
         shown = {
             dict(labels)["version"]: figure
             for (name, labels), figure in read(client).items()
@@ -106,3 +111,46 @@ def test_a_new_file_takes_over_between_requests_and_a_bad_one_is_refused(
     log = server.log.read_text()
     assert f"tiny {SECOND} took over from tiny {FIRST}" in log
     assert f"tiny {SECOND} goes on; the new model file is refused: " in log
+
+
+def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
+    tmp_path: Path, model_file: Callable[..., Path]
+) -> None:
+    first, second = (
+        model_file(METADATA | {"version": version}, name=f"{version}.onnx").read_bytes()
+        for version in (FIRST, SECOND)
+    )
+    served = tmp_path / "served.onnx"
+    served.write_bytes(first)
+    with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_MODEL=str(served)) as server:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            replace(served, second)
+            while outcomes(client)["done"] == 0:
+                pass
+            replace(served, first[:-1000])
+            while outcomes(client)["refused"] == 0:
+                pass
+        kill_the_worker(server)
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            assert client.get("/model").json()["version"] == SECOND
+            replace(served, first)
+            while client.get("/model").json()["version"] != FIRST:
+                pass
+    log = server.log.read_text()
+    assert "the last model file that passed serves on; the present one is refused: " in log
+
+
+def kill_the_worker(server: Server) -> None:
+    """Returns when another one is ready in its place."""
+    (killed,) = server.workers()
+    os.kill(killed, signal.SIGKILL)
+    deadline = time.monotonic() + START_SECONDS
+    while killed in server.workers() or not ready(server):
+        assert time.monotonic() < deadline, server.log.read_text()
+
+
+def ready(server: Server) -> bool:
+    try:
+        return httpx.get(f"{server.url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
