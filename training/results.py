@@ -83,8 +83,16 @@ def _has_row(result: Result, rows: list[Result]) -> bool:
 
 
 def summary(results: list[Result], digest: str) -> str:
-    """The test accuracy, in percent, reached by the recipe with this digest; or ``not run yet``."""
-    accuracies = [100 * result.accuracy for result in results if result.recipe_digest == digest]
+    """The test accuracy, in percent, reached by the recipe with this digest; or ``not run yet``.
+
+    A seed's run that was made again with the same outcome counts once: it is no further evidence.
+    """
+    outcomes = {
+        (result.seed, result.accuracy, result.single_view_accuracy)
+        for result in results
+        if result.recipe_digest == digest
+    }
+    accuracies = sorted(100 * accuracy for _, accuracy, _ in outcomes)
     match accuracies:
         case []:
             return "not run yet"

@@ -89,5 +89,12 @@ def test_summary(accuracies: list[float], text: str) -> None:
     assert results.summary([*rows, result("A1", 0, 0.1)], "fast") == text
 
 
+def test_a_run_that_was_made_again_is_no_further_evidence() -> None:
+    rows = [result("fast", 0, 0.94), result("fast", 0, 0.94), result("fast", 1, 0.94)]
+    assert results.summary(rows, "fast") == "94.00 ± 0.00 % (n=2)"
+    elsewhere = result("fast", 0, 0.95)  # where it rounds otherwise, a seed has another outcome
+    assert results.summary([rows[0], elsewhere], "fast") == "94.50 ± 0.71 % (n=2)"
+
+
 def test_committed_results_are_readable() -> None:
     assert all(0 < row.accuracy <= 1 and row.test_images == 10000 for row in results.read())
