@@ -38,6 +38,14 @@ def test_linked_page_is_of_the_run_of_the_bundled_model(metadata: dict[str, str]
     assert f"run <b>{metadata['name']}-seed{metadata['seed']}</b>" in page
 
 
+def test_suggested_rate_is_that_of_the_plot() -> None:
+    suggested = re.search(r"Here it suggests (\S+), a\nthird of that \(\[plot\]\((.+?)\)", README)
+    assert suggested
+    plot = (ROOT / suggested[2]).read_text(encoding="utf-8")
+    assert f"<!-- suggestion {suggested[1]} -->" in plot
+    assert "<!-- recipe 0.1122 -->" in plot
+
+
 def test_pace_of_training_is_the_table_of_the_benchmark() -> None:
     assert training.markdown(training.read()) in README
 

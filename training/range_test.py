@@ -109,6 +109,10 @@ def plot(measured: list[Measurement], suggestion: float, own: float, title: str,
     axes.axvline(suggestion, color="#d1495b", label=f"suggestion {suggestion:.4g}")
     axes.axvline(own, color="#444444", linestyle=":", label=f"recipe {own:.4g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title=title)
+    # A batch's loss can blow up tenfold; what counts is how the smoothed one falls and rises.
+    smooth = [point.smooth for point in measured]
+    margin = (max(smooth) - min(smooth)) / 2
+    axes.set_ylim(min(smooth) - margin, max(smooth) + margin)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     kind = file_format(path)
