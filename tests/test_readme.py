@@ -31,11 +31,27 @@ def test_results_are_the_table_of_the_runs() -> None:
 
 
 def test_linked_page_is_of_the_run_of_the_bundled_model(metadata: dict[str, str]) -> None:
-    (link,) = set(re.findall(r"\]\((docs/[^\s)]+\.html)\)", README))
-    page = (ROOT / link).read_text(encoding="utf-8")
+    link = re.search(r"\[!\[The page about the bundled model's run\]\(.+?\)\]\((.+?)\)", README)
+    assert link
+    page = (ROOT / link[1]).read_text(encoding="utf-8")
     assert f"<dd>{metadata['commit']}</dd>" in page
     assert f"<b>{100 * float(metadata['test_accuracy']):.2f} %</b> test accuracy" in page
     assert f"run <b>{metadata['name']}-seed{metadata['seed']}</b>" in page
+
+
+def test_unfinished_run_is_as_its_page_has_it() -> None:
+    told = re.search(
+        r"^(\w+)'s run has done (\d+) of its (\d+) epochs .+: (\S+ %) of the held-out images are "
+        r"right\.\n\[(.+?)\]\(\5\) is its page",
+        README,
+        re.MULTILINE,
+    )
+    assert told
+    name, done, epochs, accuracy, link = told.groups()
+    page = (ROOT / link).read_text(encoding="utf-8")
+    assert f"recipe <b>{name}</b>" in page
+    assert f"Unfinished: {done} of {epochs} epochs are done" in page
+    assert f"<b>{accuracy}</b> val accuracy" in page
 
 
 def test_suggested_rate_is_that_of_the_plot() -> None:

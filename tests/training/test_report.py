@@ -251,6 +251,12 @@ def test_unfinished_run_without_held_out_images_shows_no_predictions(
     assert "test accuracy" not in text(page)
 
 
+def test_predictions_within_an_epoch_say_after_how_many_steps(trial: Path, tmp_path: Path) -> None:
+    history = checkpoint.load(trial / "checkpoint.pt").history[:1]
+    page = report(edited(trial, tmp_path / "half", epoch=1, step=1, history=history), tmp_path)
+    assert "the network after 1 epoch and 1 step." in text(page.find(".//section[@id='predictions']"))
+
+
 def test_run_that_was_only_created_has_a_page(tmp_path: Path) -> None:
     chosen = recipe.load("A1", ["data.validation=0.1"])
     train.create(tmp_path / "new", chosen, "A1", 0, data.load_sample())
