@@ -125,27 +125,23 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
     with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_MODEL=str(served)) as server:
         with httpx.Client(base_url=server.url, timeout=60) as client:
             replace(served, second)
-            while outcomes(client)["done"] == 0:
-                pass
+            wait_until(lambda: outcomes(client)["done"] == 1, server)
             replace(served, first[:-1000])
-            while outcomes(client)["refused"] == 0:
-                pass
-        kill_the_worker(server)
+            wait_until(lambda: outcomes(client)["refused"] == 1, server)
+        (killed,) = server.workers()
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: killed not in server.workers() and ready(server), server)
         with httpx.Client(base_url=server.url, timeout=60) as client:
             assert client.get("/model").json()["version"] == SECOND
             replace(served, first)
-            while client.get("/model").json()["version"] != FIRST:
-                pass
+            wait_until(lambda: client.get("/model").json()["version"] == FIRST, server)
     log = server.log.read_text()
     assert "the last model file that passed serves on; the present one is refused: " in log
 
 
-def kill_the_worker(server: Server) -> None:
-    """Returns when another one is ready in its place."""
-    (killed,) = server.workers()
-    os.kill(killed, signal.SIGKILL)
+def wait_until(holds: Callable[[], bool], server: Server) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while killed in server.workers() or not ready(server):
+    while not holds():
         assert time.monotonic() < deadline, server.log.read_text()
 
 
