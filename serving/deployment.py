@@ -107,7 +107,7 @@ def deploy(settings: Settings, metrics: Any) -> Deployment:
     """Deploy the model file, and keep a copy of it for a worker that starts when it is usable no more.
 
     Raises:
-        StartError: it is not usable, nor is there a copy of one that was.
+        StartError: it is not usable.
     """
     deployment = Deployment(settings.model, settings, metrics)
     if KEPT_MODEL in os.environ:

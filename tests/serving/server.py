@@ -97,3 +97,13 @@ def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) ->
         except httpx.TransportError:
             time.sleep(0.1)  # nobody listens yet; there is no event to wait for
     pytest.fail(f"not ready after {START_SECONDS} seconds: {log.read_text()}")
+
+
+def wait_for_workers(server: Server, count: int, *, without: int) -> set[int]:
+    """The workers, once there are `count` but for that one."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        workers = server.workers() - {without}
+        if len(workers) == count:
+            return workers
+    raise AssertionError(f"{count} workers did not run: {server.log.read_text()}")

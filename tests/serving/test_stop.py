@@ -16,7 +16,7 @@ from tests.serving.figures import under_way
 from tests.serving.models import write_slow_model
 from tests.serving.raw import connected, post
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import START_SECONDS, Server, running
+from tests.serving.server import START_SECONDS, Server, running, wait_for_workers
 from tests.transcripts import assert_as_shown
 
 
@@ -120,7 +120,7 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
         loads = [pool.submit(ask_on, client) for client in spared]
         doomed = [pool.submit(ask_on, client) for client in lost]
         os.kill(killed, signal.SIGKILL)
-        workers = _wait_for_workers(server, 2, without=killed)
+        workers = wait_for_workers(server, 2, without=killed)
         assert kept in workers
         (replacement,) = workers - {kept}
         found = _clients_of_each_worker(server, 1)
@@ -157,12 +157,3 @@ def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.
         else:
             client.close()
     return clients
-
-
-def _wait_for_workers(server: Server, count: int, *, without: int) -> set[int]:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        workers = server.workers() - {without}
-        if len(workers) == count:
-            return workers
-    raise AssertionError(f"{count} workers did not run: {server.log.read_text()}")

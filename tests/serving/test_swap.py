@@ -16,7 +16,13 @@ from serving.model import Model
 from tests.serving.figures import read, value
 from tests.serving.models import METADATA
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import START_SECONDS, Server, running
+from tests.serving.server import (
+    START_SECONDS,
+    Server,
+    running,
+    wait_for_workers,
+    wait_until_ready,
+)
 
 FIRST, SECOND = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 
@@ -130,7 +136,8 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
             wait_until(lambda: outcomes(client)["refused"] == 1, server)
         (killed,) = server.workers()
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: killed not in server.workers() and ready(server), server)
+        wait_for_workers(server, 1, without=killed)
+        wait_until_ready(server.url, server.process, server.log)
         with httpx.Client(base_url=server.url, timeout=60) as client:
             assert client.get("/model").json()["version"] == SECOND
             replace(served, first)
@@ -143,10 +150,3 @@ def wait_until(holds: Callable[[], bool], server: Server) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not holds():
         assert time.monotonic() < deadline, server.log.read_text()
-
-
-def ready(server: Server) -> bool:
-    try:
-        return httpx.get(f"{server.url}/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
