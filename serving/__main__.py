@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import os
 import sys
 from errno import ENOTDIR
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from serving.batching import Batcher
 from serving.errors import RequestError, StartError
+from serving.files import replacing
 from serving.model import Model
 from serving.settings import Settings
 from serving.submission import Submission, read_submission
@@ -54,7 +54,8 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
         max_batch_size=settings.max_batch_size,
     )
     labels = asyncio.run(_labels(model, submission))
-    _write(csv, submission.csv(labels))
+    with replacing(csv) as beside:
+        beside.write_bytes(submission.csv(labels))
     print(f"{len(submission)} labels in {csv}")
 
 
@@ -83,15 +84,6 @@ async def _labels(model: Model, submission: Submission) -> list[int]:
         finally:
             await batcher.stop()
     return labels
-
-
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from serving.batching import Batcher
 from serving.engine import RUNS
 from serving.errors import ModelError, StartError
+from serving.files import replacing
 from serving.model import Model
 from serving.settings import KEPT_MODEL, Settings
 
@@ -132,14 +133,15 @@ def deploy_kept(settings: Settings, metrics: Any, refusal: StartError) -> Deploy
 
 
 def _keep(path: Path, kept: Path, state: FileState | None) -> None:
-    """Copy a file, unless it has changed from that state."""
-    beside = kept.with_name(f"{kept.name}.{os.getpid()}")
-    try:
+    """Copy a file, unless it has changed from that state.
+
+    Raises:
+        OSError: it has, or it cannot be copied.
+    """
+    with replacing(kept) as beside:
         shutil.copyfile(path, beside)
-        if FileState.of(path) == state:
-            beside.replace(kept)
-    finally:
-        beside.unlink(missing_ok=True)
+        if FileState.of(path) != state:
+            raise OSError(f"{path} changed while it was copied")
 
 
 async def replacements(path: Path, known: FileState | None) -> AsyncIterator[None]:
