@@ -70,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     write.add_argument(
         "--tta",
-        choices=["none", "flip"],
-        help="flip: the logits of an image and its mirror image are averaged (default: as the recipe's "
-        "views say)",
+        choices=["none", "flip", "flip_shift"],
+        help="flip: the logits of an image and its mirror image are averaged; flip_shift: those of both "
+        "shifted by a pixel to two corners too (default: as the recipe's views say)",
     )
     write.add_argument(
         "--temperature-from",

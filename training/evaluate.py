@@ -30,12 +30,20 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 [N, 10], of RGB ``images``, uint8 [N, 32, 32, 3]."""
         x = self.normalize(images.permute(0, 3, 1, 2))
-        if self.views == "flip":
-            logits: Tensor = self.model(torch.cat([x, x.flip(-1)]))
-            count = x.shape[0]  # not len(x), which an export would fix to the example's
-            return (logits[:count] + logits[count:]) / 2
-        logits = self.model(x)
-        return logits
+        if self.views == "none":
+            logits: Tensor = self.model(x)
+            return logits
+        views, weights = [x], [0.5]
+        if self.views == "flip_shift":
+            # The six views of airbench (K. Jordan, arXiv:2404.00498), the shifted ones half as heavy.
+            size, padded = x.shape[-1], F.pad(x, (1, 1, 1, 1), mode="reflect")
+            views += [padded[..., :size, :size], padded[..., 2:, 2:]]
+            weights = [0.25, 0.125, 0.125]
+        logits = self.model(torch.cat([*views, *(view.flip(-1) for view in views)]))
+        count = x.shape[0]  # not len(x), which an export would fix to the example's
+        parts = [logits[index * count : (index + 1) * count] for index in range(2 * len(views))]
+        weighted = [part * weight for part, weight in zip(parts, weights * 2, strict=True)]
+        return torch.stack(weighted).sum(0)
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,8 @@ class Learner:
         share = images * self.processes.count / batch.count
         self.scaler.scale(loss * share).backward()
         for part in self.optimizers:
-            self.scaler.step(part)
+            with self._autocast():  # Muon's matrix products need no more precision
+                self.scaler.step(part)
             part.zero_grad()
         self.scaler.update()
         if self.average is not None:

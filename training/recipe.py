@@ -370,7 +370,8 @@ class Recipe(Part):
     """A complete run specification: network, data, augmentation, optimizer and schedule.
 
     ``amp`` is the precision of training where the device computes it natively (``off`` is fp32);
-    ``views`` are the views averaged for a prediction (``flip``: the image and its mirror image).
+    ``views`` are the views averaged for a prediction (``flip``: the image and its mirror image;
+    ``flip_shift``: these two, and each shifted by a pixel towards two opposite corners).
     """
 
     title: str
@@ -380,7 +381,7 @@ class Recipe(Part):
     drop_last: bool
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     amp: Literal["off", "fp16", "bf16"]
-    views: Literal["none", "flip"]
+    views: Literal["none", "flip", "flip_shift"]
     data: Data
     model: Model
     optimizer: Optimizer

@@ -214,7 +214,9 @@ class Run:
         }
         self._check_finite("loss", metrics["train_loss"])
         if len(self.val_images):
-            val = self._evaluate("val", self.val_images, self.recipe.views)
+            # Several views would cost as many times the evaluation; the last epoch's are the result's.
+            last = state.epoch + 1 == self.recipe.epochs
+            val = self._evaluate("val", self.val_images, self.recipe.views if last else "none")
             metrics |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
         state.seconds = seconds_before + time.monotonic() - began
         metrics["seconds"] = round(state.seconds, 1)

@@ -17,7 +17,7 @@ REPORTED = {
     "E1": 4918602,
 }
 OURS = {
-    "accurate": 4722784,
+    "accurate": 4636768,
     "fast": 2563104,
     "seresnet": 4733610,
     "resnext": 4124186,
