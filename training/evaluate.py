@@ -10,6 +10,10 @@ from training.augment import Normalize
 from training.data import Images
 from training.recipe import Recipe
 
+# The shares of the views, those that are not mirrored first. As airbench averages six views (K. Jordan,
+# arXiv:2404.00498), a shifted one weighs half of one that is not.
+SHARES = {"flip": (0.5, 0.5), "flip_shift": (0.25, 0.125, 0.125, 0.25, 0.125, 0.125)}
+
 
 class Classifier(nn.Module):
     """A network with all that a recipe puts around it: normalisation and the averaged views.
@@ -26,24 +30,23 @@ class Classifier(nn.Module):
         self.normalize = Normalize(recipe.data.mean, recipe.data.std)
         self.model = model
         self.views = recipe.views
+        self.shares: Tensor
+        self.register_buffer("shares", torch.tensor(SHARES.get(self.views, (1.0,))).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 [N, 10], of RGB ``images``, uint8 [N, 32, 32, 3]."""
         x = self.normalize(images.permute(0, 3, 1, 2))
+        logits: Tensor
         if self.views == "none":
-            logits: Tensor = self.model(x)
+            logits = self.model(x)
             return logits
-        views, weights = [x], [0.5]
+        views = [x]
         if self.views == "flip_shift":
-            # The six views of airbench (K. Jordan, arXiv:2404.00498), the shifted ones half as heavy.
             size, padded = x.shape[-1], F.pad(x, (1, 1, 1, 1), mode="reflect")
             views += [padded[..., :size, :size], padded[..., 2:, 2:]]
-            weights = [0.25, 0.125, 0.125]
         logits = self.model(torch.cat([*views, *(view.flip(-1) for view in views)]))
-        count = x.shape[0]  # not len(x), which an export would fix to the example's
-        parts = [logits[index * count : (index + 1) * count] for index in range(2 * len(views))]
-        weighted = [part * weight for part, weight in zip(parts, weights * 2, strict=True)]
-        return torch.stack(weighted).sum(0)
+        logits = (logits.unflatten(0, (len(self.shares), -1)) * self.shares).sum(0)
+        return logits
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,18 @@ def test_views_average_the_image_and_its_mirror_image(trained: Path, pixels: NDA
     assert not np.allclose(both[0], both[1], atol=1e-2)
 
 
+def test_shifted_views_weigh_half(trained: Path, pixels: NDArray[np.uint8]) -> None:
+    member = load(trained, "flip_shift")
+    averaged, single = Ensemble([member.classifier()]), Ensemble([load(trained, "none").classifier()])
+    padded: NDArray[np.uint8] = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    expected = np.zeros((len(pixels), 10), np.float32)
+    for view, share in ((pixels, 0.25), (padded[:, :32, :32], 0.125), (padded[:, 2:, 2:], 0.125)):
+        for seen in (view, view[:, :, ::-1]):
+            expected += share * logits(single, np.ascontiguousarray(seen))
+    np.testing.assert_allclose(logits(averaged, pixels), expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(expected, logits(single, pixels), atol=1e-2)
+
+
 def test_any_batch_size_gives_the_same_logits(trained: Path, pixels: NDArray[np.uint8]) -> None:
     model = graph.build(Ensemble([load(trained, None).classifier()])).SerializeToString()
     one_by_one = np.concatenate([CPU.logits(model, pixels[i : i + 1]) for i in range(7)])

@@ -30,6 +30,21 @@ def test_muon_keeps_the_norm_of_filters_and_moves_them() -> None:
     assert (filters - scaled).norm() < 0.1 * 4 * 1.6
 
 
+def test_muon_steps_in_half_precision_are_those_in_full_within_its_rounding() -> None:
+    torch.manual_seed(0)
+    start, gradient = torch.randn(64, 32, 3, 3), torch.randn(64, 32, 3, 3)
+    moved = []
+    for half in (False, True):
+        filters = nn.Parameter(start.clone())
+        filters.grad = gradient.clone()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            optimizer.Muon([filters], lr=0.1, momentum=0.6).step()
+        moved.append(filters.detach() - start * 8 / start.norm())
+    assert moved[0].dtype == moved[1].dtype == torch.float32
+    assert not torch.equal(*moved)
+    assert (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
+
+
 @pytest.mark.parametrize("name", recipe.names())
 def test_every_trained_parameter_is_in_one_group(name: str) -> None:
     loaded = recipe.load(name)

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from training import checkpoint, data, recipe, results
 from training.__main__ import main
+from training.evaluate import evaluate
 from training.model import CLASSES, build
 
 SMALL = ["--epochs", "1", "--limit", "12", "--set", "batch_size=4"]
@@ -100,6 +101,27 @@ def test_copied_folder_of_a_finished_run_stays_as_it_is(uninterrupted: Path, tmp
     files = {path.name: path.read_bytes() for path in copy.iterdir()}
     assert main(["resume", str(copy)]) == 0
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == files
+
+
+def test_views_are_averaged_on_held_out_images_after_the_last_epoch_only(tmp_path: Path) -> None:
+    # With a constant rate the first of two epochs is the one of a run of one.
+    settings = ["batch_size=50", "data.validation=0.2", "model.widths=[16,16,16]", "resolution=[]"]
+    settings += ["schedule={kind='constant'}", "optimizer.bias_lr=0.1", "optimizer.head_lr=0.1"]
+    val = data.split(data.load_sample().train, 0.2)[1]
+    losses: dict[int, dict[str, float]] = {}
+    for epochs in (1, 2):
+        out = tmp_path / str(epochs)
+        count = ["--epochs", str(epochs)]
+        assert main(["run", "accurate", "--out", str(out), *count, "--set", *settings]) == 0
+        state = checkpoint.load(out / "checkpoint.pt")
+        chosen = state.parsed_recipe()
+        losses[epochs] = {
+            views: evaluate(state.network(), chosen.model_copy(update={"views": views}), val).loss
+            for views in ("none", "flip_shift")
+        }
+        assert losses[epochs]["none"] != pytest.approx(losses[epochs]["flip_shift"], rel=1e-5)
+        assert state.history[-1]["val_loss"] == pytest.approx(losses[epochs]["flip_shift"])
+    assert state.history[0]["val_loss"] == pytest.approx(losses[1]["none"])
 
 
 def test_trial_is_judged_on_held_out_images_only(
