@@ -1,10 +1,11 @@
 # Everything runs in .venv, which each target fills with what it needs; calling again installs nothing.
 PYTHON ?= python3
 PORT ?= 3000
-RECIPE ?= fast
+RECIPE ?= accurate
 RUN ?= runs/$(RECIPE)-seed0
 OUT ?= models/default.onnx
 PRECISION ?= int8
+TTA ?=
 TRIAL ?=
 GPU ?= 0
 SECONDS ?= 120
@@ -26,12 +27,12 @@ lint: .venv/.dev  ## run ruff and the type checker
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-train: .venv/.train  ## train a recipe (RECIPE=fast), which adds its row to training/results.csv
+train: .venv/.train  ## train a recipe (RECIPE=accurate), which adds its row to training/results.csv
 	.venv/bin/python -m training run $(RECIPE)
 
-export: .venv/.export  ## turn a run into a model file (RUN=runs/fast-seed0 OUT=models/default.onnx PRECISION=int8 TRIAL=)
+export: .venv/.export  ## turn a run into a model file (RUN=runs/accurate-seed0 OUT=models/default.onnx PRECISION=int8 TTA= TRIAL=)
 	.venv/bin/python -m export write $(RUN)/checkpoint.pt $(OUT) --precision $(PRECISION) \
-		$(if $(TRIAL),--temperature-from $(TRIAL)/checkpoint.pt)
+		$(if $(TTA),--tta $(TTA)) $(if $(TRIAL),--temperature-from $(TRIAL)/checkpoint.pt)
 
 bench: .venv/.peers  ## measure the pace of training, inference and serving on this machine, into benchmarks/
 	.venv/bin/python -m benchmarks.training

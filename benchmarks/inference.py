@@ -1,6 +1,6 @@
 """Images per second and memory of the service's engine, beside what else could run its models.
 
-For the bundled model's network and those of two reports, B1 and A3, with random weights, by batch size:
+For the network of ``fast`` and those of two reports, B1 and A3, with random weights, by batch size:
 the service's engine with each provider and precision of this machine, plain ONNX Runtime (its CPU
 provider, default options, float32), eager PyTorch as the reports' own scripts ran it, the same in
 bfloat16, and OpenVINO's own runtime as the limit. Then the whole of ``python -m serving submit``, from

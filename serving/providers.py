@@ -101,6 +101,12 @@ def obstacle(provider: ProviderName) -> str | None:
                     "The OpenVINO plug-in is not installed; "
                     f"`{COMMANDS[provider]}` (there is a wheel for x86-64 Linux and Windows)"
                 )
+            try:
+                processor = _openvino_cpu()
+            except Exception:
+                return None  # a plug-in that is damaged: whoever opens a session is told how
+            if processor is None:
+                return "The OpenVINO plug-in takes no processor of this machine; it takes Intel's"
         case "cuda" | "tensorrt":
             if FULL_NAMES[provider] not in ort.get_available_providers():
                 return (
@@ -121,7 +127,9 @@ def _chain(
     """The providers in the order in which nodes are offered; None where the options have them."""
     match provider:
         case "openvino":
-            options.add_provider_for_devices([_openvino_cpu()], _openvino_options(threads, runs))
+            processor = _openvino_cpu()
+            assert processor is not None  # else there was an obstacle
+            options.add_provider_for_devices([processor], _openvino_options(threads, runs))
             return None
         case "cuda" | "tensorrt":
             # The libraries of NVIDIA's packages lie in site-packages, where no loader looks.
@@ -134,14 +142,14 @@ def _chain(
 
 
 @functools.cache
-def _openvino_cpu() -> ort.OrtEpDevice:
-    """OpenVINO's CPU device; loads the plug-in."""
+def _openvino_cpu() -> ort.OrtEpDevice | None:
+    """OpenVINO's CPU device, or None where it takes none, such as AMD's; loads the plug-in."""
     plugin = importlib.import_module("onnxruntime_ep_openvino")
     ort.register_execution_provider_library(OPENVINO, plugin.get_library_path())
     for device in ort.get_ep_devices():
         if device.ep_name == OPENVINO and device.ep_metadata.get("ov_device") == "CPU":
             return device
-    raise ProviderError("The OpenVINO plug-in finds no processor that it can use")
+    return None
 
 
 def _openvino_options(threads: int, runs: int) -> dict[str, str]:

@@ -75,7 +75,7 @@ def _floats(file: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 
 @pytest.fixture(scope="package")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Bundled:
-    """Writes a checkpoint with the bundled model's weights, and with ``changes`` of its recipe's data.
+    """Writes a checkpoint of the bundled model's weights and views, with ``changes`` of its recipe.
 
     What the exporter folded into a convolution comes back as its bias in the BatchNorm behind it.
     """
@@ -87,8 +87,8 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Bundled:
         if "model." in name
     }
 
-    def write(validation: float = 0.0, epoch: int = 15, **changes: Any) -> Path:
-        described = tomllib.loads(values["recipe"]) | changes
+    def write(validation: float = 0.0, epoch: int | None = None, **changes: Any) -> Path:
+        described = tomllib.loads(values["recipe"]) | {"views": values["views"]} | changes
         described["data"] = described["data"] | {"validation": validation}
         state = model.build(recipe.parse(described, "bundled").model).state_dict()
         state |= {name: tensor for name, tensor in weights.items() if name in state}
@@ -111,7 +111,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Bundled:
             model=state,
             optimizers=[],
             scaler={},
-            epoch=epoch,
+            epoch=described["epochs"] if epoch is None else epoch,
         )
         checkpoint.save(made, path)
         return path

@@ -44,7 +44,7 @@ def test_temperature_divides_the_logits(trained: Path, pixels: NDArray[np.uint8]
 
 def test_views_average_the_image_and_its_mirror_image(trained: Path, pixels: NDArray[np.uint8]) -> None:
     mirrored: NDArray[np.uint8] = np.ascontiguousarray(pixels[:, :, ::-1])
-    averaged = Ensemble([load(trained, None).classifier()])  # the recipe's views are flip
+    averaged = Ensemble([load(trained, None).classifier()])  # its views are flip
     np.testing.assert_allclose(
         logits(averaged, mirrored), logits(averaged, pixels), rtol=1e-4, atol=1e-5
     )

@@ -13,7 +13,7 @@ def test_convolutions_are_int8_by_channel_and_the_first_one_is_not(files: dict[s
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     made_by = {name: node for node in model.graph.node for name in node.output}
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
-    assert len(convolutions) == 8
+    assert len(convolutions) == 10
 
     def scaled(node: NodeProto, place: int) -> NodeProto | None:
         source = made_by.get(node.input[place])

@@ -53,7 +53,7 @@ def test_held_out_images_of_the_run_itself(bundled: Bundled) -> None:
     found = temperature.of(members(bundled(0.2)), [])
     assert found.val_images == 100
     assert found.value != 1
-    assert found.origin.startswith("held-out training images of fast seed 0")
+    assert found.origin.startswith("held-out training images of accurate seed 0")
     assert found.val_ece_before is not None
     assert found.val_ece_after is not None
     assert found.val_ece_after < found.val_ece_before
@@ -79,7 +79,7 @@ def test_trials_that_cannot(trained: Path, bundled: Bundled) -> None:
         attempt(trained)
     with pytest.raises(TemperatureError, match=r"of another recipe than .*: batch_size differ"):
         attempt(bundled(0.2, batch_size=100))
-    with pytest.raises(TemperatureError, match="not finished: epoch 3 of 15"):
+    with pytest.raises(TemperatureError, match="not finished: epoch 3 of 46"):
         attempt(bundled(0.2, epoch=3))
     with pytest.raises(TemperatureError, match=r"2 checkpoints .* for 1 checkpoints"):
         attempt(bundled(0.2), bundled(0.2))

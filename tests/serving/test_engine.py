@@ -4,6 +4,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ ModelFile = Callable[..., Path]
 
 PLUG_IN = "onnxruntime_ep_openvino"
 needs_openvino = pytest.mark.skipif(
-    obstacle("openvino") is not None, reason="there is no wheel for this machine"
+    obstacle("openvino") is not None, reason="OpenVINO's plug-in is not for this machine"
 )
 without_gpu = pytest.mark.skipif(obstacle("cuda") is None, reason="CUDA goes before the others")
 
@@ -73,6 +74,19 @@ def test_without_the_plug_in(model_file: ModelFile, monkeypatch: pytest.MonkeyPa
     engine = Engine(model_file(), "auto", 1)
     assert engine.provider == CPU
     assert "pip install onnxruntime-ep-openvino" in engine.reason
+
+
+@without_gpu
+@pytest.mark.skipif(find_spec(PLUG_IN) is None, reason="there is no wheel for this machine")
+def test_on_a_processor_that_the_plug_in_does_not_take(
+    model_file: ModelFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.providers._openvino_cpu", lambda: None)
+    with pytest.raises(ProviderError, match=r"takes Intel's\. Or set SERVING_PROVIDER=cpu"):
+        Engine(model_file(), "openvino", 1)
+    engine = Engine(model_file(), "auto", 1)
+    assert engine.provider == CPU
+    assert "takes no processor of this machine" in engine.reason
 
 
 @without_gpu
