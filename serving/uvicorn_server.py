@@ -19,6 +19,7 @@ from serving.responses import error_body
 logger = logging.getLogger("serving")
 
 MAX_HEAD_BYTES = 64 * 1024
+MAX_PIPELINED = 100  # requests of a connection that wait for the answer to one before them
 OTHER_FILES = 1024  # what the process opens beside connections: bodies on disk, libraries, the model
 
 
@@ -95,7 +96,8 @@ def limit_connections(
     uvicorn keeps all of them for ever. When there are more than `most`, that one goes, and `evicted` is
     called, which has been without a whole request for longest: a request that has arrived is answered.
     A request line with its headers may take `head_seconds`, and 64 KiB, as may what lies between and
-    after the pieces of a body. An answer must be taken within `body_seconds`. A body is not taken
+    after the pieces of a body. An answer must be taken within `body_seconds`. Of requests that are sent
+    before there was an answer 100 wait, and one more closes the connection. A body is not taken
     together with an offer to speak another protocol: the parser would read on behind the headers.
     """
     # Those without a whole request that waits for its answer, by the time since when: how to close each.
@@ -128,6 +130,9 @@ def limit_connections(
             if self.parser.should_upgrade() and any(map(_tells_of_a_body, self.headers)):
                 self._complaint = "A request with a body cannot ask for an Upgrade; send it without."
                 raise ValueError(self._complaint)
+            # One read brings thousands of small ones, whose state takes a hundred times their bytes.
+            if len(self.pipeline) == MAX_PIPELINED:
+                raise ValueError(f"{MAX_PIPELINED} requests wait for the answer to one before them.")
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:

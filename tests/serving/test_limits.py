@@ -13,6 +13,7 @@ import pytest
 
 from serving.errors import OverloadedError
 from serving.limits import Budget
+from serving.uvicorn_server import MAX_PIPELINED
 from tests.serving.raw import PATIENCE, connected, post
 from tests.serving.samples import encoded
 from tests.serving.server import serving
@@ -40,6 +41,22 @@ def test_a_share_is_given_back_also_after_an_error() -> None:
         assert not budget.spent
         1 / 0  # noqa: B018
     budget.take(2)
+
+
+def test_requests_that_wait_for_an_answer_before_theirs_are_bounded(url: str) -> None:
+    request, line = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n", b"HTTP/1.1 200"
+    with connected(url) as connection:
+        connection.sendall(request * (1 + MAX_PIPELINED))
+        answers = b""
+        while answers.count(line) <= MAX_PIPELINED:
+            answers += connection.recv(65536)
+    with connected(url) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(request * 20 * MAX_PIPELINED)
+        answers = b""
+        while more := connection.recv(65536):
+            answers += more
+    assert answers.count(line) < 20 * MAX_PIPELINED
+    assert httpx.get(f"{url}/healthz").status_code == 200
 
 
 @pytest.fixture
