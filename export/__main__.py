@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,7 @@ from training.checkpoint import CheckpointError
 from training.data import DataError
 from training.learner import TrainingError
 from training.range_test import file_format
-from training.recipe import RecipeError
+from training.recipe import RecipeError, Views
 
 ALL = "all"
 
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     write.add_argument(
         "--tta",
-        choices=["none", "flip", "flip_shift"],
+        choices=get_args(Views),
         help="flip: the logits of an image and its mirror image are averaged; flip_shift: those of both "
         "shifted by a pixel to two corners too (default: as the recipe's views say)",
     )

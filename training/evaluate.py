@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 from training.augment import Normalize
 from training.data import Images
-from training.recipe import Recipe
+from training.recipe import Recipe, Views
 
 # The shares of the views, those that are not mirrored first. As airbench averages six views (K. Jordan,
 # arXiv:2404.00498), a shifted one weighs half of one that is not.
-SHARES = {"flip": (0.5, 0.5), "flip_shift": (0.25, 0.125, 0.125, 0.25, 0.125, 0.125)}
+SHARES: dict[Views, tuple[float, ...]] = {
+    "none": (1.0,),
+    "flip": (0.5, 0.5),
+    "flip_shift": (0.25, 0.125, 0.125, 0.25, 0.125, 0.125),
+}
 
 
 class Classifier(nn.Module):
@@ -31,22 +35,21 @@ class Classifier(nn.Module):
         self.model = model
         self.views = recipe.views
         self.shares: Tensor
-        self.register_buffer("shares", torch.tensor(SHARES.get(self.views, (1.0,))).view(-1, 1, 1))
+        self.register_buffer("shares", torch.tensor(SHARES[self.views]).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 [N, 10], of RGB ``images``, uint8 [N, 32, 32, 3]."""
         x = self.normalize(images.permute(0, 3, 1, 2))
-        logits: Tensor
         if self.views == "none":
-            logits = self.model(x)
+            logits: Tensor = self.model(x)
             return logits
         views = [x]
         if self.views == "flip_shift":
             size, padded = x.shape[-1], F.pad(x, (1, 1, 1, 1), mode="reflect")
             views += [padded[..., :size, :size], padded[..., 2:, 2:]]
         logits = self.model(torch.cat([*views, *(view.flip(-1) for view in views)]))
-        logits = (logits.unflatten(0, (len(self.shares), -1)) * self.shares).sum(0)
-        return logits
+        averaged: Tensor = (logits.unflatten(0, (len(self.shares), -1)) * self.shares).sum(0)
+        return averaged
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Triple = tuple[float, float, float]
+Views = Literal["none", "flip", "flip_shift"]
 
 
 class RecipeError(ValueError):
@@ -381,7 +382,7 @@ class Recipe(Part):
     drop_last: bool
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     amp: Literal["off", "fp16", "bf16"]
-    views: Literal["none", "flip", "flip_shift"]
+    views: Views
     data: Data
     model: Model
     optimizer: Optimizer

@@ -213,16 +213,15 @@ class Run:
             "train_accuracy": self.processes.total(correct).item() / seen,
         }
         self._check_finite("loss", metrics["train_loss"])
+        ended = state.epoch + 1 == self.recipe.epochs
         if len(self.val_images):
             # Several views would cost as many times the evaluation; the last epoch's are the result's.
-            last = state.epoch + 1 == self.recipe.epochs
-            val = self._evaluate("val", self.val_images, self.recipe.views if last else "none")
+            val = self._evaluate("val", self.val_images, self.recipe.views if ended else "none")
             metrics |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
         state.seconds = seconds_before + time.monotonic() - began
         metrics["seconds"] = round(state.seconds, 1)
         state.history.append(metrics)
         state.epoch, state.step, state.loss_sum, state.correct = state.epoch + 1, 0, 0.0, 0
-        ended = state.epoch == self.recipe.epochs
         if self.processes.highest(int(ended or time.monotonic() - self._saved > SAVE_SECONDS)):
             self._save()
         self._report(metrics)
