@@ -188,7 +188,7 @@ class Learner:
         for part in self.optimizers:
             for group in part.param_groups:
                 group["lr"] = rate(group["base_lr"])
-        inputs, targets = self._objective.mix(batch.inputs, batch.labels)
+        inputs, targets = self._objective.mix(batch.inputs, batch.labels, batch.epoch)
         with self._autocast():
             logits = self._parallel(inputs)
             loss = self._objective.loss(logits, targets, inputs)

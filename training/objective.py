@@ -26,20 +26,26 @@ class Objective:
 
     def __init__(self, recipe: Recipe, teacher: Path, device: torch.device) -> None:
         self._smoothing = recipe.label_smoothing
+        self._mixing = recipe.mixing
         self._mix: nn.Module | None = None
-        if recipe.mixing is not None:
-            kind = v2.MixUp if recipe.mixing.kind == "mixup" else v2.CutMix
-            self._mix = kind(alpha=recipe.mixing.alpha, num_classes=len(CLASSES))
+        if self._mixing is not None:
+            kind = v2.MixUp if self._mixing.kind == "mixup" else v2.CutMix
+            self._mix = kind(alpha=self._mixing.alpha, num_classes=len(CLASSES))
         self._teacher: Teacher | None = None
         if recipe.distillation is not None:
             self._teacher = Teacher(recipe.distillation, teacher, recipe.data).to(device)
 
-    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def mix(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """The images, float [N, 3, H, W], and targets of a step, from torch's global generator.
 
-        ``labels``, int64 [N], come back as they are, or mixed as float32 [N, 10].
+        ``labels``, int64 [N], come back as they are, or mixed as float32 [N, 10]; so do the images,
+        which are mixed in the recipe's epochs only (``epoch`` 0 is the first).
         """
-        if self._mix is None:
+        if self._mix is None or self._mixing is None:
+            return images, labels
+        first, end = self._mixing.epochs
+        # The host's generator, so that a device is not waited for.
+        if not first <= epoch < end or torch.rand(()).item() >= self._mixing.p:
             return images, labels
         mixed, targets = self._mix(images, labels)
         return mixed.contiguous(memory_format=torch.channels_last), targets

@@ -275,6 +275,17 @@ class Linear(Part):
     kind: Literal["linear"]
 
 
+class LinearRestart(Part):
+    """Falls as ``linear`` to 0 after epoch ``restart``, then anew, from ``share`` of the rate to 0.
+
+    Warm restarts are Loshchilov & Hutter's (2017, arXiv:1608.03983), with cosines.
+    """
+
+    kind: Literal["linear_restart"]
+    restart: Count
+    share: Annotated[float, Field(gt=0, le=1)]
+
+
 class Cosine(Part):
     """Cosine annealing per epoch from the optimizer's rate to ``min_lr`` after the last epoch."""
 
@@ -315,7 +326,7 @@ class Plateau(Part):
 
 
 Schedule = Annotated[
-    Constant | Linear | Cosine | ShiftedWarmupCosine | Step | MultiStep | Plateau,
+    Constant | Linear | LinearRestart | Cosine | ShiftedWarmupCosine | Step | MultiStep | Plateau,
     Field(discriminator="kind"),
 ]
 
@@ -330,18 +341,28 @@ class Resolution(Part):
 # -- what a recipe may leave out ----------------------------------------------------------------------
 
 
-class MixUp(Part):
-    """Blend each image and its label with another's (Zhang et al., 2018), share ~ Beta(alpha, alpha)."""
+class Mix(Part):
+    """A batch is mixed with probability ``p``, by a share ~ Beta(alpha, alpha) of its own.
+
+    From epoch ``epochs[0]`` (0 is the first) to before ``epochs[1]``: to end on images as they are
+    helps (He et al., 2019, arXiv:1909.09148).
+    """
+
+    alpha: Positive
+    p: Fraction
+    epochs: tuple[Annotated[int, Field(ge=0)], Count]
+
+
+class MixUp(Mix):
+    """Blend each image and its label with another's (Zhang et al., 2018)."""
 
     kind: Literal["mixup"]
-    alpha: Positive
 
 
-class CutMix(Part):
+class CutMix(Mix):
     """Paste a box of another image, and mix the labels by its area (Yun et al., 2019)."""
 
     kind: Literal["cutmix"]
-    alpha: Positive
 
 
 Mixing = Annotated[MixUp | CutMix, Field(discriminator="kind")]
@@ -404,6 +425,10 @@ class Recipe(Part):
             raise ValueError("schedule: plateau needs held-out images: data.validation above 0")
         if self.schedule.kind == "shifted_warmup_cosine" and self.optimizer.kind == "muon":
             raise ValueError("schedule: shifted_warmup_cosine is defined for one learning rate")
+        if isinstance(self.schedule, LinearRestart) and self.schedule.restart >= self.epochs:
+            raise ValueError(
+                f"schedule: restart after epoch {self.schedule.restart} of {self.epochs} leaves none"
+            )
         if isinstance(self.optimizer, SGD) and self.optimizer.nesterov and not self.optimizer.momentum:
             raise ValueError("optimizer: nesterov needs a momentum above 0")
         return self

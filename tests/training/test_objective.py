@@ -12,8 +12,8 @@ from training.evaluate import Classifier
 from training.objective import Objective
 
 CPU = torch.device("cpu")
-MIXUP = "mixing={kind='mixup', alpha=0.4}"
-CUTMIX = "mixing={kind='cutmix', alpha=1.0}"
+MIXUP = "mixing={kind='mixup', alpha=0.4, p=1.0, epochs=[0, 1]}"
+CUTMIX = "mixing={kind='cutmix', alpha=1.0, p=1.0, epochs=[0, 1]}"
 
 
 def batch(count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +25,7 @@ def batch(count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 def test_plain_recipe_is_cross_entropy_with_smoothing() -> None:
     images, labels = batch()
     objective = Objective(recipe.load("A1", ["label_smoothing=0.2"]), Path("none"), CPU)
-    inputs, targets = objective.mix(images, labels)
+    inputs, targets = objective.mix(images, labels, 0)
     assert inputs is images
     assert targets is labels
     logits = torch.randn(16, 10)
@@ -37,7 +37,7 @@ def test_plain_recipe_is_cross_entropy_with_smoothing() -> None:
 def test_mixup_blends_images_and_labels_alike() -> None:
     images, labels = batch()
     torch.manual_seed(3)
-    inputs, targets = Objective(recipe.load("A1", [MIXUP]), Path("none"), CPU).mix(images, labels)
+    inputs, targets = Objective(recipe.load("A1", [MIXUP]), Path("none"), CPU).mix(images, labels, 0)
     partner = labels.roll(1)
     different = labels != partner
     shares = targets[different, labels[different]]
@@ -51,7 +51,7 @@ def test_mixup_blends_images_and_labels_alike() -> None:
 def test_cutmix_pastes_a_box_and_mixes_labels_by_its_area() -> None:
     images, labels = batch()
     torch.manual_seed(4)
-    inputs, targets = Objective(recipe.load("A1", [CUTMIX]), Path("none"), CPU).mix(images, labels)
+    inputs, targets = Objective(recipe.load("A1", [CUTMIX]), Path("none"), CPU).mix(images, labels, 0)
     pasted = (inputs != images).any(1).any(0)  # where any image changed
     rows, columns = pasted.any(1).nonzero().flatten(), pasted.any(0).nonzero().flatten()
     box = (slice(None), slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
@@ -68,9 +68,27 @@ def test_mixing_comes_from_the_seed() -> None:
     mixed = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        mixed.append(objective.mix(images, labels)[0])
+        mixed.append(objective.mix(images, labels, 0)[0])
     assert torch.equal(mixed[0], mixed[1])
     assert not torch.equal(mixed[0], mixed[2])
+
+
+def test_mixing_keeps_to_its_epochs_and_share_of_batches() -> None:
+    images, labels = batch()
+    half = "mixing={kind='mixup', alpha=1.0, p=0.5, epochs=[2, 4]}"
+    objective = Objective(recipe.load("A1", [half]), Path("none"), CPU)
+    for epoch in (0, 1, 4, 71):
+        before = torch.get_rng_state()
+        inputs, targets = objective.mix(images, labels, epoch)
+        assert inputs is images
+        assert targets is labels
+        # Nothing was drawn: the epochs without are those of a recipe without.
+        assert torch.equal(torch.get_rng_state(), before)
+    mixed = 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        mixed += objective.mix(images, labels, 2 + seed % 2)[1].is_floating_point()
+    assert 70 < mixed < 130  # half of 200, within four standard deviations
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def augmented(recipe: Recipe, seed: int, images: Images, indices: Tensor, times:
         inputs = augmenter.apply(images.pixels[indices], drawn, epoch)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(time)
-            inputs, _ = objective.mix(inputs, images.labels[indices])
+            inputs, _ = objective.mix(inputs, images.labels[indices], epoch)
         pixels = ((inputs * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         shown.append(Augmented(epoch, pixels.permute(0, 2, 3, 1).contiguous()))
     return shown
