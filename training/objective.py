@@ -21,7 +21,7 @@ class Objective:
         device: where the batches lie.
 
     Raises:
-        CheckpointError: a teacher that cannot be used.
+        CheckpointError: a teacher that cannot be used, or is not finished.
     """
 
     def __init__(self, recipe: Recipe, teacher: Path, device: torch.device) -> None:
@@ -65,6 +65,7 @@ class Teacher(nn.Module):
     def __init__(self, config: Distillation, path: Path, data: Data) -> None:
         super().__init__()
         state = checkpoints.load(path)
+        state.check_finished(path)
         self.weight, self.temperature = config.weight, config.temperature
         self.network = state.network().eval().requires_grad_(False)
         own = state.parsed_recipe().data

@@ -9,7 +9,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -98,7 +98,7 @@ class ResNet(Part):
     init: Literal["default", "kaiming_fan_out"]
 
     @model_validator(mode="after")
-    def _one_width_a_stage(self) -> "ResNet":
+    def _one_width_a_stage(self) -> Self:
         if len(self.blocks) != len(self.widths):
             raise ValueError(f"{len(self.blocks)} stages in blocks but {len(self.widths)} in widths")
         for width in self.widths:
@@ -117,7 +117,7 @@ class WhitenedResNet(Part):
     depths: Annotated[tuple[Count, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _one_depth_a_stage(self) -> "WhitenedResNet":
+    def _one_depth_a_stage(self) -> Self:
         if len(self.depths) != len(self.widths):
             raise ValueError(f"{len(self.depths)} stages in depths but {len(self.widths)} in widths")
         return self
@@ -352,6 +352,13 @@ class Mix(Part):
     p: Fraction
     epochs: tuple[Annotated[int, Field(ge=0)], Count]
 
+    @model_validator(mode="after")
+    def _some_epochs(self) -> Self:
+        first, end = self.epochs
+        if first >= end:
+            raise ValueError(f"epochs: from {first} to before {end} are none")
+        return self
+
 
 class MixUp(Mix):
     """Blend each image and its label with another's (Zhang et al., 2018)."""
@@ -415,7 +422,7 @@ class Recipe(Part):
     distillation: Distillation | None = None
 
     @model_validator(mode="after")
-    def _parts_fit_together(self) -> "Recipe":
+    def _parts_fit_together(self) -> Self:
         hiding = [part.op in ("random_erasing", "cutout") for part in self.augment]
         if hiding != sorted(hiding):
             raise ValueError(
@@ -427,7 +434,8 @@ class Recipe(Part):
             raise ValueError("schedule: shifted_warmup_cosine is defined for one learning rate")
         if isinstance(self.schedule, LinearRestart) and self.schedule.restart >= self.epochs:
             raise ValueError(
-                f"schedule: restart after epoch {self.schedule.restart} of {self.epochs} leaves none"
+                f"schedule: a restart after epoch {self.schedule.restart} of {self.epochs} leaves none "
+                "to train: set schedule.restart below epochs"
             )
         if isinstance(self.optimizer, SGD) and self.optimizer.nesterov and not self.optimizer.momentum:
             raise ValueError("optimizer: nesterov needs a momentum above 0")
@@ -514,7 +522,8 @@ def _child(place: Any, name: str, override: str) -> Any:
 def _describe(details: ErrorDetails, data: Any) -> str:
     keys: list[str] = []
     for name in details["loc"]:
-        if isinstance(data, dict) and name not in data and name != details["loc"][-1]:
+        absent = details["type"] == "missing" and name == details["loc"][-1]
+        if isinstance(data, dict) and name not in data and not absent:
             continue  # the tag of a union ("resnet"), which is not a key of the file
         if isinstance(data, list | dict):
             data = data[int(name)] if isinstance(data, list) else data.get(name)

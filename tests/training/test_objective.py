@@ -140,7 +140,10 @@ def test_teachers_that_cannot_be_used(
     settings = f"distillation={{teacher='{begun / 'checkpoint.pt'}', temperature=2.0, weight=1.0}}"
     assert main(["run", "A1", "--out", str(tmp_path / "run"), "--set", settings]) == 1
     error = capsys.readouterr().err
-    assert f"{begun / 'checkpoint.pt'}: not finished: epoch 0 of 100; go on with: " in error
+    unfinished = f"{begun / 'checkpoint.pt'}: not finished: epoch 0 of 100; go on with: "
+    assert unfinished in error
+    assert main(["lr-find", "A1", "--out", str(tmp_path / "lr.svg"), "--set", settings]) == 1
+    assert unfinished in capsys.readouterr().err
     absent.write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
         Objective(recipe.load("A1", [settings]), absent, CPU)
