@@ -43,8 +43,21 @@ SMALL_SIDE = 64
 SMALL_BYTES = 4 * 1024
 PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
+# What a few bytes of a file can ask for again and again, each time for work on the whole image or on all
+# that was read before: how a format's files begin, what is counted in them, its name, and how many of it
+# are more than any camera or program writes.
+REPEATABLE = (
+    (b"\xff\xd8", b"\xff\xda\0", "scans", 100),  # JPEG: start-of-scan with the length that it can have
+    (b"\xff\xd8", b"Exif\0\0", "Exif segments", 100),
+    (b"\x89PNG", b"iCCP", "colour profiles", 10),
+)
+
 # The check against `max_pixels` is ours, so that the limit is a setting and the answer a 413.
 Image.MAX_IMAGE_PIXELS = None
+
+# Pillow warns of odd EXIF; the log is not its place. Here, as filters are the whole process's: to change
+# them around a call is not for threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
@@ -63,21 +76,20 @@ def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
     """
     if not content:
         raise ImageError("The image is empty (0 bytes); send a PNG, JPEG, WebP, GIF or BMP file.")
+    _check_repetition(content)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF; the log is not its place
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                pixels = image.width * image.height
-                limit = max_pixels // WEBP_COPIES if image.format == "WEBP" else max_pixels
-                if pixels > limit:
-                    raise TooLargeError(
-                        f"The image has {image.width}x{image.height} pixels; "
-                        f"the limit is {limit} pixels in all."
-                    )
-                image.draft(image.mode, (DRAFT_SIDE, DRAFT_SIDE))
-                with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
-                    image.load()
-                    return np.array(_upright(_square(image), image), dtype=np.uint8)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            pixels = image.width * image.height
+            limit = max_pixels // WEBP_COPIES if image.format == "WEBP" else max_pixels
+            if pixels > limit:
+                raise TooLargeError(
+                    f"The image has {image.width}x{image.height} pixels; "
+                    f"the limit is {limit} pixels in all."
+                )
+            image.draft(image.mode, (DRAFT_SIDE, DRAFT_SIDE))
+            with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
+                image.load()
+                return np.array(_upright(_square(image), image), dtype=np.uint8)
     except TooLargeError:
         raise
     except UnidentifiedImageError:
@@ -99,6 +111,13 @@ def is_small(content: bytes) -> bool:
         return False
     width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
     return max(width, height) <= SMALL_SIDE
+
+
+def _check_repetition(content: bytes) -> None:
+    """Refuse a file of few bytes that would take minutes to decode."""
+    for start, part, name, most in REPEATABLE:
+        if content.startswith(start) and content.count(part) > most:
+            raise ImageError(f"The image has more than {most} {name}; save it anew, without them.")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

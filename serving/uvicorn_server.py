@@ -6,6 +6,7 @@ import logging
 import resource
 import signal
 from collections.abc import Callable, Container, Sized
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -13,7 +14,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serving.errors import RequestError
+from serving.errors import RequestError, StartError
 from serving.responses import error_body
 
 logger = logging.getLogger("serving")
@@ -67,6 +68,39 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
+class _Transport:
+    """A connection's transport, through which the client has so many `seconds` to take what is written.
+
+    Closed by whomever, a transport else waits without end for a client that reads nothing.
+    """
+
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, seconds: float
+    ) -> None:
+        self._transport, self._loop, self._seconds = transport, loop, seconds
+        self._late: asyncio.TimerHandle | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        """Close it, at the latest when the time is over."""
+        if not self._transport.is_closing():
+            self._transport.close()
+            self.hurry()
+
+    def hurry(self) -> None:
+        """Let the time begin."""
+        if self._late is None:
+            self._late = self._loop.call_later(self._seconds, self._transport.abort)
+
+    def relax(self) -> None:
+        """There is no hurry; the client has taken what it was to take."""
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
 def connections_that_fit(wanted: int) -> int:
     """As many connections as wanted, or as there can be: the limit of open files is raised for them."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -94,27 +128,32 @@ def limit_connections(
     """Close connections that are too many, or bring too much, or too little for too long.
 
     uvicorn keeps all of them for ever. When there are more than `most`, that one goes, and `evicted` is
-    called, which has been without a whole request for longest: a request that has arrived is answered.
-    A request line with its headers may take `head_seconds`, and 64 KiB, as may what lies between and
-    after the pieces of a body. An answer must be taken within `body_seconds`. Of requests that are sent
-    before there was an answer 100 wait, and one more closes the connection. A body is not taken
-    together with an offer to speak another protocol: the parser would read on behind the headers.
+    called, which has been waited for longest, for a whole request or to take its answer: who takes it
+    gets an answer to a request that has arrived. A request line with its headers may take
+    `head_seconds`, and 64 KiB, as may what lies between and after the pieces of a body. What was written
+    must be taken within `body_seconds`. Of requests that are sent before there was an answer 100 wait,
+    and one more closes the connection. A body is not taken together with an offer to speak another
+    protocol: the parser would read on behind the headers.
+
+    Raises:
+        StartError: the server's parser is another one than httptools.
     """
-    # Those without a whole request that waits for its answer, by the time since when: how to close each.
-    unasked: dict[HttpToolsProtocol, Callable[[], None]] = {}
+    # Those that are waited for, not that wait for an answer, by the time since when: how to close each.
+    awaited: dict[HttpToolsProtocol, Callable[[], None]] = {}
 
     class Connection(HttpToolsProtocol):
+        transport: _Transport  # type: ignore[assignment]
         _overdue: asyncio.TimerHandle | None = None  # set while the head of a request is awaited
-        _unread: asyncio.TimerHandle | None = None  # set while the client is to take an answer
         _head_bytes = 0  # since the last byte of a body, or the last request
         _complaint = "The request is not HTTP that can be read."
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+            bounded = _Transport(transport, self.loop, body_seconds)
+            super().connection_made(bounded)  # type: ignore[arg-type]
             self.flow = _Flow(transport, self.pipeline)
-            unasked[self] = self._make_room
+            awaited[self] = self._make_room
             if len(self.connections) > most:
-                next(iter(unasked.values()))()
+                next(iter(awaited.values()))()
             self._await_head()
 
         def data_received(self, data: bytes) -> None:
@@ -141,8 +180,8 @@ def limit_connections(
             super().on_body(body)
 
         def on_message_complete(self) -> None:
-            if not self.cycle.response_complete:
-                unasked.pop(self, None)
+            if not self.cycle.response_complete and not self.flow.write_paused:
+                awaited.pop(self, None)
             self._head_bytes = 0
             if self._overdue is not None:  # the time of a refused body is not that of the next head
                 self._await_head()
@@ -152,7 +191,7 @@ def limit_connections(
             super().on_response_complete()
             # Unless the next request has come already.
             if self in self.connections and (self.cycle.response_complete or self.cycle.more_body):
-                unasked[self] = self._make_room
+                awaited[self] = self._make_room
 
         def send_400_response(self, msg: str) -> None:
             if self.cycle is None or self.cycle.response_complete:  # else it would be within an answer
@@ -163,18 +202,22 @@ def limit_connections(
             self.transport.close()
 
         def pause_writing(self) -> None:
-            self._unread = self.loop.call_later(body_seconds, self.transport.abort)
+            self.transport.hurry()
+            awaited.setdefault(self, self._make_room)
             super().pause_writing()
 
         def resume_writing(self) -> None:
-            self._cancel_unread()
+            if not self.transport.is_closing():
+                self.transport.relax()
+            if self.cycle and not self.cycle.response_complete and not self.cycle.more_body:
+                awaited.pop(self, None)
             super().resume_writing()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            unasked.pop(self, None)
+            awaited.pop(self, None)
             self._cancel()
-            self._cancel_unread()
             super().connection_lost(exc)
+            self.transport.relax()
 
         def _unsupported_upgrade_warning(self) -> None:
             """Nothing to warn of: no answer here is anything but HTTP."""
@@ -188,24 +231,21 @@ def limit_connections(
                 self._overdue.cancel()
                 self._overdue = None
 
-        def _cancel_unread(self) -> None:
-            if self._unread is not None:
-                self._unread.cancel()
-                self._unread = None
-
         def _give_up(self) -> None:
             self._cancel()
             self.transport.close()
 
         def _make_room(self) -> None:
             evicted()
-            unasked.pop(self)
+            awaited.pop(self)
             self.connections.discard(self)  # now, or the next new one would push out another for it
-            self._give_up()
+            self._cancel()
+            self.transport.abort()
 
-    if server.config.http_protocol_class is HttpToolsProtocol:
-        server.config.http_protocol_class = Connection
-        server.config.ws_protocol_class = None
+    if server.config.http_protocol_class is not HttpToolsProtocol:
+        raise StartError("The limits of connections are made for httptools; pip install httptools.")
+    server.config.http_protocol_class = Connection
+    server.config.ws_protocol_class = None
 
 
 def _tells_of_a_body(header: tuple[bytes, bytes]) -> bool:

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from serving.errors import ImageError, TooLargeError
 from serving.images import SMALL_BYTES, decode, is_small
+from tests.serving.corpus.make import many_scans
 from tests.serving.samples import encoded
 
 LIMIT = 10**6
@@ -220,3 +221,19 @@ def test_damaged_files_decode_or_raise_our_error(kind: str, data: st.DataObject)
         result = decode(bytes(content), LIMIT)
         assert result.shape == (32, 32, 3)
         assert result.dtype == np.uint8
+
+
+def test_scans_are_limited_to_more_than_anybody_writes() -> None:
+    assert (decode(many_scans(64, 48, 80), LIMIT) == 0).all()
+    with pytest.raises(ImageError, match="more than 100 scans; save it anew"):
+        decode(many_scans(64, 48, 100), LIMIT)
+
+
+def test_what_only_looks_like_scans_behind_an_image_is_no_hindrance(
+    images: npt.NDArray[np.uint8],
+) -> None:
+    """Phones put a video behind a photograph."""
+    content = encoded(images[0], "JPEG")
+    video = np.random.default_rng(0).bytes(8 * 2**20)
+    assert video.count(b"\xff\xda") > 100
+    np.testing.assert_array_equal(decode(content + video, LIMIT), decode(content, LIMIT))

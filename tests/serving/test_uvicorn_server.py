@@ -4,16 +4,19 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.uvicorn_server import shorten
+from serving.errors import StartError
+from serving.uvicorn_server import limit_connections, shorten
+from tests.serving.raw import PATIENCE, connected
 
 
 def application(name: str) -> ASGIApp:
@@ -36,18 +39,18 @@ class Server(uvicorn.Server):
 
 
 @contextmanager
-def running(proxy_headers: bool) -> Iterator[str]:
-    config = uvicorn.Config(
-        application("long"), port=0, lifespan="off", log_level="error", proxy_headers=proxy_headers
-    )
+def running(
+    app: ASGIApp, prepare: Callable[[Server], object], **options: Any
+) -> Iterator[tuple[Server, str]]:
+    config = uvicorn.Config(app, port=0, lifespan="off", log_level="error", **options)
     config.load()
     server = Server(config)
-    shorten(server, {"/short"}, application("short"))
+    prepare(server)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        assert server.ready.wait(30)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        assert server.ready.wait(PATIENCE)
+        yield server, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
@@ -56,10 +59,93 @@ def running(proxy_headers: bool) -> Iterator[str]:
 @pytest.mark.parametrize(("proxy_headers", "client"), [(True, "203.0.113.7"), (False, "127.0.0.1")])
 def test_posts_to_short_paths_go_past_the_servers_application(proxy_headers: bool, client: str) -> None:
     headers = {"X-Forwarded-For": "203.0.113.7"}
-    with running(proxy_headers) as url:
+
+    def prepare(server: Server) -> None:
+        shorten(server, {"/short"}, application("short"))
+
+    with running(application("long"), prepare, proxy_headers=proxy_headers) as (_, url):
         assert httpx.post(f"{url}/short", headers=headers).text == f"short for {client}"
         assert httpx.get(f"{url}/short", headers=headers).text == f"long for {client}"
         assert httpx.post(f"{url}/other", headers=headers).text == f"long for {client}"
+
+
+class Answers:
+    """Answers with as many bytes as the path says, and tells of what happens to the connections."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self.most, self.seconds = most, seconds
+        self.evicted = 0
+        self.answered, self.paused, self.lost = (threading.Semaphore(0) for _ in range(3))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def pieces() -> AsyncIterator[bytes]:
+            for _ in range(0, int(scope["path"][1:]), 1000):
+                yield bytes(1000)
+
+        await StreamingResponse(pieces())(scope, receive, send)
+        self.answered.release()
+
+    def prepare(self, server: Server) -> None:
+        """Let the server have the limits, and be watched."""
+        limit_connections(server, self.most, self.seconds, self.seconds, self.evict)
+        answers, limited = self, server.config.http_protocol_class
+
+        class Watched(limited):  # type: ignore[misc, valid-type]
+            def pause_writing(self) -> None:
+                super().pause_writing()
+                answers.paused.release()
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                super().connection_lost(exc)
+                answers.lost.release()
+
+        server.config.http_protocol_class = Watched
+
+    def evict(self) -> None:
+        """Called for each connection that makes room."""
+        self.evicted += 1
+
+
+def get(count: int) -> bytes:
+    return f"GET /{count} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+
+
+def test_a_closed_connection_ends_though_its_client_does_not_read_the_rest() -> None:
+    """Too little for the transport to say that it is too much; its close alone would wait for ever."""
+    answers = Answers(most=100, seconds=1)
+    with (
+        running(answers, answers.prepare, timeout_keep_alive=1) as (server, url),
+        connected(url) as client,
+    ):
+        client.sendall(get(0))
+        assert answers.answered.acquire(timeout=PATIENCE)
+        (connection,) = server.server_state.connections
+        while not connection.transport.get_write_buffer_size():  # the kernels' buffers are full
+            client.sendall(get(16_000))
+            assert answers.answered.acquire(timeout=PATIENCE)
+        assert answers.lost.acquire(timeout=PATIENCE)
+        assert not answers.paused.acquire(blocking=False)
+
+
+def test_who_does_not_take_answers_makes_room_for_new_connections() -> None:
+    answers = Answers(most=4, seconds=PATIENCE)
+    with running(answers, answers.prepare) as (_, url), ExitStack() as stack:
+        for _ in range(4):
+            client = stack.enter_context(connected(url))
+            client.sendall(get(100_000_000))
+            assert answers.paused.acquire(timeout=PATIENCE)
+        with ExitStack() as others:
+            for count in range(1, 4):
+                other = others.enter_context(httpx.Client())
+                assert len(other.get(f"{url}/1000").content) == 1000
+                assert answers.evicted == count
+
+
+def test_a_server_with_another_parser_is_refused() -> None:
+    config = uvicorn.Config(application("any"), http="h11")
+    config.load()
+    with pytest.raises(StartError, match="made for httptools"):
+        limit_connections(uvicorn.Server(config), 1, 1, 1, lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,11 @@ def images() -> dict[str, bytes]:
         + _chunk(b"IDAT", zlib.compress(b"0"))
         + _chunk(b"IEND", b""),
         "bomb_text.png": _save(Image.new("RGB", (8, 8)), "PNG", pnginfo=text),
+        "many_scans.jpg": many_scans(2000, 2000, 4_000),
+        "many_exif_segments.jpg": jpeg[:2] + b"\xff\xe1\0\x09Exif\0\0a" * 5_000 + jpeg[2:],
+        "many_profiles.png": png[:33]
+        + _chunk(b"iCCP", b"a\0\0" + zlib.compress(b"\0" * 2**20, 9)) * 50
+        + png[33:],
         "zero_size.png": _chunks(
             (b"IHDR", struct.pack(">IIBBBBB", 0, 0, 8, 2, 0, 0, 0)), (b"IEND", b"")
         ),
@@ -157,6 +162,13 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 def _chunks(*chunks: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
+
+
+def many_scans(width: int, height: int, count: int) -> bytes:
+    """A progressive JPEG whose last scan comes ``count`` times more: a walk over all pixels each."""
+    whole = _save(Image.new("L", (width, height)), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    return whole[:-2] + whole[last:-2] * count + whole[-2:]
 
 
 def _blank_png(width: int, height: int) -> bytes:
