@@ -9,7 +9,7 @@ WORKDIR /app
 # What serving needs, in a layer that changes only with the requirements. The extra installs
 # onnxruntime-gpu, which runs on CPUs too, but plain onnxruntime is 270 MB smaller.
 COPY pyproject.toml constraints.txt ./
-RUN mkdir training export serving && touch README.md LICENSE \
+RUN mkdir -p training/report export serving && touch README.md LICENSE \
     && pip install --no-cache-dir --constraint constraints.txt ".[serve]" \
     && if [ "$GPU" = 1 ]; then \
         pip install --no-cache-dir --constraint constraints.txt "onnxruntime-gpu[cuda,cudnn]"; \
@@ -26,5 +26,5 @@ RUN useradd --create-home cifar10
 USER cifar10
 EXPOSE 3000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://localhost:3000/readyz', timeout=2)"]
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://localhost:3000/livez', timeout=2)"]
 CMD ["bentoml", "serve", "--host", "0.0.0.0", "--port", "3000"]

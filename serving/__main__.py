@@ -3,7 +3,7 @@
 import argparse
 import asyncio
 import sys
-from errno import ENOTDIR
+from errno import ENOTDIR, ESPIPE
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (StartError, RequestError) as error:
         return _failed(str(error))
     except OSError as error:
-        return _failed(f"{error.filename}: {error.strerror}")
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         _failed("interrupted; nothing was written")
         return 130
@@ -46,6 +46,10 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
     if not csv.parent.is_dir():
         raise NotADirectoryError(ENOTDIR, "not a folder to write into", str(csv.parent))
     with pickle.open("rb") as file:
+        if not file.seekable():
+            raise OSError(
+                ESPIPE, "this is a pipe, which is read once only; it must be a file", str(pickle)
+            )
         submission = read_submission(file, settings.max_rows)
     model = Model(
         model_file or settings.model,

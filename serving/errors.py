@@ -80,7 +80,7 @@ class TooLargeError(RequestError):
 
 
 class MediaTypeError(RequestError):
-    """A Content-Type that the endpoint does not read."""
+    """A Content-Type that the endpoint does not read, or any Content-Encoding."""
 
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     code = "unsupported_media_type"

@@ -95,6 +95,11 @@ class Inference:
     id: str | None
 
 
+def is_protocol(path: str) -> bool:
+    """Whether a path is the protocol's, also where there is nothing."""
+    return path == PREFIX or path.startswith(f"{PREFIX}/")
+
+
 def server_metadata(model: Model) -> Json:
     """The answer to GET /v2."""
     return {"name": "cifar10", "version": model.version, "extensions": EXTENSIONS}
@@ -158,8 +163,9 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
                 "The data of images is not right; right would be whole numbers from 0 to 255, in one "
                 "list or nested as [N, 32, 32, 3]."
             ) from None
-        place = ".".join(map(str, first["loc"]))
-        raise RequestError(f"The request's JSON cannot be read: {place}: {first['msg']}") from None
+        place = "".join(f"{part}." for part in first["loc"])[:-1]
+        what = f"{place}: {first['msg']}" if place else first["msg"]
+        raise RequestError(f"The request's JSON cannot be read: {what}") from None
     names = [tensor.name[:100] for tensor in request.inputs[:4]]
     if names != ["images"]:
         raise FieldError(f"The inputs are {names}; right would be the one input 'images'.")

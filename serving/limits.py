@@ -23,6 +23,15 @@ class Budget:
         """Whether nothing is left."""
         return self._left == 0
 
+    def check(self) -> None:
+        """Nothing is taken yet.
+
+        Raises:
+            OverloadedError: nothing is left.
+        """
+        if self.spent:
+            raise OverloadedError(self._refusal)
+
     def take(self, amount: int) -> None:
         """Hold so much of it.
 

@@ -22,6 +22,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+from serving.inference_protocol import is_protocol
 from serving.model import Model
 from serving.predictions import softmax
 from serving.settings import METRICS_FOLDER
@@ -125,6 +126,6 @@ def route(path: str) -> str:
     """The label of a request's path: one of few, whatever clients ask for."""
     if path in ROUTES:
         return path
-    if path == "/v2" or path.startswith("/v2/"):
+    if is_protocol(path):
         return "/v2/infer" if path.endswith("/infer") else "/v2"
     return OTHER

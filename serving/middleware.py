@@ -18,8 +18,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access_log import REQUEST_ID, id_of, log_request, request_id
 from serving.drain import Drain
-from serving.errors import InternalError, RequestError, SlowBodyError, TooLargeError, UnauthorizedError
-from serving.inference_protocol import PREFIX
+from serving.errors import (
+    InternalError,
+    MediaTypeError,
+    RequestError,
+    SlowBodyError,
+    TooLargeError,
+    UnauthorizedError,
+)
+from serving.inference_protocol import PREFIX, is_protocol
 from serving.limits import Budget
 from serving.responses import ErrorBody, ErrorDetail, error_body, error_response
 
@@ -145,7 +152,6 @@ class ErrorShape:
 async def _send_shaped(scope: Scope, receive: Receive, send: Send, start: Message, body: bytes) -> None:
     """Send an error in the shape that its path has: as it is, or with another body."""
     status = HTTPStatus(start["status"])
-    protocol = scope["path"].startswith(f"{PREFIX}/")
     headers = Headers(raw=start["headers"])
     try:
         detail = ErrorBody.model_validate_json(body, extra="forbid").error
@@ -155,7 +161,11 @@ async def _send_shaped(scope: Scope, receive: Receive, send: Send, start: Messag
             HTTPStatus.METHOD_NOT_ALLOWED: f"{scope['method']} is not a method of {scope['path']}.",
         }.get(status, status.description or status.phrase)
         detail = ErrorDetail(code=status.phrase.lower().replace(" ", "_"), message=message)
-    shaped = {"error": detail.message} if protocol else error_body(detail.code, detail.message)
+    shaped = (
+        {"error": detail.message}
+        if is_protocol(scope["path"])
+        else error_body(detail.code, detail.message)
+    )
     of_the_body = {"content-length", "content-type"}
     kept = {name: value for name, value in headers.items() if name not in of_the_body}
     await JSONResponse(shaped, status, kept)(scope, receive, send)
@@ -217,7 +227,14 @@ class Reception:
             await self.app(scope, receive, send)
             return
         too_large = TooLargeError(f"The body is too large; the limit is {self.max_bytes} bytes.")
-        length = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        encoding = headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            raise MediaTypeError(
+                f"The body has the Content-Encoding {encoding[:100]!r}; right would be none: images are "
+                "compressed already."
+            )
+        length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self.max_bytes:
             raise too_large
         task = asyncio.current_task()

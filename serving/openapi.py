@@ -41,8 +41,9 @@ ERRORS = {
     401: "The service asks for a key, and the request lacks it.",
     408: "The body took too long to arrive.",
     413: "More bytes, pixels, images or rows than the service allows.",
-    415: "A Content-Type that the endpoint does not read.",
+    415: "A Content-Type that the endpoint does not read, or a Content-Encoding.",
     422: "A field that is missing, unknown or has an unusable value.",
+    500: "A fault of the service; its log says why.",
     503: "Too many requests wait, or the service stops; try again after the seconds in Retry-After.",
     504: "The answer took too long.",
 }
@@ -135,7 +136,8 @@ def _paths() -> Json:
                                 {"name": "fast", "version": "0123456789ab", "precision": "fp32"},
                             )
                         },
-                    }
+                    },
+                    **_errors(),
                 },
             }
         },
@@ -152,34 +154,42 @@ def _inference_protocol() -> Json:
     refusals: Json = {
         str(status): {"description": text, "content": {"application/json": {"schema": failure}}}
         for status, text in {**ERRORS, 404: "Another model or version."}.items()
-        if status != 415
     }
 
-    def operation(operation_id: str, summary: str, *parameters: Json) -> Json:
+    def operation(operation_id: str, summary: str, parameters: list[Json]) -> Json:
         return {
             "tags": ["Open Inference Protocol"],
             "operationId": operation_id,
             "summary": summary,
-            "parameters": list(parameters),
+            "parameters": parameters,
             "responses": answers if operation_id == "v2_live" else {**answers, **refusals},
         }
 
-    infer = operation("v2_infer", "images, UINT8 [N, 32, 32, 3], to logits and probabilities", name)
-    infer["requestBody"] = {"required": True, "content": {**json, "application/octet-stream": {}}}
-    return {
-        "/v2": {"get": operation("v2_server", "What the server can do")},
-        "/v2/health/live": {"get": operation("v2_live", "Whether the process lives")},
-        "/v2/health/ready": {"get": operation("v2_ready", "Whether requests are taken")},
-        "/v2/models/{name}": {"get": operation("v2_model", "The model's tensors", name)},
-        "/v2/models/{name}/ready": {"get": operation("v2_model_ready", "As /v2/health/ready", name)},
-        "/v2/models/{name}/infer": {"post": infer},
+    paths: Json = {
+        "/v2": {"get": operation("v2_server", "What the server can do", [])},
+        "/v2/health/live": {"get": operation("v2_live", "Whether the process lives", [])},
+        "/v2/health/ready": {"get": operation("v2_ready", "Whether requests are taken", [])},
     }
+    version = {**name, "name": "version"}
+    for path, kind, named in (
+        ("/v2/models/{name}", "model", [name]),
+        ("/v2/models/{name}/versions/{version}", "version", [name, version]),
+    ):
+        infer = operation(
+            f"v2_{kind}_infer", "images, UINT8 [N, 32, 32, 3], to logits and probabilities", named
+        )
+        infer["requestBody"] = {"required": True, "content": {**json, "application/octet-stream": {}}}
+        paths |= {
+            path: {"get": operation(f"v2_{kind}", "The model's tensors", named)},
+            f"{path}/ready": {"get": operation(f"v2_{kind}_ready", "As /v2/health/ready", named)},
+            f"{path}/infer": {"post": infer},
+        }
+    return paths
 
 
 def _operation(
     name: str, summary: str, description: str, request: Json, answer: Json, parameters: list[Json]
 ) -> Json:
-    error = {"application/json": _content({"$ref": "#/components/schemas/ErrorBody"}, ERROR_EXAMPLE)}
     return {
         "tags": ["Service APIs"],
         "operationId": name,
@@ -189,9 +199,14 @@ def _operation(
         "requestBody": {"required": True, "content": request},
         "responses": {
             "200": {"description": "The answer.", "content": answer},
-            **{str(status): {"description": text, "content": error} for status, text in ERRORS.items()},
+            **_errors(),
         },
     }
+
+
+def _errors() -> Json:
+    error = {"application/json": _content({"$ref": "#/components/schemas/ErrorBody"}, ERROR_EXAMPLE)}
+    return {str(status): {"description": text, "content": error} for status, text in ERRORS.items()}
 
 
 def _form(properties: Json, required: str) -> Json:

@@ -40,10 +40,10 @@ from serving.errors import (
     SettingsError,
     StartError,
 )
-from serving.forms import Part
+from serving.forms import SPOOLED_BYTES, Part
 from serving.images import decode, is_small
 from serving.limits import Budget
-from serving.middleware import GONE, Admission, ErrorShape, Observed, Reception
+from serving.middleware import FREE_BYTES, GONE, Admission, ErrorShape, Observed, Reception
 from serving.model import Model
 from serving.openapi import openapi_document
 from serving.predictions import top_predictions
@@ -190,12 +190,13 @@ async def post_v2_infer(classifier: "Classifier", request: Request) -> Response:
 @answering
 async def post_classify(classifier: "Classifier", request: Request) -> Response:
     """Classify one image."""
+    waiting.check()  # here too, so that nobody sends a body in vain
     content, top_k = await read_image(request)
     with waiting.share():
         if is_small(content):
             image = decode(content, SETTINGS.max_image_pixels)
         else:
-            image = await classifier.in_reader(decode, content, SETTINGS.max_image_pixels)
+            image = await _in(classifier.readers, decode, content, SETTINGS.max_image_pixels)
         deployment = classifier.deployment
         logits = await deployment.batcher.one(image)
     return answer_response(_classification(deployment.model, logits, top_k))
@@ -205,13 +206,14 @@ async def post_classify(classifier: "Classifier", request: Request) -> Response:
 @answering
 async def post_classify_batch(classifier: "Classifier", request: Request) -> Response:
     """Classify several images; the answer to a bad one is its error."""
+    waiting.check()
     contents, top_k = await read_images(request, SETTINGS.max_batch_images)
     parts = [contents[start : start + READ_AT_ONCE] for start in range(0, len(contents), READ_AT_ONCE)]
     with waiting.share():
         given_up = threading.Event()
         try:
             read = await asyncio.gather(
-                *(classifier.in_reader(_decoded, part, given_up) for part in parts)
+                *(_in(classifier.bulk_readers, _decoded, part, given_up) for part in parts)
             )
         finally:
             given_up.set()
@@ -272,7 +274,9 @@ class Classifier:
             self.deployment = deploy_kept(SETTINGS, metrics, refusal)
         self.watch: asyncio.Task[None] | None = None
         pages.state.classifier = self
+        # What reads clients' bytes; single images do not wait for the many of a request.
         self.readers = ThreadPoolExecutor(SETTINGS.threads, "reader")
+        self.bulk_readers = ThreadPoolExecutor(SETTINGS.threads, "bulk-reader")
         self.large_files = asyncio.Semaphore(LARGE_FILES)
 
     @bentoml.on_deployment
@@ -307,7 +311,9 @@ class Classifier:
             drain.listen(server)
             limit_connections(
                 server,
-                connections_that_fit(SETTINGS.max_connections),
+                connections_that_fit(
+                    SETTINGS.max_connections, SETTINGS.max_upload_bytes // SPOOLED_BYTES
+                ),
                 SETTINGS.head_timeout,
                 SETTINGS.body_timeout,
                 self.metrics.evicted.inc,
@@ -321,7 +327,8 @@ class Classifier:
         if self.watch is not None:
             self.watch.cancel()
         await self.deployment.batcher.stop()
-        self.readers.shutdown(wait=False, cancel_futures=True)
+        for readers in (self.readers, self.bulk_readers):
+            readers.shutdown(wait=False, cancel_futures=True)
 
     @property
     def model(self) -> Model:
@@ -355,18 +362,23 @@ class Classifier:
     @answering
     async def submission(self, request: Request) -> Response:
         """Label a pickle of images."""
+        waiting.check()
         async with read_file(request) as upload:
             with waiting.share():
                 async with self._room(upload):
-                    submission = await self.in_reader(read_submission, upload.file, SETTINGS.max_rows)
+                    submission = await _in(
+                        self.bulk_readers, read_submission, upload.file, SETTINGS.max_rows
+                    )
                     labels = (await _bulk(self.deployment, submission.images)).argmax(axis=1)
         return Response(submission.csv(labels.tolist()), media_type="text/csv")
 
     async def infer(self, request: Request) -> Response:
         """Answer an inference request of the Open Inference Protocol."""
+        waiting.check()
         body = await request.body()
         with waiting.share():
-            inference = await self.in_reader(
+            inference = await _in(
+                self.readers if len(body) <= FREE_BYTES else self.bulk_readers,
                 inference_protocol.read,
                 body,
                 request.headers.get(inference_protocol.JSON_LENGTH),
@@ -379,13 +391,6 @@ class Classifier:
             else:
                 logits = await _bulk(deployment, inference.images)
         return inference_protocol.respond(inference, logits, deployment.model)
-
-    async def in_reader(
-        self, function: Callable[[*Arguments], Result], *arguments: *Arguments
-    ) -> Result:
-        """Run what reads a client's bytes off the event loop."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.readers, function, *arguments)
 
     def _room(self, upload: Part) -> AbstractAsyncContextManager[None]:
         """Held while a file is in memory: files that lie on disk wait there for their turn."""
@@ -416,6 +421,13 @@ class Classifier:
         self.metrics.swaps.labels("done").inc()
         logger.info("%s took over from %s", new, old)
         await old.batcher.finish()
+
+
+async def _in(
+    readers: ThreadPoolExecutor, function: Callable[[*Arguments], Result], *arguments: *Arguments
+) -> Result:
+    """Run what reads a client's bytes off the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(readers, function, *arguments)
 
 
 def _decoded(

@@ -59,18 +59,22 @@ class Settings(BaseModel):
         "CPU's threads, as more are no faster.",
     )
     max_waiting: PositiveInt = Field(
-        512, description="Requests that have arrived and wait for their answers before new ones get 503."
+        512,
+        description="Requests of a worker that have arrived and wait for their answers before new ones "
+        "get 503.",
     )
     max_connections: PositiveInt = Field(
         1024,
         validate_default=True,
-        description="Open connections before those that have gone without a request longest are closed.",
+        description="Open connections of a worker before those are closed that have been waited for "
+        "longest.",
     )
     max_body_bytes: PositiveInt = Field(64 * 2**20, description="Bytes of a request body.")
     max_upload_bytes: PositiveInt = Field(
         512 * 2**20,
         validate_default=True,
-        description="Bytes of all bodies under way, but the first 64 KiB of each, before more get 503.",
+        description="Bytes of all bodies under way in a worker, but the first 64 KiB of each, before "
+        "more get 503.",
     )
     max_image_pixels: PositiveInt = Field(50_000_000, description="Width times height of an image.")
     max_batch_images: PositiveInt = Field(256, description="Images of a /classify_batch request.")

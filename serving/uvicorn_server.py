@@ -21,7 +21,7 @@ logger = logging.getLogger("serving")
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 100  # requests of a connection that wait for the answer to one before them
-OTHER_FILES = 1024  # what the process opens beside connections: bodies on disk, libraries, the model
+OTHER_FILES = 512  # what the process opens beside connections and bodies: libraries, the model, figures
 
 
 def running_server() -> uvicorn.Server | None:
@@ -101,15 +101,19 @@ class _Transport:
             self._late = None
 
 
-def connections_that_fit(wanted: int) -> int:
-    """As many connections as wanted, or as there can be: the limit of open files is raised for them."""
+def connections_that_fit(wanted: int, bodies: int) -> int:
+    """As many connections as wanted, or as there can be: the limit of open files is raised for them.
+
+    Beside connections there may be `bodies` on disk.
+    """
+    others = OTHER_FILES + bodies
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = wanted + OTHER_FILES
+    files = wanted + others
     if hard != resource.RLIM_INFINITY and hard < files:
         files = hard
     if soft != resource.RLIM_INFINITY and soft < files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    fitting = min(wanted, max(files - OTHER_FILES, files // 2))
+    fitting = min(wanted, max(files - others, files // 2))
     if fitting < wanted:
         logger.warning(
             "%d connections at once, not %d: this process may open %d files (ulimit -Hn)",

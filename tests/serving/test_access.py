@@ -65,6 +65,13 @@ def test_nothing_else_does(server: Server, path: str, headers: dict[bytes, bytes
     assert KEY not in answer.text
 
 
+@pytest.mark.parametrize("path", ["/v2", "/v2/models/fast"])
+def test_under_v2_a_missing_key_has_the_protocols_error(server: Server, path: str) -> None:
+    answer = httpx.get(f"{server.url}{path}")
+    assert answer.status_code == 401
+    assert answer.json()["error"].startswith("The service asks for its key")
+
+
 def test_a_missing_key_is_answered_as_shown(server: Server) -> None:
     assert_as_shown("unauthorized", server.url)
 

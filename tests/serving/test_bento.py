@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def test_a_built_bento_serves_from_another_folder(
         f"tiny {answer['version']} on {answer['provider']}: {answer['provider_reason']}"
         in (tmp_path / "serve.log").read_text()
     )
+
+
+def test_the_image_has_a_folder_for_each_package_that_it_installs(tmp_path: Path) -> None:
+    """They stand in for the code while the requirements are installed."""
+    (command,) = re.findall(r"^RUN (mkdir .*?) &&", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for package in project["tool"]["setuptools"]["packages"]:
+        assert (tmp_path / package.replace(".", "/")).is_dir()
 
 
 def test_a_bento_installs_what_serving_imports() -> None:

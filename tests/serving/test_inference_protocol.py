@@ -182,6 +182,7 @@ def test_wrong_tensors_get_the_protocols_error(
             400,
             "inputs: List should have at most 16 items",
         ),
+        (b"no", {}, 400, "The request's JSON cannot be read: Invalid JSON"),
         (b" " * 2_000_000, {}, 413, "the limit is 983040. The binary tensor data extension"),
         (b" " * 5_000_000, {}, 413, "The body is too large"),
     ],
@@ -209,6 +210,22 @@ def test_bytes_after_json_need_a_size(client: httpx.Client, model: Model, images
     )
     assert response.status_code == 422
     assert response.json()["error"].startswith("There are bytes after the JSON")
+
+
+def test_a_compressed_request_is_told_to_come_as_it_is(
+    triton: Any, client: httpx.Client, model: Model, images: Pixels
+) -> None:
+    message = "The body has the Content-Encoding 'gzip'; right would be none"
+    tensor = InferInput("images", [1, 32, 32, 3], "UINT8")
+    tensor.set_data_from_numpy(images[:1])
+    with pytest.raises(InferenceServerException, match=message):
+        triton.infer(model.name, [tensor], request_compression_algorithm="gzip")
+    headers = {"Content-Type": "image/png", "Content-Encoding": "gzip"}
+    response = client.post("/classify", content=b"any", headers=headers)
+    assert response.status_code == 415
+    assert response.json()["error"]["message"].startswith(message)
+    headers["Content-Encoding"] = "Identity"
+    assert client.post("/classify", content=b"any", headers=headers).status_code == 400
 
 
 def test_other_names_and_paths_are_not_found(client: httpx.Client, model: Model) -> None:

@@ -1,8 +1,10 @@
 """`python -m serving` as a process."""
 
+import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -71,6 +73,33 @@ def test_a_bad_file_is_one_clean_line(tmp_path: Path, name: str, message: str) -
     assert result.stderr.startswith("python -m serving: error: ")
     assert len(result.stderr.splitlines()) == 1
     assert csv.read_text() == "old"
+
+
+def test_a_pipe_is_told(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.pkl"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(submit, tmp_path, pipe, tmp_path / "a.csv")
+        pipe.open("wb").close()
+    assert "pipe.pkl: this is a pipe, which is read once only" in result.result().stderr
+
+
+def test_a_file_that_cannot_be_written_is_told(test_pickle: Path, tmp_path: Path) -> None:
+    """Files of more than some bytes are forbidden, as by a full disk; the error has no file's name."""
+    csv = tmp_path / "a.csv"
+    program = f"ulimit -f 4; exec {sys.executable} -m serving submit {test_pickle} {csv}"
+    result = subprocess.run(
+        ["sh", "-c", program],
+        cwd=ROOT,
+        env=service_environment(tmp_path, SERVING_PROVIDER="cpu"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "python -m serving: error: [Errno 27] File too large"
+    assert [path.name for path in tmp_path.iterdir() if "a.csv" in path.name] == []
 
 
 def test_a_missing_model_and_an_unknown_setting(test_pickle: Path, tmp_path: Path) -> None:

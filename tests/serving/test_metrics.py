@@ -15,6 +15,7 @@ from serving.model import Model
 from serving.predictions import softmax
 from tests.serving.figures import read, value
 from tests.serving.models import write_slow_model
+from tests.serving.raw import connected, post
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import ROOT, running, serving
 from tests.transcripts import assert_as_shown
@@ -88,13 +89,16 @@ def test_full_service_says_so_and_counts_whom_it_refuses(
         answer = client.post("/classify", files=picture)
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
+        with connected(url) as begun:  # whose body never comes
+            begun.sendall(post("/classify", 100_000))
+            assert begun.recv(65536).startswith(b"HTTP/1.1 503 ")
         assert_as_shown("overloaded", url)
         assert_as_shown("not_ready", url)
         assert submission.result().status_code == 200
         assert client.get("/v2/health/ready").status_code == 200
         samples = read(client)
-    assert value(samples, "cifar10_requests_total", route="/classify", status="503") == 2
-    assert value(samples, "cifar10_shed_requests_total") == 2
+    assert value(samples, "cifar10_requests_total", route="/classify", status="503") == 3
+    assert value(samples, "cifar10_shed_requests_total") == 3
 
 
 def test_dashboard_shows_only_what_there_is(client: httpx.Client) -> None:

@@ -6,6 +6,7 @@ import json
 import pickle
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import pytest
 
 from serving.model import Model
 from serving.predictions import top_predictions
+from tests.serving.figures import under_way
 from tests.serving.models import CLASSES
 from tests.serving.samples import encoded, pickled
+from tests.serving.server import serving
 from tests.serving.test_pickles import EVIL
 
 
@@ -116,6 +119,26 @@ def test_classify_batch_answers_in_order_and_keeps_bad_ones_apart(
     ]
     good = [answer["predictions"] for answer in answers if "predictions" in answer]
     assert good == [expected(model, image, 2) for image in images[:30]]
+
+
+def test_a_single_image_does_not_wait_for_those_of_a_batch(
+    tmp_path: Path, images: npt.NDArray[np.uint8]
+) -> None:
+    large = encoded(np.zeros((1900, 1900, 3), np.uint8))
+    batch = [("images", (f"{number}.png", large)) for number in range(256)]
+    with (
+        serving(tmp_path, SERVING_THREADS="1") as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        answers = pool.submit(httpx.post, f"{url}/classify_batch", files=batch, timeout=120)
+        while not under_way(client):
+            assert not answers.done()
+        picture = {"image": ("a.jpg", encoded(images[0], "JPEG"))}
+        for _ in range(20):  # the first ones perhaps before the batch is read
+            assert client.post("/classify", files=picture).status_code == 200
+        assert not answers.done()
+        assert len(answers.result().json()) == 256
 
 
 def test_concurrent_requests_get_their_own_answers(

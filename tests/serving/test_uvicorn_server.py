@@ -156,7 +156,7 @@ def test_open_files_bound_the_connections(hard: int, fitting: int, soft: int) ->
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))
 from serving.uvicorn_server import connections_that_fit
-print(connections_that_fit(1000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+print(connections_that_fit(1000, 512), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """
     run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert run.stdout.split() == [str(fitting), str(soft)]
