@@ -13,9 +13,7 @@ that a change of the machine's pace meets all, and each has a process of its own
 
 import argparse
 import json
-import os
 import pickle
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,10 +22,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -37,19 +34,16 @@ from rich.progress import track
 
 from benchmarks import stored
 from benchmarks.engines import SUBMISSION_BATCH
+from benchmarks.server import ROOT, environment
 from benchmarks.stored import BenchmarkError
 from export import graph, quantize
 from export.ensemble import Ensemble, half
 from serving.providers import obstacle
-from serving.settings import PREFIX
-from training import data, device, provenance, recipe, train
+from training import data, recipe, train
 from training.__main__ import markdown_table
 from training.evaluate import Classifier
 from training.model import CLASSES
-from training.recipe import RecipeError
 
-FIGURES = Path(__file__).with_suffix(".json")
-ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZES = (1, 8, 32, 128, 512)
 PYTORCH_BATCH = 128
 MODELS = ("fast", "B1", "A3")
@@ -112,16 +106,11 @@ class Submissions(BaseModel):
     engine_alone: list[float]
 
 
-class Figures(BaseModel):
+class Figures(stored.Figures):
     """What ``inference.json`` holds; ``n`` rounds, each of ``seconds`` a batch size."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    benchmark: ClassVar[str] = "inference"
 
-    date: str
-    commit: str
-    device: str
-    python: str
-    packages: dict[str, str]
     n: int
     seconds: float
     rates: list[Rates]
@@ -185,27 +174,30 @@ def engines(precision: str) -> list[str]:
     if precision == "fp16":
         return [f"service:{name}" for name in providers if name in ("cuda", "tensorrt")]
     found = [f"service:{name}" for name in providers]
-    if _version("openvino"):
+    if stored.version_of("openvino"):
         found.append("openvino")
     return ["onnxruntime", *found, "pytorch:fp32", "pytorch:bf16"] if precision == "fp32" else found
 
 
-def compare(models: Sequence[Model], seconds: float, rounds: int) -> list[Rates]:
-    """Measure every engine with every model in every precision, in ``rounds``."""
-    turns = [
-        (model, file, engine, Rates.begin(model.name, engine, precision))
+def plan(models: Sequence[Model]) -> list[tuple[Path, Rates]]:
+    """Every engine with every model's file in every precision, none measured yet."""
+    return [
+        (file, Rates.begin(model.name, engine, precision))
         for model in models
         for precision, file in model.files.items()
         for engine in engines(precision)
     ]
+
+
+def measure(turns: Sequence[tuple[Path, Rates]], seconds: float) -> None:
+    """Add a round to the rates."""
     sizes = [str(size) for size in BATCH_SIZES]
     arguments = ["--batch-sizes", *sizes, "--seconds", str(seconds)]
-    for model, file, engine, rates in track(turns * rounds, "measuring engines", console=CONSOLE):
-        found = _apart(engine, file, model.name, *arguments)
+    for file, rates in track(turns, "measuring engines", console=CONSOLE):
+        found = _apart(rates.engine, file, rates.model, *arguments)
         for size, rate in found["rates"].items():
             rates.rates[int(size)].append(rate)
         rates.memory.append(found["memory"])
-    return [rates for *_, rates in turns]
 
 
 def _apart(engine: str, file: Path, recipe_name: str, *arguments: str) -> dict[str, Any]:
@@ -219,10 +211,10 @@ def _apart(engine: str, file: Path, recipe_name: str, *arguments: str) -> dict[s
     return found
 
 
-def submissions(model: Model, rows: int, rounds: int) -> list[Submissions]:
-    """Time ``python -m serving submit`` on a pickle of ``rows`` images, and the engine alone."""
+def plan_submissions(model: Model, rows: int) -> list[tuple[Path, Submissions]]:
+    """The model's files with the provider that the service would take, none measured yet."""
     provider = "cpu" if obstacle("openvino") else "openvino"
-    turns = [
+    return [
         (
             file,
             Submissions(
@@ -237,29 +229,30 @@ def submissions(model: Model, rows: int, rounds: int) -> list[Submissions]:
         for precision, file in model.files.items()
         if f"service:{provider}" in engines(precision)
     ]
+
+
+def measure_submissions(turns: Sequence[tuple[Path, Submissions]]) -> None:
+    """Add a round: ``python -m serving submit`` on a pickle of images, and the engine alone."""
     pixels = data.load_sample().test.pixels.numpy()
-    content = {b"data": np.resize(pixels, (rows, *pixels.shape[1:])), b"ids": np.arange(rows)}
     with tempfile.TemporaryDirectory() as folder:
-        images = Path(folder) / "test.pkl"
-        images.write_bytes(pickle.dumps(content))
-        for file, times in track(turns * rounds, "measuring submissions", console=CONSOLE):
-            times.submit.append(_submit(images, file, provider))
-            found = _apart(times.engine, file, model.name, "--rows", str(rows))
+        for file, times in track(turns, "measuring submissions", console=CONSOLE):
+            images = np.resize(pixels, (times.rows, *pixels.shape[1:]))
+            path = Path(folder) / "test.pkl"
+            path.write_bytes(pickle.dumps({b"data": images, b"ids": np.arange(times.rows)}))
+            times.submit.append(_submit(path, file, times.engine.removeprefix("service:")))
+            found = _apart(times.engine, file, times.model, "--rows", str(times.rows))
             times.engine_alone.append(found["seconds"])
-    return [times for _, times in turns]
 
 
 def _submit(file: Path, model_file: Path, provider: str) -> float:
     """Seconds from the process's start to the CSV."""
     csv = file.with_suffix(".csv")
     command = [sys.executable, "-m", "serving", "submit", str(file), str(csv)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    environment["SERVING_PROVIDER"] = provider
     began = time.perf_counter()
     done = subprocess.run(
         [*command, "--model", str(model_file)],
         cwd=ROOT,
-        env=environment,
+        env=environment(SERVING_PROVIDER=provider),
         capture_output=True,
         text=True,
         check=False,
@@ -272,18 +265,8 @@ def _submit(file: Path, model_file: Path, provider: str) -> float:
 # -- figures ----------------------------------------------------------------------------------------
 
 
-def read(path: Path = FIGURES) -> Figures:
-    """The figures of an earlier benchmark.
-
-    Raises:
-        BenchmarkError: there are none, or the file is not one of ours.
-    """
-    return stored.read(Figures, path, "benchmarks.inference")
-
-
 def markdown(figures: Figures) -> str:
     """The figures as Markdown tables, each with what it says, and where they are from."""
-    packages = ", ".join(f"{name} {found}" for name, found in figures.packages.items())
     of_engines = (
         "Images per second by batch size, and in brackets as multiples of plain ONNX Runtime: medians "
         f"of n={figures.n} measurements of {figures.seconds:g} s that took turns, each in a process of "
@@ -292,8 +275,8 @@ def markdown(figures: Figures) -> str:
     of_submissions = (
         "`python -m serving submit`, from the process's start to the CSV; its engine alone (warm, in "
         f"batches of {SUBMISSION_BATCH}); float32 PyTorch alone (in batches of {PYTORCH_BATCH}); "
-        f"*ratio* is that of PyTorch's time to submit's. Both tables: {figures.device}; "
-        f"Python {figures.python}, {packages}; commit {figures.commit[:12]}, {figures.date[:10]}."
+        f"*ratio* is that of PyTorch's time, reckoned from the table above, to submit's. Both tables: "
+        f"{figures.place}"
     )
     tables = (_engines_table(figures), of_engines, _submissions_table(figures), of_submissions)
     return "\n\n".join(part if part.startswith("|") else textwrap.fill(part, 120) for part in tables)
@@ -338,49 +321,28 @@ def _submissions_table(figures: Figures) -> str:
     return markdown_table(rows)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        figures = read(options.figures) if options.markdown else _run(options)
-    except (BenchmarkError, RecipeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(markdown(figures))
-    return 0
+    return stored.main(Figures, _parser(), _measure, markdown, arguments)
 
 
-def _run(options: argparse.Namespace) -> Figures:
+def _measure(options: argparse.Namespace) -> Iterator[Figures]:
+    """The figures after each round."""
     if options.rounds < 1 or options.seconds <= 0 or options.rows < 1:
         raise BenchmarkError("--rounds and --rows have to be at least 1, and --seconds above 0")
+    begun = stored.begin(PACKAGES)
     with built(options.models, options.precisions) as models:
-        rates = compare(models, options.seconds, options.rounds)
-        times = submissions(models[0], options.rows, options.rounds)
-    figures = Figures(
-        date=provenance.now(),
-        commit=provenance.commit(),
-        device=device.describe(device.choose()),
-        python=platform.python_version(),
-        packages=packages(PACKAGES),
-        n=options.rounds,
-        seconds=options.seconds,
-        rates=rates,
-        submissions=times,
-    )
-    stored.write(figures, options.figures)
-    return figures
-
-
-def packages(names: Sequence[str]) -> dict[str, str]:
-    """The versions of those that are installed."""
-    return {name: found for name in names if (found := _version(name))}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        turns, submissions = plan(models), plan_submissions(models[0], options.rows)
+        for n in range(1, options.rounds + 1):
+            measure(turns, options.seconds)
+            measure_submissions(submissions)
+            yield Figures(
+                **begun,
+                n=n,
+                seconds=options.seconds,
+                rates=[rates for _, rates in turns],
+                submissions=[times for _, times in submissions],
+            )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -410,16 +372,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
         "--rows", type=int, default=10_000, help="images of a submission (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--figures",
-        type=Path,
-        default=FIGURES,
-        metavar="FILE",
-        help="default: benchmarks/inference.json",
-    )
-    parser.add_argument(
-        "--markdown", action="store_true", help="measure nothing: print the tables of the figures"
     )
     return parser
 

@@ -72,8 +72,10 @@ class Client(asyncio.Protocol):
         now = time.perf_counter()
         assert self.sent is not None
         if now <= self.until:
-            self.load.seconds.append(now - self.sent)
-            self.load.statuses[self.parser.get_status_code()] += 1
+            status = self.parser.get_status_code()
+            self.load.statuses[status] += 1
+            if status == 200:
+                self.load.seconds.append(now - self.sent)
         self.sent = None
         if now < self.until and self.parser.should_keep_alive():
             self._send()
@@ -100,7 +102,7 @@ class Client(asyncio.Protocol):
 
 
 class Load:
-    """What came back: the seconds of each answer that came in time, their statuses, and the errors."""
+    """What came back: the seconds of each answer with 200, all statuses in time, and the errors."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -143,14 +145,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1, help="a request (default: %(default)s)")
     options = parser.parse_args()
     bodies = requests(options.url, options.field, options.images)
-    load, began = Load(), time.process_time()
+    load, began, wall = Load(), time.process_time(), time.perf_counter()
     asyncio.run(load.run(options.url, bodies, options.connections, options.seconds))
     milliseconds = [1000 * value for value in load.seconds] or [float("nan")]
     found = {
         "connections": options.connections,
         "images": options.images,
         "seconds": options.seconds,
-        "answers": len(load.seconds),
+        "wall_seconds": round(time.perf_counter() - wall, 3),
+        "answers": load.statuses.total(),
         "statuses": load.statuses,
         "errors": load.errors,
         "milliseconds": dict(

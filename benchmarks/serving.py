@@ -12,21 +12,17 @@ to ``benchmarks/results/serving.jsonl``; ``--markdown`` prints the README's tabl
 import argparse
 import contextlib
 import json
-import os
-import platform
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import psutil
@@ -35,18 +31,15 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import stored
-from benchmarks.inference import built, packages
+from benchmarks.inference import built
 from benchmarks.load import requests
 from benchmarks.peers import net
+from benchmarks.server import ROOT, family
+from benchmarks.server import running as started
 from benchmarks.stored import BenchmarkError
-from serving.settings import PREFIX
-from training import device, provenance
 from training.__main__ import markdown_table
 from training.files import replacing
-from training.recipe import RecipeError
 
-ROOT = Path(__file__).resolve().parent.parent
-FIGURES = Path(__file__).with_suffix(".json")
 RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
 NETWORK = "B1"
 CONNECTIONS = (1, 8, 32, 128)
@@ -57,7 +50,6 @@ SERVICE = "the service"
 DOCUMENTED, OUR_ENGINE = "as documented", "with our engine"
 INSTALL = "pip install -c constraints.txt -e '.[peers]'"
 PACKAGES = ("bentoml", "fastapi", "litserve", "ray", "uvicorn", "onnxruntime-gpu", "onnxruntime")
-START_SECONDS = 90.0
 WARM_UP = 0.3  # of a load's seconds
 CONSOLE = Console(stderr=True)
 
@@ -102,7 +94,7 @@ SERVERS = [
 ]
 
 
-class Figures(BaseModel):
+class Figures(stored.Figures):
     """What ``serving.json`` holds; a round's figures are in lists.
 
     Attributes:
@@ -112,13 +104,8 @@ class Figures(BaseModel):
         engine: images per second of the service's engine alone in batches of as many.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    benchmark: ClassVar[str] = "serving"
 
-    date: str
-    commit: str
-    device: str
-    python: str
-    packages: dict[str, str]
     network: str
     n: int
     seconds: float
@@ -157,68 +144,28 @@ class Load(BaseModel):
 
 @contextlib.contextmanager
 def running(server: Server, file: Path) -> Iterator[tuple[str, psutil.Process, float]]:
-    """The server's address, its process, and the seconds until its first answer; stopped at the end.
+    """The address that classifies, the server's process, and the seconds until its first answer.
 
     Raises:
         BenchmarkError: it ended, or did not answer in time.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/classify"
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        environment |= {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": f"{folder}/bentoml"}
-        environment |= {net.MODEL: str(file), net.ENGINE: server.engine, "SERVING_MODEL": str(file)}
-        arguments = [argument.format(port=port) for argument in server.command]
-        began = time.perf_counter()
-        process = psutil.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
-        try:
-            _wait(server, process, url, log.name)
-            yield url, process, time.perf_counter() - began
-        finally:
-            _stop(process)
+    head, _, body = requests("http://127.0.0.1/classify", "image", 1)[0].partition(b"\r\n\r\n")
+    headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
+    del headers["Host"]
 
+    def answers(url: str) -> bool:
+        found = httpx.post(f"{url}/classify", content=body, headers=headers, timeout=30)
+        return found.status_code == 200
 
-def _wait(server: Server, process: psutil.Popen, url: str, log: str) -> None:
-    body = requests(url, "image", 1)[0].split(b"\r\n\r\n", 1)
-    headers = dict(line.split(": ", 1) for line in body[0].decode().split("\r\n")[1:])
-    deadline = time.perf_counter() + START_SECONDS
-    while time.perf_counter() < deadline:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.post(url, content=body[1], headers=headers, timeout=30).status_code == 200:
-                return
-        if process.poll() is not None:
-            break
-        time.sleep(0.05)
-    said = Path(log).read_text()[-1500:]
-    raise BenchmarkError(f"{server.label} does not answer: {said}")
-
-
-def _stop(process: psutil.Popen) -> None:
-    """End a server with all that it started."""
-    family = _family(process)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=15)
-    for left in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            left.kill()
-    psutil.wait_procs(alive, timeout=15)
-
-
-def _family(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+    settings = {net.MODEL: str(file), net.ENGINE: server.engine, "SERVING_MODEL": str(file)}
+    began = time.perf_counter()
+    with started(server.label, server.command, settings, answers) as (url, process):
+        yield f"{url}/classify", process, time.perf_counter() - began
 
 
 def _memory(process: psutil.Process) -> float:
     total = 0
-    for member in _family(process):
+    for member in family(process):
         with contextlib.suppress(psutil.NoSuchProcess):
             total += member.memory_info().rss
     return total / 2**20
@@ -226,7 +173,7 @@ def _memory(process: psutil.Process) -> float:
 
 def _cpu_seconds(process: psutil.Process) -> float:
     total = 0.0
-    for member in _family(process):
+    for member in family(process):
         with contextlib.suppress(psutil.NoSuchProcess):
             times = member.cpu_times()
             total += times.user + times.system
@@ -236,24 +183,22 @@ def _cpu_seconds(process: psutil.Process) -> float:
 def load(url: str, connections: int, seconds: float, *options: str) -> dict[str, Any]:
     """What the client, in a process of its own, found."""
     command = [sys.executable, "-m", "benchmarks.load", url, "--connections", str(connections)]
-    done = subprocess.run(
-        [*command, "--seconds", str(seconds), *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(_output([*command, "--seconds", str(seconds), *options]))
     return found
+
+
+def _output(command: Sequence[str]) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BenchmarkError(f"{' '.join(command[:4])} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
 
 
 def _loaded(
     url: str, process: psutil.Process, connections: int, seconds: float, raw: dict[str, Any]
 ) -> Load:
     before = _cpu_seconds(process)
-    began = time.perf_counter()
     found = load(url, connections, seconds)
-    elapsed = time.perf_counter() - began
     raw |= found
     good = found["statuses"].get("200", 0)
     return Load(
@@ -262,8 +207,8 @@ def _loaded(
         p99=found["milliseconds"]["99"],
         errors=found["errors"] + found["answers"] - good,
         memory=_memory(process),
-        cpu=(_cpu_seconds(process) - before) / elapsed,
-        client_cpu=found["client_cpu_seconds"] / seconds,
+        cpu=(_cpu_seconds(process) - before) / found["wall_seconds"],
+        client_cpu=found["client_cpu_seconds"] / found["wall_seconds"],
     )
 
 
@@ -275,90 +220,45 @@ def _engine_alone(file: Path, seconds: float) -> float:
         "run = Engine(Path(sys.argv[1]), 'auto', loky.cpu_count()).run; "
         "print(measure(run, int(sys.argv[2]), float(sys.argv[3])))"
     )
-    command = [sys.executable, "-c", code, str(file), str(BATCH), str(seconds)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return float(_output([sys.executable, "-c", code, str(file), str(BATCH), str(seconds)]))
 
 
-def compare(
-    servers: Sequence[Server],
-    connections: Sequence[int],
-    seconds: float,
-    rounds: int,
-    network: str = NETWORK,
-) -> tuple[Figures, list[dict[str, Any]]]:
-    """Measure ``servers`` in ``rounds``; a server whose package is missing is left out and told.
+@dataclass
+class Measured:
+    """The figures of the rounds so far; see ``Figures``. ``raw`` has a line for each load."""
+
+    servers: dict[str, dict[int, list[Load]]]
+    start_seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    batches: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    engine: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    raw: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure(server: Server, file: Path, number: int, seconds: float, measured: Measured) -> None:
+    """Add what a server with a model's file does in a round, whose ``number`` the raw lines have.
 
     Raises:
-        BenchmarkError: a server does not start.
+        BenchmarkError: the server does not start, or the client fails.
     """
-    skipped = {server.name: INSTALL for server in servers if find_spec(server.package) is None}
-    chosen = [server for server in servers if server.name not in skipped]
-    figures: dict[str, dict[int, list[Load]]] = {
-        server.label: {count: [] for count in connections} for server in chosen
-    }
-    starts: dict[str, list[float]] = {server.label: [] for server in chosen}
-    batches: dict[str, list[float]] = {}
-    engine: dict[str, list[float]] = {}
-    raw: list[dict[str, Any]] = []
-    with built([network], ["int8"]) as (model,):
-        for turn, server in enumerate(track([*chosen] * rounds, "measuring servers", console=CONSOLE)):
-            file = model.files[server.precision]
-            with running(server, file) as (url, process, started):
-                starts[server.label].append(started)
-                load(url, max(connections), WARM_UP * seconds)
-                for count in connections:
-                    line: dict[str, Any] = {"server": server.label, "round": turn // len(chosen)}
-                    found = _loaded(url, process, count, seconds, line)
-                    figures[server.label][count].append(found)
-                    raw.append(line)
-                if server.name == SERVICE:
-                    options = ("--field", "images", "--images", str(BATCH))
-                    line = {"server": f"{server.label}, /classify_batch", "round": turn // len(chosen)}
-                    line |= load(f"{url}_batch", BATCH_CONNECTIONS, seconds, *options)
-                    raw.append(line)
-                    rate = BATCH * line["statuses"].get("200", 0) / seconds
-                    batches.setdefault(server.precision, []).append(rate)
-            if server.name == SERVICE:
-                engine.setdefault(server.precision, []).append(_engine_alone(file, seconds))
-    return (
-        Figures(
-            date=provenance.now(),
-            commit=provenance.commit(),
-            device=device.describe(device.choose()),
-            python=platform.python_version(),
-            packages=packages(PACKAGES),
-            network=network,
-            n=rounds,
-            seconds=seconds,
-            servers=figures,
-            start_seconds=starts,
-            batches=batches,
-            engine=engine,
-            skipped=skipped,
-        ),
-        raw,
-    )
+    place: dict[str, Any] = {"server": server.label, "round": number}
+    with running(server, file) as (url, process, began):
+        measured.start_seconds[server.label].append(began)
+        load(url, max(measured.servers[server.label]), WARM_UP * seconds)
+        for count, loads in measured.servers[server.label].items():
+            line = {**place}
+            loads.append(_loaded(url, process, count, seconds, line))
+            measured.raw.append(line)
+        if server.name == SERVICE:
+            options = ("--field", "images", "--images", str(BATCH))
+            found = load(f"{url}_batch", BATCH_CONNECTIONS, seconds, *options)
+            measured.raw.append({**place, "server": f"{server.label}, /classify_batch", **found})
+            rate = BATCH * found["statuses"].get("200", 0) / seconds
+            measured.batches[server.precision].append(rate)
+    if server.name == SERVICE:
+        measured.engine[server.precision].append(_engine_alone(file, seconds))
 
 
 # -- figures ----------------------------------------------------------------------------------------
-
-
-def read(path: Path = FIGURES) -> Figures:
-    """The figures of an earlier benchmark.
-
-    Raises:
-        BenchmarkError: there are none, or the file is not one of ours.
-    """
-    return stored.read(Figures, path, "benchmarks.serving")
-
-
-def write(figures: Figures, raw: Sequence[dict[str, Any]], path: Path, results: Path) -> None:
-    """Write the figures and each load's raw ones beside their places and rename them there."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(results) as file:
-        file.write("".join(f"{json.dumps(line)}\n" for line in raw).encode())
-    stored.write(figures, path)
 
 
 def markdown(figures: Figures) -> str:
@@ -388,13 +288,8 @@ def markdown(figures: Figures) -> str:
         f"{median(figures.engine[precision]):,.0f}."
         for precision, rates in figures.batches.items()
     )
-    versions = ", ".join(f"{name} {version}" for name, version in figures.packages.items())
     missing = "".join(f" {name} was not there." for name in figures.skipped)
-    place = (
-        f"{figures.device}; Python {figures.python}, {versions}; commit {figures.commit[:12]}, "
-        f"{figures.date[:10]}."
-    )
-    parts = (told, _multiples(figures), batches, place)
+    parts = (told, _multiples(figures), batches, figures.place)
     text = textwrap.fill(" ".join(part for part in parts if part) + missing, 120)
     return f"{markdown_table(rows)}\n\n{text}"
 
@@ -404,44 +299,67 @@ def _multiples(figures: Figures) -> str:
     rates = {
         label: _median(loads[BUSY], "rate") for label, loads in figures.servers.items() if BUSY in loads
     }
-    ours = max((rate for label, rate in rates.items() if label.startswith(SERVICE)), default=None)
+    ours = {
+        precision: rates[label]
+        for precision in ("int8", "fp32")
+        if (label := f"{SERVICE}, {precision}") in rates
+    }
     parts = []
     for how, told in ((DOCUMENTED, "peer as documented"), (OUR_ENGINE, "with our engine")):
         peers = {label: rate for label, rate in rates.items() if how in label}
-        if ours is not None and peers:
+        if peers:
             best = max(peers, key=peers.__getitem__)
-            times, name = ours / peers[best], best.partition(how)[0].rstrip(", ")
-            parts.append(f"{times:.1f} times as many as the best {told} ({name})")
-    return f"With {BUSY} connections the service answers {' and '.join(parts)}." if parts else ""
+            times = " and ".join(
+                f"{rate / peers[best]:.1f} ({precision})" for precision, rate in ours.items()
+            )
+            name, _, precision = best.partition(f", {how}, ")
+            parts.append(f"{times} times as many as the best {told} ({name}, {precision})")
+    told = "; ".join(parts)
+    return f"With {BUSY} connections the service answers {told}." if ours and parts else ""
 
 
 def _median(loads: Sequence[Load], field: str) -> float:
     return float(median(getattr(load, field) for load in loads))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        figures = read(options.figures) if options.markdown else _run(options)
-    except (BenchmarkError, RecipeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(markdown(figures))
-    return 0
+    return stored.main(Figures, _parser(), _measure, markdown, arguments)
 
 
-def _run(options: argparse.Namespace) -> Figures:
+def _measure(options: argparse.Namespace) -> Iterator[Figures]:
+    """The figures after each round; a server whose package is missing is left out and told."""
     if options.rounds < 1 or options.seconds <= 0 or min(options.connections) < 1:
         raise BenchmarkError("--rounds and --connections have to be at least 1, and --seconds above 0")
+    begun = stored.begin(PACKAGES)
     servers = [server for server in SERVERS if options.servers is None or server.name in options.servers]
-    figures, raw = compare(
-        servers, options.connections, options.seconds, options.rounds, options.network
-    )
-    for name, command in figures.skipped.items():
+    skipped = {server.name: INSTALL for server in servers if find_spec(server.package) is None}
+    for name, command in skipped.items():
         print(f"{name} is left out, as it is not installed: {command}", file=sys.stderr)
-    write(figures, raw, options.figures, options.results)
-    return figures
+    chosen = [server for server in servers if server.name not in skipped]
+    if not chosen:
+        raise BenchmarkError("none of the servers is installed")
+    measured = Measured(
+        {server.label: {count: [] for count in options.connections} for server in chosen}
+    )
+    with built([options.network], ["int8"]) as (model,):
+        for number in range(options.rounds):
+            for server in track(chosen, f"round {number + 1}", console=CONSOLE):
+                measure(server, model.files[server.precision], number, options.seconds, measured)
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(options.results) as file:
+                file.writelines(f"{json.dumps(line)}\n".encode() for line in measured.raw)
+            yield Figures(
+                **begun,
+                network=options.network,
+                n=number + 1,
+                seconds=options.seconds,
+                servers=measured.servers,
+                start_seconds=measured.start_seconds,
+                batches=measured.batches,
+                engine=measured.engine,
+                skipped=skipped,
+            )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -455,11 +373,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", default=NETWORK, metavar="RECIPE", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a load (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--figures", type=Path, default=FIGURES, metavar="FILE")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
-    parser.add_argument(
-        "--markdown", action="store_true", help="measure nothing: print the table of the figures"
-    )
     return parser
 
 

@@ -15,61 +15,54 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import pickle
-import platform
 import random
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import textwrap
-import time
 import tomllib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from io import BytesIO
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
 import numpy.typing as npt
 import psutil
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import stored
+from benchmarks.server import ROOT, family, running
 from benchmarks.stored import BenchmarkError
-from serving.settings import BUNDLED_MODEL, PREFIX
-from training import data, device, provenance
+from serving.settings import BUNDLED_MODEL
+from training import data
 from training.__main__ import markdown_table
 
-FIGURES = Path(__file__).with_suffix(".json")
-ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "tests" / "serving" / "corpus"
-PACKAGES = ("bentoml", "numpy", "onnxruntime-gpu", "pillow", "starlette", "uvicorn")
+PACKAGES = ("bentoml", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "starlette", "uvicorn")
 # Of the time, before the memory's slope is taken: threads and batch sizes that have not met yet take
 # memory once when they do, for minutes.
 WARM_UP = 0.5
 SAMPLES = 120  # of memory, over the whole time
-START_SECONDS = 120.0
 ANSWER_SECONDS = 300.0
 BATCH = 16  # images of a /classify_batch and of an inference request
 ROWS = 400  # images of a submission; enough that its file lies on disk
 SHED = 503
+# What fails a soak: this share of all requests shed; and in one that is long enough for it to show, a
+# slope, in MiB per minute.
+MOST_SHED = 0.1
+MOST_SLOPE = 1.0
+LONG_SECONDS = 600.0
 LEFT = "left"  # in place of a status: the client did not wait for one
 
 CONSOLE = Console(stderr=True)
 
 
-class Figures(BaseModel):
+class Figures(stored.Figures):
     """What ``soak.json`` holds.
 
     Attributes:
@@ -77,22 +70,19 @@ class Figures(BaseModel):
         counts: by route and by status, or ``left``.
         unexpected: of those, by route and status: not the status that the request should have.
         memory: MiB (RSS) of all processes of the server, at even times from begin to end.
+        worker: MiB of the largest of these at the end; the one that serves.
         descriptors, threads: of all processes, when each request was made once and after the last.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    benchmark: ClassVar[str] = "soak"
 
-    date: str
-    commit: str
-    device: str
-    python: str
-    packages: dict[str, str]
     seconds: float
     clients: int
     n: int
     counts: dict[str, dict[str, int]]
     unexpected: dict[str, dict[str, int]]
     memory: list[float]
+    worker: float
     descriptors: tuple[int, int]
     threads: tuple[int, int]
 
@@ -112,63 +102,41 @@ class Figures(BaseModel):
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+def server() -> Iterator[tuple[str, psutil.Process]]:
     """A ``bentoml serve`` process with default settings that is ready: its address, and itself.
 
     Raises:
         BenchmarkError: it does not start, or does not end with 0 at SIGTERM.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    environment |= {"BENTOML_HOME": str(folder / "bentoml"), "BENTOML_DO_NOT_TRACK": "True"}
-    environment["SERVING_MODEL"] = str(BUNDLED_MODEL)
-    log = folder / "serve.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)],
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(url, process, log)
-        yield url, psutil.Process(process.pid)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        status = process.wait(START_SECONDS)
-    if status != 0:
-        raise BenchmarkError(f"the server ended with {status}: {log.read_text()[-500:]}")
+    command = ("-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", "{port}")
+    settings = {"SERVING_MODEL": str(BUNDLED_MODEL)}
+    with running("the service", command, settings, _is_ready) as (url, process):
+        yield url, process
+    if process.returncode != 0:
+        raise BenchmarkError(f"the service ended with {process.returncode}")
 
 
-def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/readyz", timeout=5).is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)  # nobody listens yet; there is no event to wait for
-    raise BenchmarkError(f"the server does not start: {log.read_text()[-500:]}")
+def _is_ready(url: str) -> bool:
+    return httpx.get(f"{url}/readyz", timeout=5).is_success
 
 
 @dataclass(frozen=True)
 class State:
-    """Of a process and its children: memory in MiB, open file descriptors, threads."""
+    """Of a process and its children: memory in MiB, the largest's, open file descriptors, threads."""
 
     memory: float
+    largest: float
     descriptors: int
     threads: int
 
     @classmethod
     def of(cls, process: psutil.Process) -> "State":
         """As it is now."""
-        all_ = [process, *process.children(recursive=True)]
+        all_ = family(process)
+        sizes = [each.memory_info().rss / 2**20 for each in all_]
         return cls(
-            sum(each.memory_info().rss for each in all_) / 2**20,
+            sum(sizes),
+            max(sizes),
             sum(each.num_fds() for each in all_),
             sum(each.num_threads() for each in all_),
         )
@@ -303,7 +271,11 @@ async def clients(url: str, load: list[Call], count: int, tally: Tally) -> Async
         async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS) as client:
             while not over.is_set():
                 (call,) = chance.choices(load, weights)
-                tally.add(call, await call.make(client))
+                try:
+                    status = await call.make(client)
+                except (httpx.HTTPError, OSError) as error:
+                    status = type(error).__name__  # as unexpected as a wrong status
+                tally.add(call, status)
 
     async with asyncio.TaskGroup() as group:
         for number in range(count):
@@ -335,6 +307,7 @@ async def soak(url: str, process: psutil.Process, seconds: float, count: int) ->
         "counts": tally.counts,
         "unexpected": tally.unexpected,
         "memory": memory,
+        "worker": ended.largest,
         "descriptors": (began.descriptors, ended.descriptors),
         "threads": (began.threads, ended.threads),
     }
@@ -353,22 +326,12 @@ async def _settled(process: psutil.Process, before: State | None) -> State:
 # -- figures ----------------------------------------------------------------------------------------
 
 
-def read(path: Path = FIGURES) -> Figures:
-    """The figures of an earlier soak.
-
-    Raises:
-        BenchmarkError: there are none, or the file is not one of ours.
-    """
-    return stored.read(Figures, path, "benchmarks.soak")
-
-
 def markdown(figures: Figures) -> str:
     """The figures as a Markdown table, what else was measured, and where they are from."""
     statuses = sorted({status for counts in figures.counts.values() for status in counts})
     rows = [["request", *statuses]]
     for route, counts in sorted(figures.counts.items()):
         rows.append([f"`{route}`", *(f"{counts[s]:,}" if s in counts else "" for s in statuses)])
-    packages = ", ".join(f"{name} {found}" for name, found in figures.packages.items())
     wrong = sum(sum(counts.values()) for counts in figures.unexpected.values())
     begin = WARM_UP * figures.seconds / 60
     first, *_, last = figures.memory
@@ -376,46 +339,42 @@ def markdown(figures: Figures) -> str:
         f"{figures.n:,} requests of {figures.clients} clients in {figures.seconds / 60:g} minutes, by "
         f"status; *{LEFT}* are those of clients that left while they sent. {wrong} had another status "
         f"than they should. The server's processes took {first:,.0f} MiB (RSS) at the begin, "
-        f"{figures.warm[0]:,.0f} MiB after {begin:g} minutes and {last:,.0f} MiB at the end; a line "
+        f"{figures.warm[0]:,.0f} MiB after {begin:g} minutes and {last:,.0f} MiB at the end, "
+        f"{figures.worker:,.0f} MiB of which are the worker's; a line "
         f"through the time after {begin:g} minutes rises by {figures.slope:.2f} MiB per minute. They "
         f"had {figures.descriptors[0]} file descriptors open before and "
         f"{figures.descriptors[1]} after, {figures.threads[0]} threads before and {figures.threads[1]} "
-        f"after. {figures.device}; Python {figures.python}, {packages}; commit {figures.commit[:12]}, "
-        f"{figures.date[:10]}."
+        f"after. {figures.place}"
     )
     return f"{markdown_table(rows)}\n\n{textwrap.fill(text, 120)}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 1 if an answer was not as it should be."""
-    options = _parser().parse_args(arguments)
-    try:
-        figures = read(options.figures) if options.markdown else _run(options)
-    except (BenchmarkError, httpx.HTTPError, OSError) as error:
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
-        return 1
-    print(markdown(figures))
-    return 1 if figures.unexpected and not options.markdown else 0
+def failed(figures: Figures) -> str:
+    """What is not as it must be, if anything."""
+    sheds = sum(counts.get(str(SHED), 0) for counts in figures.counts.values())
+    if figures.unexpected:
+        return f"answers that were not as they should be: {figures.unexpected}"
+    if sheds > MOST_SHED * figures.n:
+        return f"{sheds} of {figures.n} requests were shed"
+    if figures.descriptors[1] > figures.descriptors[0]:
+        return f"file descriptors leak: {figures.descriptors[0]} became {figures.descriptors[1]}"
+    if figures.seconds >= LONG_SECONDS and figures.slope > MOST_SLOPE:
+        return f"memory grows by {figures.slope:.2f} MiB per minute"
+    return ""
 
 
-def _run(options: argparse.Namespace) -> Figures:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, 1 if something was not as it must be."""
+    return stored.main(Figures, _parser(), _measure, markdown, arguments, failed)
+
+
+def _measure(options: argparse.Namespace) -> Iterator[Figures]:
     if options.seconds <= 0 or options.clients < 1:
         raise BenchmarkError("--clients has to be at least 1, and --seconds above 0")
-    date, commit = provenance.now(), provenance.commit()  # of the server's code, at its start
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (url, process):
+    begun = stored.begin(PACKAGES)
+    with server() as (url, process):
         measured = asyncio.run(soak(url, process, options.seconds, options.clients))
-    figures = Figures(
-        date=date,
-        commit=commit,
-        device=device.describe(device.choose()),
-        python=platform.python_version(),
-        packages={name: version(name) for name in PACKAGES},
-        seconds=options.seconds,
-        clients=options.clients,
-        **measured,
-    )
-    stored.write(figures, options.figures)
-    return figures
+        yield Figures(**begun, seconds=options.seconds, clients=options.clients, **measured)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -426,12 +385,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=float, default=600.0, help="default: %(default)s")
     parser.add_argument("--clients", type=int, default=8, help="default: %(default)s")
-    parser.add_argument(
-        "--figures", type=Path, default=FIGURES, metavar="FILE", help="default: benchmarks/soak.json"
-    )
-    parser.add_argument(
-        "--markdown", action="store_true", help="measure nothing: print the table of the figures"
-    )
     return parser
 
 

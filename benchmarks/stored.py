@@ -1,34 +1,139 @@
 """Figures in files: each benchmark has a model of its own, and the README's tables come from them."""
 
+import platform
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from training import device, provenance
+from training.data import DataError
 from training.files import replacing
+from training.learner import TrainingError
+from training.recipe import RecipeError
 
-Figures = TypeVar("Figures", bound=BaseModel)
+FOLDER = Path(__file__).parent
 
 
 class BenchmarkError(RuntimeError):
     """A benchmark that cannot be run, or figures that cannot be read."""
 
 
-def read(kind: type[Figures], path: Path, benchmark: str) -> Figures:
-    """The figures that an earlier run of ``python -m BENCHMARK`` wrote.
+class Figures(BaseModel):
+    """What a benchmark found, and of what it is true.
+
+    Attributes:
+        benchmark: its name; ``python -m benchmarks.NAME`` measures, and NAME.json has the figures.
+        date, commit: of the beginning; each measurement imports the code as it is then.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    benchmark: ClassVar[str]
+
+    date: str
+    commit: str
+    device: str
+    python: str
+    packages: dict[str, str]
+
+    @classmethod
+    def file(cls) -> Path:
+        """Where the figures are that the README shows."""
+        return FOLDER / f"{cls.benchmark}.json"
+
+    @property
+    def place(self) -> str:
+        """Device, versions, commit and day, as a sentence."""
+        versions = [f"Python {self.python}", *(f"{name} {each}" for name, each in self.packages.items())]
+        return f"{self.device}; {', '.join(versions)}; commit {self.commit[:12]}, {self.date[:10]}."
+
+
+Kind = TypeVar("Kind", bound=Figures)
+
+
+def begin(packages: Sequence[str]) -> dict[str, Any]:
+    """The fields of ``Figures``, as of now, with the versions of those ``packages`` that are here."""
+    return {
+        "date": provenance.now(),
+        "commit": provenance.commit(),
+        "device": device.describe(device.choose()),
+        "python": platform.python_version(),
+        "packages": {name: found for name in packages if (found := version_of(name))},
+    }
+
+
+def version_of(package: str) -> str | None:
+    """That which is installed, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def read(kind: type[Kind], path: Path | None = None) -> Kind:
+    """The figures that an earlier run of the benchmark wrote.
 
     Raises:
         BenchmarkError: there are none, or the file is not one of that benchmark.
     """
+    path = path or kind.file()
     try:
         return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
-        raise BenchmarkError(f"no figures at {path}: run python -m {benchmark}") from error
+        raise BenchmarkError(
+            f"no figures at {path}: run python -m benchmarks.{kind.benchmark}"
+        ) from error
     except ValidationError as error:
-        raise BenchmarkError(f"{path} does not hold the figures of {benchmark}: {error}") from error
+        raise BenchmarkError(
+            f"{path} does not hold the figures of benchmarks.{kind.benchmark}: {error}"
+        ) from error
 
 
-def write(figures: BaseModel, path: Path) -> None:
-    """Write the figures beside ``path`` and rename them there."""
-    with replacing(path) as file:
-        file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
+def main(
+    kind: type[Kind],
+    parser: ArgumentParser,
+    measure: Callable[[Namespace], Iterator[Kind]],
+    markdown: Callable[[Kind], str],
+    arguments: Sequence[str] | None,
+    failed: Callable[[Kind], str] = lambda figures: "",
+) -> int:
+    """Run a benchmark's command line.
+
+    Args:
+        kind: the benchmark's figures.
+        parser: of its own options.
+        measure: the figures so far, again and again; each time they are written, beside their place
+            and renamed, so that an interruption costs the last part only.
+        markdown: the figures as the README has them, which are printed.
+        arguments: of the command line; None for the process's.
+        failed: what is not as it must be in the figures, if anything.
+
+    Returns:
+        The exit code.
+    """
+    parser.add_argument(
+        "--figures", type=Path, default=kind.file(), metavar="FILE", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="measure nothing; print the tables of the figures"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        if options.markdown:
+            figures = read(kind, options.figures)
+        else:
+            for figures in measure(options):
+                with replacing(options.figures) as file:
+                    file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
+    except (BenchmarkError, RecipeError, DataError, TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(markdown(figures))
+    if not options.markdown and (complaint := failed(figures)):
+        print(f"error: {complaint}", file=sys.stderr)
+        return 1
+    return 0

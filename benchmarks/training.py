@@ -12,19 +12,18 @@ each has a process of its own: the job's memory settings would serve the plain l
 
 import argparse
 import multiprocessing
-import platform
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -33,14 +32,14 @@ from torchvision import transforms
 
 from benchmarks import stored
 from benchmarks.stored import BenchmarkError
-from training import data, device, model, optimizer, provenance, recipe, train
+from training import data, device, model, optimizer, recipe, train
 from training.__main__ import markdown_table
 from training.data import Images
-from training.learner import Learner, TrainingError
+from training.learner import Learner
 from training.processes import Processes
 from training.recipe import Recipe
 
-FIGURES = Path(__file__).with_suffix(".json")
+PACKAGES = ("torch", "torchvision")
 WARM_UP = 0.2  # of a measurement's seconds, and at least a step, before its clock starts
 LEAST_STEPS = 3  # of a measurement, however long they take
 
@@ -69,17 +68,11 @@ class Rates(BaseModel):
         return median(self.job) / median(self.job_without_augmentation)
 
 
-class Figures(BaseModel):
+class Figures(stored.Figures):
     """What ``training.json`` holds; ``n`` rounds, each of ``seconds`` a measurement."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    benchmark: ClassVar[str] = "training"
 
-    date: str
-    commit: str
-    device: str
-    python: str
-    torch: str
-    torchvision: str
     n: int
     seconds: float
     rates: list[Rates]
@@ -283,15 +276,6 @@ def _name(dtype: torch.dtype) -> str:
 # -- figures ----------------------------------------------------------------------------------------
 
 
-def read(path: Path = FIGURES) -> Figures:
-    """The figures of an earlier benchmark.
-
-    Raises:
-        BenchmarkError: there are none, or the file is not one of ours.
-    """
-    return stored.read(Figures, path, "benchmarks.training")
-
-
 def markdown(figures: Figures) -> str:
     """The figures as a Markdown table and a line on where they are from."""
     header = "recipe|batch|precision (plain)|training job|plain loop|ratio|without augmentation|kept"
@@ -305,49 +289,31 @@ def markdown(figures: Figures) -> str:
                 *(f"{median(rates.job_without_augmentation):,.0f}", f"{100 * rates.kept:.0f} %"),
             ]
         )
-    return (
-        f"{markdown_table(rows)}\n\n"
+    text = (
         f"Images per second, medians of n={figures.n} measurements of {figures.seconds:g} s that took "
-        f"turns; *kept* is the training job's\npace beside its own without augmentation. "
-        f"{figures.device}; Python {figures.python}, torch\n{figures.torch}, torchvision "
-        f"{figures.torchvision}; commit {figures.commit[:12]}, {figures.date[:10]}."
+        "turns; *kept* is the training job's pace beside its own without augmentation. "
+        f"{figures.place}"
     )
+    return f"{markdown_table(rows)}\n\n{textwrap.fill(text, 120)}"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        figures = read(options.figures) if options.markdown else _run(options)
-    except (BenchmarkError, recipe.RecipeError, data.DataError, TrainingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(markdown(figures))
-    return 0
+    return stored.main(Figures, _parser(), _measure, markdown, arguments)
 
 
-def _run(options: argparse.Namespace) -> Figures:
+def _measure(options: argparse.Namespace) -> Iterator[Figures]:
+    """The figures after each recipe."""
     if options.rounds < 1 or options.seconds <= 0:
         raise BenchmarkError("--rounds has to be at least 1, and --seconds above 0")
     chosen = {name: reports_recipe(name) for name in options.recipes}
     data.load()  # if it has to be downloaded, then now
+    begun = stored.begin(PACKAGES)
     rates: list[Rates] = []
     for name, part in chosen.items():
         rates.append(compare(name, part, options.seconds, options.rounds))
         print(f"{name}: {rates[-1].ratio:.2f} times the plain loop", file=sys.stderr)
-        figures = Figures(
-            date=provenance.now(),
-            commit=provenance.commit(),
-            device=device.describe(device.choose()),
-            python=platform.python_version(),
-            torch=str(torch.__version__),
-            torchvision=str(torchvision.__version__),
-            n=options.rounds,
-            seconds=options.seconds,
-            rates=rates,
-        )
-        stored.write(figures, options.figures)  # so that an interruption costs one recipe's figures only
-    return figures
+        yield Figures(**begun, n=options.rounds, seconds=options.seconds, rates=rates)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -364,12 +330,6 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=10.0, help="of a measurement (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument(
-        "--figures", type=Path, default=FIGURES, metavar="FILE", help="default: benchmarks/training.json"
-    )
-    parser.add_argument(
-        "--markdown", action="store_true", help="measure nothing; print the table of the last figures"
-    )
     return parser
 
 

@@ -39,7 +39,7 @@ class Member:
             "recipe": run.parsed_recipe().to_toml(),
             "seed": run.run["seed"],
             "views": self.recipe.views,
-            "commit": run.run["commit"],
+            "commit": run.commit,
             "checkpoint_sha256": self.digest,
         }
         if run.result is not None:

@@ -9,6 +9,7 @@ import pytest
 from httpx import Client
 
 from benchmarks import inference, serving, soak, training
+from benchmarks.stored import read
 from export.parity import LIMITS, percent
 from serving.errors import RequestError
 from serving.settings import BUNDLED_MODEL, PREFIX, Settings
@@ -77,19 +78,19 @@ def test_suggested_rate_is_that_of_the_plot() -> None:
 
 
 def test_pace_of_training_is_the_table_of_the_benchmark() -> None:
-    assert training.markdown(training.read()) in README
+    assert training.markdown(read(training.Figures)) in README
 
 
 def test_pace_of_inference_is_the_tables_of_the_benchmark() -> None:
-    assert inference.markdown(inference.read()) in README
+    assert inference.markdown(read(inference.Figures)) in README
 
 
 def test_pace_of_serving_is_the_table_of_the_benchmark() -> None:
-    assert serving.markdown(serving.read()) in README
+    assert serving.markdown(read(serving.Figures)) in README
 
 
 def test_soak_is_the_table_of_its_figures() -> None:
-    assert soak.markdown(soak.read()) in README
+    assert soak.markdown(read(soak.Figures)) in README
 
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:

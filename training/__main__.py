@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
             _list(console, options.markdown)
             return 0
         if options.command == "lr-find":
+            if processes.count > 1:
+                raise TrainingError("lr-find works in one process: start it without torchrun")
             _find_rate(options, console)
             return 0
         if options.command == "report":

@@ -89,6 +89,13 @@ class Checkpoint(BaseModel):
         return parse(self.recipe, f"recipe {self.recipe_name} in the checkpoint")
 
     @property
+    def commit(self) -> str:
+        """The code that trained the run, all of it where a session went on with another."""
+        epochs = self.parsed_recipe().epochs
+        trained = [session["commit"] for session in self.sessions if session["epoch"] < epochs]
+        return " + ".join(dict.fromkeys(trained or [self.run["commit"]]))
+
+    @property
     def finished(self) -> bool:
         """Whether all epochs are trained."""
         return self.epoch >= self.parsed_recipe().epochs
@@ -153,7 +160,8 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     try:
         with replacing(beside) as file:
             torch.save({"format": FORMAT, **values}, file)
-        if path.exists():
+        # A damaged one, from before which a run goes on, does not take the place of a good one.
+        if path.exists() and _whole(path):
             path.replace(previous(path))
         beside.replace(path)
     # torch reports a file that cannot be written to as a RuntimeError of its zip writer.
@@ -162,6 +170,14 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
             f"could not write {path}: {error}; the checkpoint before it is untouched, make room and "
             f"resume"
         ) from error
+
+
+def _whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+        return False
 
 
 def previous(path: Path) -> Path:

@@ -184,11 +184,14 @@ class Learner:
         ]
 
     def _learn(self, batch: Batch, rate: Callable[[float], float]) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1 + self.processes.rank))
         for part in self.optimizers:
             for group in part.param_groups:
                 group["lr"] = rate(group["base_lr"])
+        # Whether and by which share a batch is mixed is the same in all processes; dropout is not.
+        torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1))
         inputs, targets = self._objective.mix(batch.inputs, batch.labels, batch.epoch)
+        if not self.processes.first:
+            torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1 + self.processes.rank))
         with self._autocast():
             logits = self._parallel(inputs)
             loss = self._objective.loss(logits, targets, inputs)
@@ -287,6 +290,6 @@ def mix(*numbers: int) -> int:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    # On a CPU torch's allocator and oneDNN, which cannot create a primitive then, have only texts.
-    texts = ("can't allocate memory", "could not create a primitive", "bad_alloc")
+    # Torch's allocator on a CPU, oneDNN, which cannot create a primitive then, cuBLAS and cuDNN: texts.
+    texts = ("can't allocate memory", "could not create a primitive", "bad_alloc", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)

@@ -85,7 +85,8 @@ class Teacher(nn.Module):
     def loss(self, logits: Tensor, images: Tensor) -> Tensor:
         """Kullback-Leibler divergence at the temperature T, times T squared (Hinton et al., 2015)."""
         with torch.no_grad():
-            taught = F.log_softmax(self.network(images * self.scale + self.shift) / self.temperature, 1)
+            answer = self.network(images * self.scale + self.shift).float()
+            taught = F.log_softmax(answer / self.temperature, 1)
         learned = F.log_softmax(logits.float() / self.temperature, 1)
-        divergence = F.kl_div(learned, taught.float(), reduction="batchmean", log_target=True)
+        divergence = F.kl_div(learned, taught, reduction="batchmean", log_target=True)
         return divergence * self.temperature**2

@@ -62,10 +62,14 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
 def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimizer]:
     """The optimizers of a recipe for ``model``: one, or Muon and the SGD beside it.
 
+    On a GPU they are torch's fused ones: the gradient scaler of fp16 makes any other wait in every step
+    for the device to say whether there was an infinite gradient.
+
     Raises:
         RecipeError: Muon for a network that has more than filters, biases and one head.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = all(parameter.is_cuda for parameter in trained)
     optimizers: list[torch.optim.Optimizer]
     match config:
         case recipe.SGD():
@@ -76,18 +80,35 @@ def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimi
                     momentum=config.momentum,
                     nesterov=config.nesterov,
                     weight_decay=config.weight_decay,
+                    fused=fused,
                 )
             ]
         case recipe.Adam():
-            optimizers = [torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)]
+            optimizers = [
+                torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+            ]
         case recipe.AdamW():
-            optimizers = [torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)]
+            optimizers = [
+                torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+            ]
         case recipe.Muon():
             optimizers = _muon_and_sgd(config, model, trained)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return optimizers
+
+
+def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state that may be from another device; whether the optimizer is fused stays as it is.
+
+    torch would take that from the state, and the scaler leaves it to a fused one to scale back.
+    """
+    fused = [group.get("fused") for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, fused, strict=True):
+        if "fused" in group:
+            group["fused"] = own
 
 
 def _muon_and_sgd(

@@ -51,7 +51,10 @@ class Processes:
         if self.count == 1:
             yield
             return
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "gloo"
+        if torch.cuda.is_available():
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(self.local_rank)
         dist.init_process_group(backend, timeout=PATIENCE)
         yield
         dist.destroy_process_group()

@@ -432,11 +432,6 @@ class Recipe(Part):
             raise ValueError("schedule: plateau needs held-out images: data.validation above 0")
         if self.schedule.kind == "shifted_warmup_cosine" and self.optimizer.kind == "muon":
             raise ValueError("schedule: shifted_warmup_cosine is defined for one learning rate")
-        if isinstance(self.schedule, LinearRestart) and self.schedule.restart >= self.epochs:
-            raise ValueError(
-                f"schedule: a restart after epoch {self.schedule.restart} of {self.epochs} leaves none "
-                "to train: set schedule.restart below epochs"
-            )
         if isinstance(self.optimizer, SGD) and self.optimizer.nesterov and not self.optimizer.momentum:
             raise ValueError("optimizer: nesterov needs a momentum above 0")
         return self

@@ -14,13 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from training import checkpoint as checkpoints
-from training import data, device, model, provenance
+from training import data, device, model, optimizer, provenance
 from training.checkpoint import Checkpoint
 from training.data import DataSet, Images
-from training.evaluate import Evaluation, evaluate
+from training.evaluate import SHARES, Evaluation, evaluate
 from training.files import replacing
 from training.learner import Learner, TrainingError
 from training.processes import Processes
+from training.recipe import Views
 from training.results import Result
 from training.schedule import learning_rate
 from training.watch import Stopped, Watch
@@ -81,7 +82,7 @@ class Run:
         if self.learner.average is not None:
             self.learner.average.network.load_state_dict(state.average or state.model)
         for part, part_state in zip(self.learner.optimizers, state.optimizers, strict=True):
-            part.load_state_dict(part_state)
+            optimizer.load(part, part_state)
         if state.scaler:
             self.learner.scaler.load_state_dict(state.scaler)
 
@@ -95,6 +96,7 @@ class Run:
             self.events = SummaryWriter(str(folder / TENSORBOARD), purge_step=state.epoch + 1)
         self._saved = time.monotonic()
         self._image_seconds = 0.0  # an image's share of the slowest of the last steps
+        self._view_seconds = 0.0  # the same of the last evaluation, of a view
         self._save_seconds = 0.0
 
     def train(self, watch: Watch) -> None:
@@ -130,7 +132,8 @@ class Run:
             Stopped: ``watch`` has a reason to.
             TrainingError: the loss is not finite.
         """
-        if reason := self.processes.highest(watch.reason(self._needed(len(self.test_images)))):
+        needed = self._needed_to_evaluate(len(self.test_images), self.recipe.views, "none")
+        if reason := self.processes.highest(watch.reason(needed)):
             raise Stopped(reason)
         test_images = self.test_images.to(self.device)
         evaluation = self._evaluate("test", test_images, self.recipe.views)
@@ -156,7 +159,7 @@ class Run:
             precision=_several([session["precision"] for session in sessions]),
             python=_several([session["python"] for session in sessions]),
             torch=_several([session["torch"] for session in sessions]),
-            commit=self.state.run["commit"],
+            commit=self.state.commit,
         )
         self.state.result = result.model_dump()
         self._save()
@@ -202,7 +205,11 @@ class Run:
             self._image_seconds = max(0.9 * self._image_seconds, (now - before) / batch.count)
             progress.update(task, advance=1, speed=f"{images / (now - began):,.0f}")
 
-        if wanted := self.processes.highest(watch.reason(self._needed(len(self.val_images)))):
+        ended = state.epoch + 1 == self.recipe.epochs
+        # Several views would cost as many times the evaluation; the last epoch's are the result's.
+        views = self.recipe.views if ended else "none"
+        needed = self._needed_to_evaluate(len(self.val_images), views)
+        if wanted := self.processes.highest(watch.reason(needed)):
             keep()
             raise Stopped(wanted)
         seen = sum(map(len, learner.order(state.epoch)))
@@ -213,10 +220,8 @@ class Run:
             "train_accuracy": self.processes.total(correct).item() / seen,
         }
         self._check_finite("loss", metrics["train_loss"])
-        ended = state.epoch + 1 == self.recipe.epochs
         if len(self.val_images):
-            # Several views would cost as many times the evaluation; the last epoch's are the result's.
-            val = self._evaluate("val", self.val_images, self.recipe.views if ended else "none")
+            val = self._evaluate("val", self.val_images, views)
             metrics |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
         state.seconds = seconds_before + time.monotonic() - began
         metrics["seconds"] = round(state.seconds, 1)
@@ -226,22 +231,31 @@ class Run:
             self._save()
         self._report(metrics)
 
-    def _evaluate(self, part: str, images: Images, views: str) -> Evaluation:
+    def _evaluate(self, part: str, images: Images, views: Views) -> Evaluation:
         """Evaluate the network that the run gives, each process on its share of the images.
 
         ``part`` of the data set is what they are: its name in the error of a loss that is not finite.
         """
         recipe = self.recipe.model_copy(update={"views": views})
         rows = self.processes.rows(len(images))
+        began = time.monotonic()
         share = evaluate(self.learner.result, recipe, Images(images.pixels[rows], images.labels[rows]))
+        if share.images:
+            self._view_seconds = (time.monotonic() - began) / (share.images * len(SHARES[views]))
         sums = torch.tensor([share.correct, share.loss_sum], dtype=torch.float64)
         correct, loss_sum = self.processes.total(sums).tolist()
         self._check_finite(f"{part} loss", loss_sum)
         return Evaluation(round(correct), loss_sum, len(images))
 
     def _needed(self, images: int) -> float:
-        """Seconds to train on, or evaluate, so many images and write a checkpoint; rather too many."""
+        """Seconds to train on so many images and write a checkpoint; rather too many."""
         return 1.0 + 2 * images * self._image_seconds + 2 * self._save_seconds
+
+    def _needed_to_evaluate(self, images: int, *views: Views) -> float:
+        """The same to evaluate ``images`` by these views; before the first time, by training's pace."""
+        passes = images * sum(len(SHARES[each]) for each in views)
+        view_seconds = self._view_seconds / self.processes.count
+        return 1.0 + 2 * passes * (view_seconds or self._image_seconds) + 2 * self._save_seconds
 
     def _check_finite(self, name: str, loss: float) -> None:
         if not math.isfinite(loss):

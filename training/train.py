@@ -13,7 +13,7 @@ from torch import nn
 from training import checkpoint as checkpoints
 from training import data, model, optimizer, provenance, results
 from training.augment import Normalize
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, RunFacts
 from training.data import DataSet, Images
 from training.files import replacing
 from training.learner import TrainingError
@@ -73,7 +73,7 @@ def create(
     )
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.distillation is not None:
-        _copy_teacher(Path(recipe.distillation.teacher), folder / TEACHER)
+        _copy_teacher(Path(recipe.distillation.teacher), folder / TEACHER, state.run)
     (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
     checkpoints.save(state, folder / CHECKPOINT)
 
@@ -127,7 +127,7 @@ def resume(
     return state
 
 
-def _copy_teacher(teacher: Path, beside: Path) -> None:
+def _copy_teacher(teacher: Path, beside: Path, student: RunFacts) -> None:
     if not teacher.is_file():
         raise TrainingError(
             f"no teacher at {teacher}: train one, or name its checkpoint with "
@@ -136,6 +136,12 @@ def _copy_teacher(teacher: Path, beside: Path) -> None:
     content = checkpoints.read(teacher)  # once: the run that writes it may be going on
     state = checkpoints.decode(content, teacher)
     state.check_finished(teacher)
+    same_data = state.run["data"] == student["data"]
+    if student["complete"] and not (state.run["complete"] and same_data):
+        raise TrainingError(
+            f"{teacher} is of a trial, or of other images: a run that is evaluated on the test images "
+            "learns from a complete run; with --set distillation.teacher=FILE it is a trial as well"
+        )
     state.network()
     with replacing(beside) as copy:
         copy.write(content)

@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import engines
 from benchmarks import inference as benchmark
-from benchmarks.stored import BenchmarkError
+from benchmarks.server import ROOT
+from benchmarks.stored import BenchmarkError, read
 from serving.model import Model
 from serving.settings import BUNDLED_MODEL
 
@@ -31,7 +32,7 @@ def test_figures_are_written_and_become_tables(
     assert benchmark.main(["--models", "A1", "--precisions", "int8", *small]) == 0
     printed = capsys.readouterr().out
 
-    figures = benchmark.read(path)
+    figures = read(benchmark.Figures, path)
     assert (figures.n, figures.seconds) == (1, 0.01)
     assert figures.packages["torch"]
     measured = {(rates.engine, rates.precision) for rates in figures.rates}
@@ -90,7 +91,7 @@ def test_tables_have_medians_and_their_ratios() -> None:
     assert "| B1 | service, CPU provider | fp32 | 150 (1.50) | 150 (1.50) | 100 |" in tables
     assert "| B1 | fp32 | 10,000 | 9.0 | 7.0 | 200.0 | 22.2 |" in tables
     assert "medians of n=3 measurements of 2 s" in tables
-    assert "onnxruntime 1; commit 0123456789ab, 2026-01-02." in tables.replace("\n", " ")
+    assert "Python 3.11, onnxruntime 1; commit 0123456789ab, 2026-01-02." in tables.replace("\n", " ")
 
 
 def test_a_recipes_network_in_each_precision() -> None:
@@ -111,7 +112,7 @@ def test_a_measurements_process_has_no_more_than_its_engine_needs(tmp_path: Path
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=benchmark.ROOT,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,

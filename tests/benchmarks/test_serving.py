@@ -11,7 +11,7 @@ import pytest
 from benchmarks import serving as benchmark
 from benchmarks.load import requests
 from benchmarks.serving import Load, Server
-from benchmarks.stored import BenchmarkError
+from benchmarks.stored import BenchmarkError, read
 from tests.serving.server import ROOT
 
 # The peers that `make test` has the packages of.
@@ -27,7 +27,7 @@ def test_figures_are_written_and_become_a_table(
     assert benchmark.main(["--servers", *HERE, *small, *places]) == 0
     printed = capsys.readouterr().out
 
-    figures = benchmark.read(figures_file)
+    figures = read(benchmark.Figures, figures_file)
     assert list(figures.servers) == [
         *("the service, int8", "the service, fp32"),
         *("BentoML, as documented, fp32", "BentoML, with our engine, int8"),
@@ -103,15 +103,22 @@ def test_the_service_is_told_as_multiples_of_the_best_peers() -> None:
         skipped={},
     )
     told = benchmark.markdown(figures).replace("\n", " ")
-    assert "5.0 times as many as the best peer as documented (FastAPI)" in told
-    assert "1.2 times as many as the best with our engine (BentoML, batchable)" in told
+    assert (
+        "With 32 connections the service answers 5.0 (int8) and 0.8 (fp32) times as many as the best "
+        "peer as documented (FastAPI, fp32); 1.2 (int8) and 0.2 (fp32) times as many as the best with "
+        "our engine (BentoML, batchable, int8)."
+    ) in told
 
 
-def test_a_peer_without_its_packages_is_left_out() -> None:
+def test_a_peer_without_its_packages_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     absent = Server("Absent", "a_package_that_is_not_there", ("-c", "pass"), "fp32", "plain")
-    figures, raw = benchmark.compare([absent], [1], 1.0, 1, "A1")
-    assert figures.skipped == {"Absent": benchmark.INSTALL}
-    assert (figures.servers, raw) == ({}, [])
+    monkeypatch.setattr(benchmark, "SERVERS", [absent])
+    assert benchmark.main([]) == 1
+    said = capsys.readouterr().err
+    assert f"Absent is left out, as it is not installed: {benchmark.INSTALL}" in said
+    assert "error: none of the servers is installed" in said
 
 
 def test_a_server_that_ends_is_an_error_with_its_last_words(tmp_path: Path) -> None:

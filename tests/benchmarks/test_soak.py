@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import soak
+from benchmarks.stored import read
 
 
 def test_seconds_of_it_with_an_answer_that_is_wrong(
@@ -16,7 +17,7 @@ def test_seconds_of_it_with_an_answer_that_is_wrong(
     assert soak.main(["--seconds", "4", "--clients", "3", "--figures", str(path)]) == 1
     printed = capsys.readouterr().out
 
-    figures = soak.read(path)
+    figures = read(soak.Figures, path)
     assert figures.unexpected == {"GET /healthz": {"200": figures.counts["GET /healthz"]["200"]}}
     assert figures.n == sum(sum(counts.values()) for counts in figures.counts.values()) > 0
     assert {status for counts in figures.counts.values() for status in counts} >= {"200", "400"}
@@ -30,24 +31,44 @@ def test_seconds_of_it_with_an_answer_that_is_wrong(
     assert capsys.readouterr().out == printed
 
 
+FINE = soak.Figures(
+    date="2026-01-02T03:04:05+00:00",
+    commit="0123456789abcdef",
+    device="a processor",
+    python="3.11",
+    packages={},
+    seconds=600,
+    clients=1,
+    n=100,
+    counts={"GET /": {"200": 98, "503": 2}},
+    unexpected={},
+    memory=[100.0] * soak.SAMPLES,
+    worker=80.0,
+    descriptors=(9, 9),
+    threads=(1, 1),
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({}, ""),
+        ({"unexpected": {"GET /": {"500": 1}}}, "answers that were not as they should be"),
+        ({"counts": {"GET /": {"503": 50, "200": 50}}}, "50 of 100 requests were shed"),
+        ({"descriptors": (9, 10)}, "file descriptors leak: 9 became 10"),
+        ({"memory": [float(n) for n in range(soak.SAMPLES)]}, "memory grows by 12.00 MiB per minute"),
+        ({"memory": [float(n) for n in range(soak.SAMPLES)], "seconds": 60.0}, ""),
+    ],
+)
+def test_what_fails_a_soak(change: dict[str, object], complaint: str) -> None:
+    said = soak.failed(FINE.model_copy(update=change))
+    assert said.startswith(complaint)
+    assert bool(said) == bool(complaint)
+
+
 def test_slope_is_that_after_the_warm_up() -> None:
     def slope(memory: list[float]) -> float:
-        figures = soak.Figures(
-            date="2026-01-02T03:04:05+00:00",
-            commit="0123456789abcdef",
-            device="a processor",
-            python="3.11",
-            packages={},
-            seconds=600,
-            clients=1,
-            n=0,
-            counts={},
-            unexpected={},
-            memory=memory,
-            descriptors=(1, 1),
-            threads=(1, 1),
-        )
-        return figures.slope
+        return FINE.model_copy(update={"memory": memory}).slope
 
     half = soak.SAMPLES // 2
     assert slope([*map(float, range(half)), *[100.0] * half]) == pytest.approx(0, abs=1e-9)

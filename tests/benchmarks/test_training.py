@@ -1,6 +1,7 @@
 """The benchmark of the training job runs; what it measures depends on the machine."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torchvision import transforms
 
 from benchmarks import training as benchmark
+from benchmarks.stored import read
 from training import data, recipe
 
 REPORTS = [name for name in recipe.names() if recipe.load(name).report is not None]
@@ -28,8 +30,8 @@ def test_figures_are_written_and_become_a_table(
 
     written = json.loads(path.read_text())
     assert (written["n"], written["seconds"]) == (1, 0.05)
-    assert written["torch"] == torch.__version__
-    assert written["device"].endswith(f"{torch.get_num_threads()} threads")
+    assert written["packages"]["torch"] == version("torch")
+    assert written["device"]
     assert written["commit"]
     assert written["date"]
     (rates,) = written["rates"]
@@ -58,8 +60,7 @@ def test_table_has_medians_and_their_ratios() -> None:
         commit="0123456789abcdef",
         device="a processor",
         python="3.11",
-        torch="2",
-        torchvision="0",
+        packages={"torch": "2"},
         n=3,
         seconds=10,
         rates=[rates],
@@ -127,4 +128,4 @@ def test_failure_names_its_cause_and_keeps_the_figures_before_it(
     arguments = ["--recipes", "A1", "A3", "--seconds", "0.05", "--rounds", "1", "--figures", str(path)]
     assert benchmark.main(arguments) == 1
     assert "error: 500 images are fewer than a batch of 512" in capsys.readouterr().err
-    assert [rates.recipe for rates in benchmark.read(path).rates] == ["A1"]
+    assert [rates.recipe for rates in read(benchmark.Figures, path).rates] == ["A1"]

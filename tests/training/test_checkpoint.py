@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import checkpoint, recipe
+from training import checkpoint, provenance, recipe
 from training.checkpoint import Checkpoint, CheckpointError
 from training.model import CLASSES, build
 
@@ -54,6 +54,28 @@ def test_truncated_checkpoint_is_recognised(state: Checkpoint, tmp_path: Path, k
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt: damaged"):
         checkpoint.load(path)
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before_it(
+    state: Checkpoint, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    for epoch in (1, 2):
+        checkpoint.save(state.model_copy(update={"epoch": epoch}), path)
+    path.write_bytes(path.read_bytes()[:1000])
+    resumed, _ = checkpoint.load_last(path)
+    assert resumed.epoch == 1
+    checkpoint.save(resumed.model_copy(update={"epoch": 3}), path)
+    assert checkpoint.load(path).epoch == 3
+    assert checkpoint.load(checkpoint.previous(path)).epoch == 1
+
+
+def test_commit_is_of_the_sessions_that_trained(state: Checkpoint) -> None:
+    assert state.commit == state.run["commit"]
+    session = provenance.session(0, 0, "a processor", "float32", 1)
+    at = ((0, "a"), (3, "b"), (5, "b"), (state.parsed_recipe().epochs, "c"))
+    sessions = [{**session, "epoch": epoch, "commit": commit} for epoch, commit in at]
+    assert state.model_copy(update={"sessions": sessions}).commit == "a + b"
 
 
 def test_foreign_checkpoint_is_refused(tmp_path: Path) -> None:

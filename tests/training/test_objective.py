@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training import checkpoint, data, recipe
+from training import checkpoint, data, recipe, train
 from training.__main__ import main
 from training.augment import Normalize
 from training.checkpoint import CheckpointError
 from training.evaluate import Classifier
+from training.learner import TrainingError
 from training.objective import Objective
 
 CPU = torch.device("cpu")
@@ -124,6 +125,16 @@ def test_distillation_copies_its_teacher_and_learns_from_it(
     assert (out / "teacher.pt").read_bytes() == teacher.read_bytes()
     # Only the divergence counts: near nothing, for a teacher that hardly learned anything.
     assert 0 < checkpoint.load(out / "checkpoint.pt").history[0]["train_loss"] < 0.5
+
+
+def test_a_complete_run_learns_from_a_complete_run(teacher: Path, tmp_path: Path) -> None:
+    state, trial = checkpoint.load(teacher), tmp_path / "trial.pt"
+    checkpoint.save(state.model_copy(update={"run": {**state.run, "complete": False}}), trial)
+    settings = f"distillation={{teacher='{trial}', temperature=2.0, weight=1.0}}"
+    student = recipe.load("A1", [settings])
+    with pytest.raises(TrainingError, match="is of a trial, or of other images"):
+        train.create(tmp_path / "run", student, "A1", 0, data.load_sample())
+    train.create(tmp_path / "run", student, "A1", 0, data.load_sample(), complete=False)
 
 
 def test_teachers_that_cannot_be_used(

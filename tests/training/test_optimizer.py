@@ -58,6 +58,20 @@ def test_every_trained_parameter_is_in_one_group(name: str) -> None:
     assert all(group["base_lr"] == group["lr"] > 0 for group in groups)
 
 
+def test_a_state_from_another_device_does_not_say_whether_to_fuse() -> None:
+    """torch's would: with a scaler's gradients, which only a fused optimizer scales back."""
+    parameter = torch.ones(3, requires_grad=True)
+    saved = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=False)
+    parameter.grad = torch.ones(3)
+    saved.step()
+    fused = torch.optim.SGD([parameter], lr=0.2, momentum=0.9, fused=True)
+    optimizer.load(fused, saved.state_dict())
+    (group,) = fused.param_groups
+    assert group["fused"]
+    assert group["lr"] == 0.1
+    assert torch.equal(fused.state[parameter]["momentum_buffer"], torch.ones(3))
+
+
 def test_muon_refuses_networks_without_rates_of_their_own() -> None:
     fast = recipe.load("fast")
     with pytest.raises(recipe.RecipeError, match="whitened_resnet"):

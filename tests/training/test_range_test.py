@@ -139,3 +139,11 @@ def test_wrong_arguments_are_one_clear_line(
     assert message in error
     assert error.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_for_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["lr-find", "A1"]) == 1
+    assert "lr-find works in one process: start it without torchrun" in capsys.readouterr().err

@@ -87,11 +87,6 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
         ("blocks = [3, 4, 6, 3]", "blocks = [3, 4]", "2 stages in blocks but 4 in widths"),
         ("lr = 0.112202", "lr = nan", "key optimizer.lr"),
         (
-            'kind = "cosine"\nmin_lr = 1e-4',
-            'kind = "linear_restart"\nrestart = 200\nshare = 0.5',
-            "a restart after epoch 200 of 200 leaves none to train: set schedule.restart below epochs",
-        ),
-        (
             "[schedule]",
             '[mixing]\nkind = "mixup"\nalpha = 1.0\np = 1.0\nepochs = [3, 3]\n\n[schedule]',
             "key mixing: Value error, epochs: from 3 to before 3 are none",
