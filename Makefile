@@ -11,6 +11,7 @@ GPU ?= 0
 SECONDS ?= 120
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help serve test lint train export bench soak fuzz image
 
 help:  ## show this help

@@ -38,6 +38,7 @@ from benchmarks.server import ROOT, environment
 from benchmarks.stored import BenchmarkError
 from export import graph, quantize
 from export.ensemble import Ensemble, half
+from export.provider import others
 from serving.providers import obstacle
 from training import data, recipe, train
 from training.__main__ import markdown_table
@@ -168,9 +169,13 @@ def _classifier(name: str) -> Classifier:
 # -- measuring --------------------------------------------------------------------------------------
 
 
-def engines(precision: str) -> list[str]:
-    """What can run a file of a precision here."""
-    providers = [name for name in ("cpu", "openvino", "cuda", "tensorrt") if not obstacle(name)]
+def engines(precision: str, file: Path) -> list[str]:
+    """What can run a file of a precision here.
+
+    Raises:
+        ProviderError: a provider is here and does not run the file.
+    """
+    providers = ["cpu", *(other.short_name for other in others(file.read_bytes()))]
     if precision == "fp16":
         return [f"service:{name}" for name in providers if name in ("cuda", "tensorrt")]
     found = [f"service:{name}" for name in providers]
@@ -185,7 +190,7 @@ def plan(models: Sequence[Model]) -> list[tuple[Path, Rates]]:
         (file, Rates.begin(model.name, engine, precision))
         for model in models
         for precision, file in model.files.items()
-        for engine in engines(precision)
+        for engine in engines(precision, file)
     ]
 
 
@@ -227,7 +232,7 @@ def plan_submissions(model: Model, rows: int) -> list[tuple[Path, Submissions]]:
             ),
         )
         for precision, file in model.files.items()
-        if f"service:{provider}" in engines(precision)
+        if f"service:{provider}" in engines(precision, file)
     ]
 
 

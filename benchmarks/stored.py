@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from serving.errors import ProviderError
 from training import device, provenance
 from training.data import DataError
 from training.files import replacing
@@ -129,7 +130,10 @@ def main(
             for figures in measure(options):
                 with replacing(options.figures) as file:
                     file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
-    except (BenchmarkError, RecipeError, DataError, TrainingError, OSError) as error:
+    except (
+        *(BenchmarkError, RecipeError, DataError, TrainingError),
+        *(ProviderError, OSError),
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(markdown(figures))

@@ -103,9 +103,11 @@ def read(model: ModelProto) -> dict[str, str]:
     for key, known in {"contract": [CONTRACT], "precision": [*LIMITS]}.items():
         if values[key] not in known:
             raise GraphError(f"{key} {values[key]!r} in the metadata; known are {', '.join(known)}")
+    kinds = {"classes": list, "parity": dict, "calibration": dict, "members": list}
     try:
-        for key in values.keys() & {"classes", "parity", "calibration", "members"}:
-            json.loads(values[key])
+        for key in values.keys() & kinds.keys():
+            if not isinstance(json.loads(values[key]), kinds[key]):
+                raise GraphError(f"{key} in the metadata is JSON of another kind: {values[key][:100]}")
     except ValueError as error:
         raise GraphError(f"{key} in the metadata is not JSON: {error}") from error
     if json.loads(values["classes"]) != list(CLASSES):

@@ -1,6 +1,7 @@
 """Parity: a model file computes what it was made from, within the limits of its precision."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,13 +75,13 @@ class Parity:
     def findings(self, limits: Limits) -> list[Finding]:
         """The figures beside their limits; one that is not a number is outside."""
         bounded = limits.max_scaled_difference < math.inf
-        limit = f"at most {limits.max_scaled_difference:.0e}" if bounded else "none"
+        limit = f"at most {limits.max_scaled_difference:.0e}" if bounded else "finite"
         return [
             Finding(
                 "scaled difference of logits",
                 f"{self.max_scaled_difference:.2e}",
                 limit,
-                self.max_scaled_difference <= limits.max_scaled_difference,
+                self.max_scaled_difference <= min(limits.max_scaled_difference, sys.float_info.max),
             ),
             Finding(
                 "top-1 agreement",

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.graph import INPUT, OUTPUT
-from serving.errors import NoProviderError
+from serving.errors import NoProviderError, ProviderError
 from serving.providers import FULL_NAMES, open_session
 from serving.settings import ProviderName
 
@@ -34,7 +34,10 @@ class Provider:
         """
         session = open_session(model, self.short_name, loky.cpu_count())
         batches = (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
-        return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in batches])
+        try:
+            return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in batches])
+        except Exception as error:  # onnxruntime's own, of which there are a dozen kinds
+            raise ProviderError(f"{self.name} does not run the model: {error}") from error
 
 
 CPU = Provider("cpu")
@@ -46,7 +49,7 @@ def others(model: bytes) -> Iterator[Provider]:
     Raises:
         ProviderError: one of them is here and does not run the ``model``.
     """
-    names: tuple[ProviderName, ...] = ("openvino", "cuda")
+    names: tuple[ProviderName, ...] = ("openvino", "cuda", "tensorrt")
     for name in names:
         try:
             open_session(model, name, 1)

@@ -99,7 +99,7 @@ def obstacle(provider: ProviderName) -> str | None:
             if importlib.util.find_spec("onnxruntime_ep_openvino") is None:
                 return (
                     "The OpenVINO plug-in is not installed; "
-                    f"`{COMMANDS[provider]}` (there is a wheel for x86-64 Linux and Windows)"
+                    f"`{COMMANDS[provider]}` (there is a wheel for x86-64 Linux)"
                 )
             try:
                 processor = _openvino_cpu()
@@ -118,7 +118,20 @@ def obstacle(provider: ProviderName) -> str | None:
                     f"{FULL_NAMES[provider]} cannot be used: there is no NVIDIA driver with a GPU "
                     f"(where there is one, `{COMMANDS[provider]}`)"
                 )
+            if provider == "tensorrt" and not _has_tensorrt():
+                return f"TensorRT's libraries are not installed; `{COMMANDS[provider]}`"
     return None
+
+
+def _has_tensorrt() -> bool:
+    """Whether its libraries are here, by NVIDIA's packages for pip or the system's."""
+    if importlib.util.find_spec("tensorrt_libs") is not None:
+        return True
+    try:
+        ctypes.CDLL("libnvinfer.so.10")
+    except OSError:
+        return False
+    return True
 
 
 def _chain(

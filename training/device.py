@@ -33,10 +33,11 @@ def precision(amp: str, device: torch.device) -> torch.dtype:
 
 
 def describe(device: torch.device) -> str:
-    """The device in words, for results: a GPU's name, or the processor's with its cores."""
+    """The device in words, for results: the processor with its cores, after a GPU that computes."""
+    processor = f"{_processor()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+        return f"{torch.cuda.get_device_name(device)}, {processor}"
+    return processor
 
 
 def prepare(recipe: Recipe, device: torch.device) -> None:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from export import graph
-from export.ensemble import Ensemble, half
+from export.ensemble import Ensemble, half, rounded
 from export.member import load
 from export.provider import CPU
 from tests.export.conftest import Train
@@ -70,6 +70,19 @@ def test_any_batch_size_gives_the_same_logits(trained: Path, pixels: NDArray[np.
     model = graph.build(Ensemble([load(trained, None).classifier()])).SerializeToString()
     one_by_one = np.concatenate([CPU.logits(model, pixels[i : i + 1]) for i in range(7)])
     np.testing.assert_allclose(CPU.logits(model, pixels[:7]), one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def test_rounded_is_half_within_the_rounding_of_sums(trained: Path, pixels: NDArray[np.uint8]) -> None:
+    ensemble = Ensemble([load(trained, "none").classifier()]).eval()
+    few = torch.from_numpy(pixels[:2])  # a CPU's fp16 is slow
+    with torch.no_grad():
+        exact, in_half, in_float = (
+            part.eval()(few) for part in (ensemble, half(ensemble), rounded(ensemble))
+        )
+    error = (in_half - exact).abs().max()
+    assert error > 0
+    assert 0 < (in_float - exact).abs().max() < 3 * error
+    assert (in_float - in_half).abs().max() < 3 * error
 
 
 def test_half_has_its_weights_in_fp16_and_leaves_the_original(trained: Path) -> None:

@@ -123,5 +123,9 @@ def test_what_is_no_file_of_ours(
     model.metadata_props.add(key="classes", value="[]")
     model.metadata_props.add(key="parity", value="100 %")
     assert "parity in the metadata is not JSON" in error(saved(model, tmp_path / "text.onnx"))
+    entry(model, "parity").value = "100"
+    assert "parity in the metadata is JSON of another kind: 100" in error(
+        saved(model, tmp_path / "number.onnx")
+    )
     model.opset_import[0].version = 21
     assert "operator sets" in error(saved(model, tmp_path / "newer.onnx"))

@@ -202,6 +202,26 @@ def test_a_broken_int8_file_leaves_none_of_all_three(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_overflows_in_fp16_is_refused(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Infinite between two layers, though neither weights nor logits are; a CPU's fp16 is not."""
+    state = checkpoint.load(train("A1"))
+    first, second = [name for name in state.model if name.endswith("weight")][:2]
+    for name in (first, first.replace("weight", "bias")):
+        state.model[name] *= 1e5
+    state.model[second] /= 1e5
+    path, out = tmp_path / "checkpoint.pt", tmp_path / "model.onnx"
+    checkpoint.save(state, path)
+    assert main(["write", str(path), str(out)]) == 0
+    out.unlink()
+    assert main(["write", str(path), str(out), "--precision", "fp16"]) == 1
+    error = capsys.readouterr().err
+    assert "the model file on PyTorch, rounded differs from fp32" in error
+    assert "scaled difference of logits nan" in error
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_plot_of_no_known_kind_is_an_error_before_anything_is_written(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
