@@ -79,7 +79,7 @@ def test_trials_that_cannot(trained: Path, bundled: Bundled) -> None:
         attempt(trained)
     with pytest.raises(TemperatureError, match=r"of another recipe than .*: batch_size differ"):
         attempt(bundled(0.2, batch_size=100))
-    with pytest.raises(TemperatureError, match="not finished: epoch 3 of 46"):
+    with pytest.raises(TemperatureError, match=r"is not finished: epoch 3 of \d+"):
         attempt(bundled(0.2, epoch=3))
     with pytest.raises(TemperatureError, match=r"2 checkpoints .* for 1 checkpoints"):
         attempt(bundled(0.2), bundled(0.2))
