@@ -79,13 +79,14 @@ class _Transport:
     ) -> None:
         self._transport, self._loop, self._seconds = transport, loop, seconds
         self._late: asyncio.TimerHandle | None = None
+        self.write, self.is_closing = transport.write, transport.is_closing  # called for each answer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def close(self) -> None:
         """Close it, at the latest when the time is over."""
-        if not self._transport.is_closing():
+        if not self.is_closing():
             self._transport.close()
             self.hurry()
 
