@@ -216,36 +216,38 @@ def _apart(engine: str, file: Path, recipe_name: str, *arguments: str) -> dict[s
     return found
 
 
-def plan_submissions(model: Model, rows: int) -> list[tuple[Path, Submissions]]:
-    """The model's files with the provider that the service would take, none measured yet."""
-    provider = "cpu" if obstacle("openvino") else "openvino"
+def plan_submissions(turns: Sequence[tuple[Path, Rates]], rows: int) -> list[tuple[Path, Submissions]]:
+    """The first model's files with the provider that the service would take, none measured yet."""
+    engine = "service:cpu" if obstacle("openvino") else "service:openvino"
+    first = turns[0][1].model
     return [
         (
             file,
             Submissions(
-                model=model.name,
-                engine=f"service:{provider}",
-                precision=precision,
+                model=first,
+                engine=engine,
+                precision=rates.precision,
                 rows=rows,
                 submit=[],
                 engine_alone=[],
             ),
         )
-        for precision, file in model.files.items()
-        if f"service:{provider}" in engines(precision, file)
+        for file, rates in turns
+        if (rates.model, rates.engine) == (first, engine)
     ]
 
 
 def measure_submissions(turns: Sequence[tuple[Path, Submissions]]) -> None:
     """Add a round: ``python -m serving submit`` on a pickle of images, and the engine alone."""
     pixels = data.load_sample().test.pixels.numpy()
+    rows = turns[0][1].rows
+    content = {b"data": np.resize(pixels, (rows, *pixels.shape[1:])), b"ids": np.arange(rows)}
     with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "test.pkl"
+        images.write_bytes(pickle.dumps(content))
         for file, times in track(turns, "measuring submissions", console=CONSOLE):
-            images = np.resize(pixels, (times.rows, *pixels.shape[1:]))
-            path = Path(folder) / "test.pkl"
-            path.write_bytes(pickle.dumps({b"data": images, b"ids": np.arange(times.rows)}))
-            times.submit.append(_submit(path, file, times.engine.removeprefix("service:")))
-            found = _apart(times.engine, file, times.model, "--rows", str(times.rows))
+            times.submit.append(_submit(images, file, times.engine.removeprefix("service:")))
+            found = _apart(times.engine, file, times.model, "--rows", str(rows))
             times.engine_alone.append(found["seconds"])
 
 
@@ -337,7 +339,8 @@ def _measure(options: argparse.Namespace) -> Iterator[Figures]:
         raise BenchmarkError("--rounds and --rows have to be at least 1, and --seconds above 0")
     begun = stored.begin(PACKAGES)
     with built(options.models, options.precisions) as models:
-        turns, submissions = plan(models), plan_submissions(models[0], options.rows)
+        turns = plan(models)
+        submissions = plan_submissions(turns, options.rows)
         for n in range(1, options.rounds + 1):
             measure(turns, options.seconds)
             measure_submissions(submissions)

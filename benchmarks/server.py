@@ -77,6 +77,15 @@ def family(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
+def memory(process: psutil.Process) -> list[float]:
+    """MiB of RAM (RSS) of each process of its family."""
+    sizes = []
+    for member in family(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sizes.append(member.memory_info().rss / 2**20)
+    return sizes
+
+
 def _ready(url: str, answers: Callable[[str], bool]) -> bool:
     try:
         return answers(url)

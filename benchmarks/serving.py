@@ -34,7 +34,7 @@ from benchmarks import stored
 from benchmarks.inference import built
 from benchmarks.load import requests
 from benchmarks.peers import net
-from benchmarks.server import ROOT, family
+from benchmarks.server import ROOT, family, memory
 from benchmarks.server import running as started
 from benchmarks.stored import BenchmarkError
 from training.__main__ import markdown_table
@@ -128,7 +128,8 @@ class Load(BaseModel):
         client_cpu: that of the client.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Without an answer with 200 there is no time of one: not a number, in the file too.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     rate: float
     p50: float
@@ -161,14 +162,6 @@ def running(server: Server, file: Path) -> Iterator[tuple[str, psutil.Process, f
     began = time.perf_counter()
     with started(server.label, server.command, settings, answers) as (url, process):
         yield f"{url}/classify", process, time.perf_counter() - began
-
-
-def _memory(process: psutil.Process) -> float:
-    total = 0
-    for member in family(process):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total += member.memory_info().rss
-    return total / 2**20
 
 
 def _cpu_seconds(process: psutil.Process) -> float:
@@ -206,7 +199,7 @@ def _loaded(
         p50=found["milliseconds"]["50"],
         p99=found["milliseconds"]["99"],
         errors=found["errors"] + found["answers"] - good,
-        memory=_memory(process),
+        memory=sum(memory(process)),
         cpu=(_cpu_seconds(process) - before) / found["wall_seconds"],
         client_cpu=found["client_cpu_seconds"] / found["wall_seconds"],
     )

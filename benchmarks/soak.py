@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import stored
-from benchmarks.server import ROOT, family, running
+from benchmarks.server import ROOT, family, memory, running
 from benchmarks.stored import BenchmarkError
 from serving.settings import BUNDLED_MODEL
 from training import data
@@ -133,7 +133,7 @@ class State:
     def of(cls, process: psutil.Process) -> "State":
         """As it is now."""
         all_ = family(process)
-        sizes = [each.memory_info().rss / 2**20 for each in all_]
+        sizes = memory(process)
         return cls(
             sum(sizes),
             max(sizes),

@@ -163,7 +163,7 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
                 "The data of images is not right; right would be whole numbers from 0 to 255, in one "
                 "list or nested as [N, 32, 32, 3]."
             ) from None
-        place = "".join(f"{part}." for part in first["loc"])[:-1]
+        place = ".".join(map(str, first["loc"]))
         what = f"{place}: {first['msg']}" if place else first["msg"]
         raise RequestError(f"The request's JSON cannot be read: {what}") from None
     names = [tensor.name[:100] for tensor in request.inputs[:4]]

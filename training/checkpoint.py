@@ -21,6 +21,11 @@ from training.provenance import Session
 from training.recipe import Recipe, parse
 
 FORMAT = 1
+# What zipfile and torch raise at the bytes of damaged or foreign files.
+UNREADABLE = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, zipfile.BadZipFile),
+    *(NotImplementedError, zlib.error, ValueError),
+)
 
 
 class CheckpointError(RuntimeError):
@@ -174,10 +179,15 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 
 def _whole(path: Path) -> bool:
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+        return _damaged(path) is None
+    except UNREADABLE:
         return False
+
+
+def _damaged(file: Path | io.BytesIO) -> str | None:
+    """The first member whose checksum differs; torch reads tensors without a look at those it writes."""
+    with zipfile.ZipFile(file) as archive:
+        return archive.testzip()
 
 
 def previous(path: Path) -> Path:
@@ -240,16 +250,11 @@ def decode(content: bytes, path: Path) -> Checkpoint:
         CheckpointError: damaged, of another format, or not a checkpoint of ours; it names ``path``.
     """
     try:
-        # torch reads tensors without a look at their checksums, which it does write.
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            damaged = archive.testzip()
+        damaged = _damaged(io.BytesIO(content))
         if damaged is not None:
             raise CheckpointError(f"{path}: damaged: the checksum of {damaged} differs")
         data = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (
-        *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, zipfile.BadZipFile),
-        *(NotImplementedError, zlib.error, ValueError),
-    ) as error:
+    except UNREADABLE as error:
         if isinstance(error, CheckpointError):
             raise
         reason = str(error).partition("\n")[0]

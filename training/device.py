@@ -48,6 +48,7 @@ def prepare(recipe: Recipe, device: torch.device) -> None:
     and much of the time would go into page faults; so freed memory stays in the heap.
     """
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # for nccl, which else takes the first one in every process
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.backends.cudnn.benchmark = not (recipe.resolution or deterministic)
         return

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 from training import checkpoint as checkpoints
 from training.model import CLASSES
-from training.recipe import Data, Distillation, Recipe
+from training.recipe import Data, Distillation, Mixing, Recipe
 
 
 class Objective:
@@ -26,11 +26,10 @@ class Objective:
 
     def __init__(self, recipe: Recipe, teacher: Path, device: torch.device) -> None:
         self._smoothing = recipe.label_smoothing
-        self._mixing = recipe.mixing
-        self._mix: nn.Module | None = None
-        if self._mixing is not None:
-            kind = v2.MixUp if self._mixing.kind == "mixup" else v2.CutMix
-            self._mix = kind(alpha=self._mixing.alpha, num_classes=len(CLASSES))
+        self._mix: tuple[Mixing, nn.Module] | None = None
+        if recipe.mixing is not None:
+            kind = v2.MixUp if recipe.mixing.kind == "mixup" else v2.CutMix
+            self._mix = recipe.mixing, kind(alpha=recipe.mixing.alpha, num_classes=len(CLASSES))
         self._teacher: Teacher | None = None
         if recipe.distillation is not None:
             self._teacher = Teacher(recipe.distillation, teacher, recipe.data).to(device)
@@ -41,13 +40,14 @@ class Objective:
         ``labels``, int64 [N], come back as they are, or mixed as float32 [N, 10]; so do the images,
         which are mixed in the recipe's epochs only (``epoch`` 0 is the first).
         """
-        if self._mix is None or self._mixing is None:
+        if self._mix is None:
             return images, labels
-        first, end = self._mixing.epochs
+        mixing, mix = self._mix
+        first, end = mixing.epochs
         # The host's generator, so that a device is not waited for.
-        if not first <= epoch < end or torch.rand(()).item() >= self._mixing.p:
+        if not first <= epoch < end or torch.rand(()).item() >= mixing.p:
             return images, labels
-        mixed, targets = self._mix(images, labels)
+        mixed, targets = mix(images, labels)
         return mixed.contiguous(memory_format=torch.channels_last), targets
 
     def loss(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:

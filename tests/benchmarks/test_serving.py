@@ -1,6 +1,7 @@
 """The benchmark of serving runs; what it measures depends on the machine."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,14 @@ def test_the_table_has_medians() -> None:
     assert "gives 80 images/s (int8), 80 % of the engine's own 100." in table
     assert "n=3 loads of 2 s" in table
     assert "Ray Serve was not there." in table
+
+
+def test_a_load_without_an_answer_is_read_as_it_was_written() -> None:
+    nothing = Load(rate=0, p50=math.nan, p99=math.nan, errors=3, memory=250.0, cpu=1.0, client_cpu=0.1)
+    again = Load.model_validate_json(nothing.model_dump_json())
+    assert math.isnan(again.p50)
+    assert math.isnan(again.p99)
+    assert again.errors == 3
 
 
 def test_the_service_is_told_as_multiples_of_the_best_peers() -> None:

@@ -1,4 +1,5 @@
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,19 @@ def test_truncated_checkpoint_is_recognised(state: Checkpoint, tmp_path: Path, k
         checkpoint.load(path)
 
 
+def _said_to_be_encrypted(content: bytes) -> bytes:
+    entry = content.index(b"PK\x01\x02")  # of the first member, in the archive's directory
+    return content[: entry + 8] + bytes([content[entry + 8] | 1]) + content[entry + 9 :]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:1000], _said_to_be_encrypted])
 def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before_it(
-    state: Checkpoint, tmp_path: Path
+    state: Checkpoint, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     path = tmp_path / "checkpoint.pt"
     for epoch in (1, 2):
         checkpoint.save(state.model_copy(update={"epoch": epoch}), path)
-    path.write_bytes(path.read_bytes()[:1000])
+    path.write_bytes(damage(path.read_bytes()))
     resumed, _ = checkpoint.load_last(path)
     assert resumed.epoch == 1
     checkpoint.save(resumed.model_copy(update={"epoch": 3}), path)
