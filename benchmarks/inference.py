@@ -40,9 +40,10 @@ from export import graph, quantize
 from export.ensemble import Ensemble, half
 from export.provider import others
 from serving.providers import obstacle
-from training import data, recipe, train
+from training import data, recipe
 from training.__main__ import markdown_table
 from training.evaluate import Classifier
+from training.initial import initial_network
 from training.model import CLASSES
 
 BATCH_SIZES = (1, 8, 32, 128, 512)
@@ -162,7 +163,7 @@ def _built(name: str, precisions: Sequence[str], folder: Path) -> Model:
 
 def _classifier(name: str) -> Classifier:
     chosen = recipe.load(name)
-    network = train.initial_network(chosen, 0, data.load_sample().train)
+    network = initial_network(chosen.model, chosen.data, 0, data.load_sample().train)
     return Classifier(network, chosen).eval()
 
 

@@ -33,9 +33,10 @@ from torchvision import transforms
 
 from benchmarks import stored
 from benchmarks.stored import BenchmarkError
-from training import data, device, model, optimizer, recipe, train
+from training import data, device, model, optimizer, recipe
 from training.__main__ import markdown_table
 from training.data import Images
+from training.initial import initial_network
 from training.learner import Learner
 from training.processes import Processes
 from training.recipe import Recipe
@@ -89,7 +90,7 @@ class Figures(stored.Figures):
 def job(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
     """Endless steps of ``python -m training run``, whole batches; gives each one's number of images."""
     images, _ = data.split(dataset.train, recipe.data.validation)
-    network = train.initial_network(recipe, 0, images)
+    network = initial_network(recipe.model, recipe.data, 0, images)
     learner = Learner(recipe, 0, network, images, Processes(), teacher=Path())
     while True:
         for batch in learner.batches(0):

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from training import checkpoint, data, device, range_test, recipe, results, train
 from training.checkpoint import Checkpoint, CheckpointError
+from training.initial import initial_network
 from training.learner import Learner, TrainingError
 from training.model import build, parameter_count
 from training.processes import Processes
@@ -94,7 +95,7 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     out = options.out or Path("runs") / f"{name}-lr.png"
     range_test.file_format(out)  # before the steps, which may take long
     train_images, _ = data.split(data.load().train, chosen.data.validation)
-    network = train.initial_network(chosen, options.seed, train_images)
+    network = initial_network(chosen.model, chosen.data, options.seed, train_images)
     teacher = Path(chosen.distillation.teacher if chosen.distillation else "")
     learner = Learner(chosen, options.seed, network, train_images, Processes(), teacher)
     own = learner.lr

@@ -57,7 +57,8 @@ class Checkpoint(BaseModel):
         run: what the run was created with.
         model: the network's state.
         average: that of its moving average, where the recipe keeps one.
-        optimizers: the optimizers' states.
+        selector: that of the small network that selects, where the recipe has one.
+        optimizers: the optimizers' states, the small network's after the others.
         scaler: the gradient scaler's state, empty without fp16.
         epoch: epochs done.
         step: steps done in the current epoch.
@@ -78,6 +79,7 @@ class Checkpoint(BaseModel):
     run: RunFacts
     model: dict[str, Tensor]
     average: dict[str, Tensor] | None = None
+    selector: dict[str, Tensor] | None = None
     optimizers: list[dict[str, Any]]
     scaler: dict[str, Any]
     epoch: Natural = 0

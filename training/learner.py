@@ -18,6 +18,7 @@ from training.data import Images
 from training.objective import Objective
 from training.processes import Processes
 from training.recipe import Recipe
+from training.selection import Selector
 
 AHEAD = 512  # images: smaller batches are augmented several at a time, as small calls cost as much
 
@@ -58,7 +59,8 @@ class Learner:
     Attributes:
         steps: in an epoch.
         model: the network that is trained; ``average`` follows it, where the recipe has one.
-        optimizers, scaler: with their states, which a run saves and loads.
+        selector: chooses the images of each batch that it learns from, where the recipe has one.
+        optimizers, scaler: with their states, which a run saves and loads; the selector's come last.
 
     Raises:
         TrainingError: too few images for a batch, or for the processes, or too few GPUs for them.
@@ -92,6 +94,11 @@ class Learner:
             self.average = Average(self.model, recipe.averaging.decay)
         self._parallel = processes.parallel(self.model)
         self.optimizers = optimizer.build(recipe.optimizer, self.model)
+        self._lr_group = self.optimizers[-1].param_groups[0]
+        self.selector: Selector | None = None
+        if recipe.selection is not None:
+            self.selector = Selector(recipe, recipe.selection, seed, images, processes, self.device)
+            self.optimizers += self.selector.optimizers
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._augment = Augmenter(recipe, len(images), seed, self.device)
         self._objective = Objective(recipe, teacher, self.device)
@@ -109,8 +116,12 @@ class Learner:
     @property
     def lr(self) -> float:
         """The learning rate of the last step (Muon's, where SGD is beside it)."""
-        lr: float = self.optimizers[-1].param_groups[0]["lr"]
+        lr: float = self._lr_group["lr"]
         return lr
+
+    def selected(self, count: int) -> int:
+        """How many of a batch of ``count`` images a step learns from."""
+        return count if self.selector is None else self.selector.count(count)
 
     def order(self, epoch: int) -> list[Tensor]:
         """The batches of an epoch: places of the images, int64 on the host."""
@@ -136,8 +147,8 @@ class Learner:
         """Make one step; ``rate`` gives the learning rate from the recipe's.
 
         Returns:
-            The sum of the losses of this process's share of the images, and how many of them were
-            classified correctly; scalars on the device.
+            The sum of the losses of the images in this process's share that it learns from, and how many
+            of them were classified correctly; scalars on the device.
 
         Raises:
             TrainingError: memory does not suffice; of a single process, the message names a batch that
@@ -187,17 +198,18 @@ class Learner:
         for part in self.optimizers:
             for group in part.param_groups:
                 group["lr"] = rate(group["base_lr"])
+        inputs, labels = self._select(batch)
         # Whether and by which share a batch is mixed is the same in all processes; dropout is not.
         torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1))
-        inputs, targets = self._objective.mix(batch.inputs, batch.labels, batch.epoch)
+        inputs, targets = self._objective.mix(inputs, labels, batch.epoch)
         if not self.processes.first:
             torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1 + self.processes.rank))
         with self._autocast():
             logits = self._parallel(inputs)
             loss = self._objective.loss(logits, targets, inputs)
         # The mean over processes of these is the mean over the global batch, however it was shared.
-        images = len(batch.labels)
-        share = images * self.processes.count / batch.count
+        images = len(labels)
+        share = images * self.processes.count / self.selected(batch.count)
         self.scaler.scale(loss * share).backward()
         for part in self.optimizers:
             with self._autocast():  # Muon's matrix products need no more precision
@@ -206,8 +218,19 @@ class Learner:
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.model, batch.epoch * self.steps + batch.step)
-        correct = (logits.detach().argmax(1) == batch.labels).sum()
+        correct = (logits.detach().argmax(1) == labels).sum()
         return loss.detach().double() * images, correct
+
+    def _select(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The inputs and labels to learn from; a selector's gradients are computed on the way."""
+        if self.selector is None:
+            return batch.inputs, batch.labels
+        torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1, 1 + self.processes.rank))
+        with self._autocast():
+            loss, chosen = self.selector.select(batch.inputs, batch.labels, batch.count)
+        self.scaler.scale(loss).backward()
+        inputs = batch.inputs[chosen].contiguous(memory_format=torch.channels_last)
+        return inputs, batch.labels[chosen]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)

@@ -395,6 +395,18 @@ class Distillation(Part):
     weight: Fraction
 
 
+class Selection(Part):
+    """Learn from that ``share`` of each batch which a small network, trained beside, finds hardest.
+
+    After airbench96 (K. Jordan, arXiv:2404.00498); its ``model`` costs little, and its ``optimizer``
+    follows the recipe's schedule.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    model: Model
+    optimizer: Optimizer
+
+
 class Recipe(Part):
     """A complete run specification: network, data, augmentation, optimizer and schedule.
 
@@ -420,6 +432,7 @@ class Recipe(Part):
     mixing: Mixing | None = None
     averaging: Averaging | None = None
     distillation: Distillation | None = None
+    selection: Selection | None = None
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:

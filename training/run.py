@@ -81,6 +81,8 @@ class Run:
         self.test_images = dataset.test.first(limit)
         if self.learner.average is not None:
             self.learner.average.network.load_state_dict(state.average or state.model)
+        if self.learner.selector is not None:
+            self.learner.selector.network.load_state_dict(state.selector or {})
         for part, part_state in zip(self.learner.optimizers, state.optimizers, strict=True):
             optimizer.load(part, part_state)
         if state.scaler:
@@ -212,7 +214,7 @@ class Run:
         if wanted := self.processes.highest(watch.reason(needed)):
             keep()
             raise Stopped(wanted)
-        seen = sum(map(len, learner.order(state.epoch)))
+        seen = sum(learner.selected(len(places)) for places in learner.order(state.epoch))
         metrics = {
             "epoch": state.epoch + 1,
             "lr": learner.lr,
@@ -274,6 +276,8 @@ class Run:
         self.state.model = self.learner.model.state_dict()
         if self.learner.average is not None:
             self.state.average = self.learner.average.network.state_dict()
+        if self.learner.selector is not None:
+            self.state.selector = self.learner.selector.network.state_dict()
         self.state.optimizers = [part.state_dict() for part in self.learner.optimizers]
         self.state.scaler = self.learner.scaler.state_dict()
         if self.processes.first:

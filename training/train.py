@@ -6,16 +6,15 @@ checkpoint, so a first start and a resumption are the same code.
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import nn
 
 from training import checkpoint as checkpoints
 from training import data, model, optimizer, provenance, results
-from training.augment import Normalize
 from training.checkpoint import Checkpoint, RunFacts
-from training.data import DataSet, Images
+from training.data import DataSet
 from training.files import replacing
+from training.initial import initial_network
 from training.learner import TrainingError
 from training.processes import Processes
 from training.recipe import Recipe
@@ -54,7 +53,12 @@ def create(
     if checkpoints.present(folder / CHECKPOINT):
         raise TrainingError(f"{folder} holds a run: resume it, or name another folder with --out")
     train_images = data.split(dataset.train, recipe.data.validation)[0].first(limit)
-    network = initial_network(recipe, seed, train_images)
+    network = initial_network(recipe.model, recipe.data, seed, train_images)
+    optimizers = optimizer.build(recipe.optimizer, network)
+    selector: nn.Module | None = None
+    if recipe.selection is not None:
+        selector = initial_network(recipe.selection.model, recipe.data, seed, train_images)
+        optimizers += optimizer.build(recipe.selection.optimizer, selector)
     state = Checkpoint(
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         recipe_name=name,
@@ -68,7 +72,8 @@ def create(
         },
         model=network.state_dict(),
         average=network.state_dict() if recipe.averaging is not None else None,
-        optimizers=[part.state_dict() for part in optimizer.build(recipe.optimizer, network)],
+        selector=selector.state_dict() if selector is not None else None,
+        optimizers=[part.state_dict() for part in optimizers],
         scaler={},
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,16 +81,6 @@ def create(
         _copy_teacher(Path(recipe.distillation.teacher), folder / TEACHER, state.run)
     (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
     checkpoints.save(state, folder / CHECKPOINT)
-
-
-def initial_network(recipe: Recipe, seed: int, images: Images) -> nn.Module:
-    """A recipe's network with the weights that ``seed`` gives, a stem whitened by training images."""
-    torch.manual_seed(seed)
-    network = model.build(recipe.model)
-    if isinstance(network, model.WhitenedResNet):
-        normalize = Normalize(recipe.data.mean, recipe.data.std)
-        network.whiten(normalize(images.pixels[:5000].permute(0, 3, 1, 2)))
-    return network
 
 
 def resume(

@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from training import data, range_test, recipe, train
+from training import data, range_test, recipe
 from training.__main__ import main
 from training.data import DataSet, Images
+from training.initial import initial_network
 from training.learner import Learner, TrainingError
 from training.processes import Processes
 from training.range_test import Measurement
@@ -58,7 +59,7 @@ def test_loss_that_never_falls_is_an_error() -> None:
 def test_groups_keep_their_ratio() -> None:
     fast = recipe.load("fast", ["batch_size=20"])
     images = data.load_sample().train.first(40)
-    network = train.initial_network(fast, 0, images)
+    network = initial_network(fast.model, fast.data, 0, images)
     learner = Learner(fast, 0, network, images, Processes(), Path())
     assert isinstance(fast.optimizer, recipe.Muon)
     whole = (fast.optimizer.bias_lr, fast.optimizer.head_lr, fast.optimizer.lr)

@@ -21,6 +21,7 @@ from training import checkpoint, data, recipe, train
 from training.__main__ import main
 from training.checkpoint import Checkpoint
 from training.data import DataSet, Images
+from training.initial import initial_network
 from training.model import CLASSES
 from training.report import charts, layers, pictures
 
@@ -400,7 +401,7 @@ def test_page_shows_the_originals_of_its_samples(trial: Path, tmp_path: Path) ->
 
 def test_layers_have_their_shapes_parameters_and_memory() -> None:
     chosen = recipe.load("A1")
-    network = train.initial_network(chosen, 0, data.load_sample().train)
+    network = initial_network(chosen.model, chosen.data, 0, data.load_sample().train)
     summary = layers.summarize(network)
     assert [(layer.name, layer.shape, layer.parameters) for layer in summary.layers] == [
         ("conv1", (6, 28, 28), 456),
@@ -412,8 +413,9 @@ def test_layers_have_their_shapes_parameters_and_memory() -> None:
     assert (summary.parameters, summary.trainable, summary.parameter_bytes) == (62006, 62006, 248024)
     assert summary.activation_bytes == 8 * (6 * 28 * 28 + 16 * 10 * 10 + 120 + 84 + 10)
 
-    fast = train.initial_network(recipe.load("fast"), 0, data.load_sample().train)
-    summary = layers.summarize(fast)
+    chosen = recipe.load("fast")
+    network = initial_network(chosen.model, chosen.data, 0, data.load_sample().train)
+    summary = layers.summarize(network)
     assert summary.parameters == sum(layer.parameters for layer in summary.layers) == 2563104
     scales = sum(layer.shape[0] for layer in summary.layers if layer.kind == "BatchNorm2d")
     assert summary.parameters - summary.trainable == 24 * 3 * 2 * 2 + scales

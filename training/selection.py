@@ -1,0 +1,83 @@
+"""Learning from the hardest images of each batch: a small network, trained beside, says which.
+
+After airbench96 (K. Jordan, arXiv:2404.00498), which trains the small network first and keeps its
+choices; here both make each step together, so a run has one past and nothing is computed twice.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training import optimizer
+from training.data import Images
+from training.initial import initial_network
+from training.processes import Processes
+from training.recipe import Recipe, Selection
+
+
+class Selector:
+    """The small network of a recipe's selection and what it chooses.
+
+    Args:
+        recipe: whose ``selection`` this is; it gives label smoothing too.
+        config: that selection.
+        seed: of the network's weights.
+        images: the first of them whiten its stem.
+        processes: that share each batch.
+        device: where the batches lie.
+
+    Attributes:
+        network, optimizers: with their states, which a run saves and loads.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: Selection,
+        seed: int,
+        images: Images,
+        processes: Processes,
+        device: torch.device,
+    ) -> None:
+        self._share, self._smoothing, self._processes = config.share, recipe.label_smoothing, processes
+        network = initial_network(config.model, recipe.data, seed, images)
+        self.network = network.to(device).to(memory_format=torch.channels_last)
+        self._parallel = processes.parallel(self.network)
+        self.optimizers = optimizer.build(config.optimizer, self.network)
+
+    def count(self, images: int) -> int:
+        """How many of a batch of so many are chosen."""
+        return max(1, round(self._share * images))
+
+    def select(self, inputs: Tensor, labels: Tensor, images: int) -> tuple[Tensor, Tensor]:
+        """Choose from a batch, by the losses in training mode.
+
+        Args:
+            inputs: this process's share of the batch, float [N, 3, S, S].
+            labels: int64 [N], theirs.
+            images: of the whole batch.
+
+        Returns:
+            The small network's loss, a scalar whose mean over the processes is that over all that are
+            chosen, and which of ``inputs`` are: int64, ascending; as many as ``count`` says in all
+            processes together.
+        """
+        self._parallel.train()
+        logits = self._parallel(inputs)
+        losses = F.cross_entropy(
+            logits.float(), labels, label_smoothing=self._smoothing, reduction="none"
+        )
+        count = self.count(images)
+        chosen = self._hardest(losses.detach(), count, images)
+        return losses[chosen].sum() * (self._processes.count / count), chosen
+
+    def _hardest(self, losses: Tensor, count: int, images: int) -> Tensor:
+        if self._processes.count == 1:
+            return losses.topk(count).indices.sort().values
+        own = self._processes.rows(images)
+        everywhere = losses.new_zeros(images)
+        everywhere[own] = losses
+        chosen = self._processes.total(everywhere).topk(count).indices.sort().values
+        mine = (chosen >= own.start) & (chosen < own.stop)
+        places: Tensor = chosen[mine] - own.start
+        return places
