@@ -94,7 +94,7 @@ class Learner:
             self.average = Average(self.model, recipe.averaging.decay)
         self._parallel = processes.parallel(self.model)
         self.optimizers = optimizer.build(recipe.optimizer, self.model)
-        self._lr_group = self.optimizers[-1].param_groups[0]
+        self._leading = self.optimizers[-1]
         self.selector: Selector | None = None
         if recipe.selection is not None:
             self.selector = Selector(recipe, recipe.selection, seed, images, processes, self.device)
@@ -116,7 +116,7 @@ class Learner:
     @property
     def lr(self) -> float:
         """The learning rate of the last step (Muon's, where SGD is beside it)."""
-        lr: float = self._lr_group["lr"]
+        lr: float = self._leading.param_groups[0]["lr"]
         return lr
 
     def selected(self, count: int) -> int:
