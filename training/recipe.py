@@ -398,8 +398,8 @@ class Distillation(Part):
 class Selection(Part):
     """Learn from that ``share`` of each batch which a small network, trained beside, finds hardest.
 
-    After airbench96 (K. Jordan, arXiv:2404.00498); its ``model`` costs little, and its ``optimizer``
-    follows the recipe's schedule.
+    After airbench96 (K. Jordan, arXiv:2404.00498). ``model`` and ``optimizer`` are that network's,
+    which learns from all of each batch, at rates that follow the recipe's schedule.
     """
 
     share: Annotated[float, Field(gt=0, lt=1)]
@@ -443,7 +443,8 @@ class Recipe(Part):
             )
         if self.schedule.kind == "plateau" and self.data.validation == 0:
             raise ValueError("schedule: plateau needs held-out images: data.validation above 0")
-        if self.schedule.kind == "shifted_warmup_cosine" and self.optimizer.kind == "muon":
+        several_rates = self.optimizer.kind == "muon" or self.selection is not None
+        if self.schedule.kind == "shifted_warmup_cosine" and several_rates:
             raise ValueError("schedule: shifted_warmup_cosine is defined for one learning rate")
         if isinstance(self.optimizer, SGD) and self.optimizer.nesterov and not self.optimizer.momentum:
             raise ValueError("optimizer: nesterov needs a momentum above 0")
