@@ -399,7 +399,7 @@ class Selection(Part):
     """Learn from that ``share`` of each batch which a small network, trained beside, finds hardest.
 
     After airbench96 (K. Jordan, arXiv:2404.00498). ``model`` and ``optimizer`` are that network's,
-    which learns from all of each batch, at rates that follow the recipe's schedule.
+    which learns from these images too, at rates that follow the recipe's schedule.
     """
 
     share: Annotated[float, Field(gt=0, lt=1)]

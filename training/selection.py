@@ -1,9 +1,9 @@
 """Learning from the hardest images of each batch: a small network, trained beside, says which.
 
 After airbench96 (K. Jordan, arXiv:2404.00498), which trains the small network first and keeps its
-choices; here both make each step together, so a run has one past and nothing is computed twice. And
-here the small network learns from all of a batch: from the hardest alone Muon drove it to where it got
-everything wrong.
+choices; here both make each step together, so a run has one past and nothing is computed twice. As
+there, the small network learns from what it chooses too: so what it has not chosen for long, and forgets,
+is chosen again.
 """
 
 import torch
@@ -60,17 +60,18 @@ class Selector:
             images: of the whole batch.
 
         Returns:
-            The small network's loss, a scalar whose mean over the processes is that over the batch, and
-            which of ``inputs`` are chosen: int64, ascending; as many as ``count`` says in all processes
-            together.
+            The small network's loss, a scalar whose mean over the processes is that over all that are
+            chosen, and which of ``inputs`` are: int64, ascending; as many as ``count`` says in all
+            processes together.
         """
         self._parallel.train()
         logits = self._parallel(inputs)
         losses = F.cross_entropy(
             logits.float(), labels, label_smoothing=self._smoothing, reduction="none"
         )
-        loss = losses.sum() * (self._processes.count / images)
-        return loss, self._hardest(losses.detach(), self.count(images), images)
+        count = self.count(images)
+        chosen = self._hardest(losses.detach(), count, images)
+        return losses[chosen].sum() * (self._processes.count / count), chosen
 
     def _hardest(self, losses: Tensor, count: int, images: int) -> Tensor:
         if self._processes.count == 1:
