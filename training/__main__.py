@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from training import checkpoint, data, device, range_test, recipe, results, train
+from training import checkpoint, data, range_test, recipe, results, train
 from training.checkpoint import Checkpoint, CheckpointError
 from training.initial import initial_network
 from training.learner import Learner, TrainingError
@@ -43,8 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
                 for page in pages.write(options.runs, options.out, console):
                     console.print(page, markup=False)
             return 0
-        if options.deterministic:
-            device.be_deterministic()
         watch = Watch(options.max_seconds)
         with processes.joined():
             return _train(options, processes, watch, console, errors)
@@ -129,7 +127,9 @@ def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
     folder = options.out or _free_folder(Path("runs") / f"{name}-seed{options.seed}")
     dataset = data.load()
     complete = not overrides
-    train.create(folder, chosen, name, options.seed, dataset, options.limit, complete)
+    train.create(
+        folder, chosen, name, options.seed, dataset, options.limit, complete, options.deterministic
+    )
     return folder, dataset
 
 
@@ -239,6 +239,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Go on with an interrupted run, here or wherever its folder was copied to.",
     )
     resume.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    run.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU too: the same seed, bitwise the same weights, resumed or not; slower",
+    )
     for command in (run, resume):
         command.add_argument(
             "--max-seconds",
@@ -251,11 +256,6 @@ def _parser() -> argparse.ArgumentParser:
             "--tensorboard",
             action="store_true",
             help="write TensorBoard events to the run's folder too",
-        )
-        command.add_argument(
-            "--deterministic",
-            action="store_true",
-            help="on a GPU too: the same seed, bitwise the same weights; slower",
         )
 
     finding = commands.add_parser(

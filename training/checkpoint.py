@@ -8,7 +8,7 @@ import pickle
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -34,7 +34,8 @@ class CheckpointError(RuntimeError):
 
 class RunFacts(TypedDict):
     """What a run was created with: ``data`` is ``cifar10`` or ``sample``; ``limit`` as on the command
-    line; ``complete`` runs, of an unchanged recipe on all images, get a row in results.csv.
+    line; ``complete`` runs, of an unchanged recipe on all images, get a row in results.csv;
+    ``deterministic`` ones are so on a GPU too, and older runs do not say.
     """
 
     seed: int
@@ -42,6 +43,7 @@ class RunFacts(TypedDict):
     complete: bool
     data: str
     commit: str
+    deterministic: NotRequired[bool]
 
 
 Natural = Annotated[int, Field(ge=0)]

@@ -297,8 +297,10 @@ class Learner:
         drawn = self._augment.draw(torch.arange(size), epoch, torch.Generator())
         inputs = self._augment.apply(self.images.pixels[:size], drawn, epoch)
         hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-        with hooks, self._autocast():
-            logits = self.model(inputs)
+        with hooks:
+            inputs, _ = self._select(Batch(epoch, 0, size, inputs, self.images.labels[:size]))
+            with self._autocast():
+                logits = self.model(inputs)
         logits.sum().backward()
         return sum(kept.values())
 

@@ -2,8 +2,8 @@
 
 After airbench96 (K. Jordan, arXiv:2404.00498), which trains the small network first and keeps its
 choices; here both make each step together, so a run has one past and nothing is computed twice. As
-there, the small network learns from what it chooses too: so what it has not chosen for long, and forgets,
-is chosen again.
+there, the small network learns only from what it chooses: what it has not chosen for long, it forgets,
+and chooses again.
 """
 
 import torch

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from training import checkpoint as checkpoints
-from training import data, model, optimizer, provenance, results
+from training import data, device, model, optimizer, provenance, results
 from training.checkpoint import Checkpoint, RunFacts
 from training.data import DataSet
 from training.files import replacing
@@ -31,6 +31,7 @@ def create(
     dataset: DataSet,
     limit: int | None = None,
     complete: bool = True,
+    deterministic: bool = False,
 ) -> None:
     """Make a run's folder with its resolved recipe and a checkpoint of its initial state.
 
@@ -44,6 +45,7 @@ def create(
         limit: train and validate on the first so many images only.
         complete: the recipe is as its file has it. A run of a changed recipe, or of some of the
             images, is a trial: the test images are not for it.
+        deterministic: a GPU gives the same weights for the same seed, however the run is cut up.
 
     Raises:
         TrainingError: the folder holds a run.
@@ -69,6 +71,7 @@ def create(
             "complete": complete and limit is None,
             "data": dataset.source,
             "commit": provenance.commit(),
+            "deterministic": deterministic,
         },
         model=network.state_dict(),
         average=network.state_dict() if recipe.averaging is not None else None,
@@ -112,6 +115,8 @@ def resume(
         raise TrainingError(f"{folder} trains on {state.run['data']}, not on {dataset.source}")
     complete = state.run["complete"]
     if not state.finished or (complete and state.result is None):
+        if state.run.get("deterministic"):
+            device.be_deterministic()
         run = Run(folder, state, dataset, processes, console, tensorboard)
         with watch.signals():
             run.train(watch)

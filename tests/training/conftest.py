@@ -1,5 +1,6 @@
 """Short real runs on the bundled sample."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,12 @@ from training import data, recipe
 from training.__main__ import main
 
 SGD = "optimizer={kind='sgd', lr=0.05, momentum=0.9, nesterov=false, weight_decay=0.0}"
+
+
+def selection(model: str, share: float) -> str:
+    """The override that lets the network of the recipe ``model`` select, and learn by SGD."""
+    network = ", ".join(f"{key}={json.dumps(value)}" for key, value in recipe.load(model).model)
+    return f"selection={{share={share}, model={{{network}}}, {SGD}}}"
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,20 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.serving.server import ROOT
-from tests.training.conftest import SGD
+from tests.training.conftest import SGD, selection
 from training import checkpoint, data
 from training.__main__ import main
 from training.learner import TrainingError
 from training.processes import Processes
 
-# A network without and one with BatchNorm; batches that cannot be shared evenly. SGD, because Adam and
-# Muon make steps of one size from gradients that are nothing but rounding; small steps, because what
-# differs in rounding differs tenfold after each large one.
+# A network without and one with BatchNorm, and both where one selects for the other; batches that cannot
+# be shared evenly. SGD, because Adam and Muon make steps of one size from gradients that are nothing but
+# rounding; small steps, because what differs in rounding differs tenfold after each large one.
+C1 = ["batch_size=25", "model.widths=[16,16,32]", "optimizer.lr=1e-4"]
 SETTINGS = {
-    "A1": ["batch_size=125", SGD],
-    "C1": ["batch_size=25", "model.widths=[16,16,32]", "optimizer.lr=1e-4"],
+    "plain": ("A1", ["batch_size=125", SGD]),
+    "BatchNorm": ("C1", C1),
+    "selection": ("C1", [*C1, selection("A1", 0.6)]),
 }
 
 
@@ -49,10 +51,11 @@ def torchrun(
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_agree_with_one(name: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
+    name, settings = SETTINGS[name]
     limit = ["--limit", "75"] if name == "C1" else []
     # Both from one beginning: a second is what a checkpoint may take, nothing is left for a step.
     arguments = ["run", name, "--out", str(one), "--max-seconds", "1", *limit, "--set"]
-    arguments += [*SETTINGS[name], "epochs=2", "data.validation=0.2"]
+    arguments += [*settings, "epochs=2", "data.validation=0.2"]
     assert main(arguments) == 75
     shutil.copytree(one, two)
     initial = checkpoint.load(one / "checkpoint.pt")
@@ -63,8 +66,9 @@ def test_two_processes_agree_with_one(name: str, tmp_path: Path) -> None:
 
     alone, shared = (checkpoint.load(folder / "checkpoint.pt") for folder in (one, two))
     assert shared.sessions[-1]["processes"] == 2
-    for key, value in alone.model.items():
-        torch.testing.assert_close(shared.model[key], value, atol=1e-4, rtol=1e-3)
+    ours, theirs = shared.model | (shared.selector or {}), alone.model | (alone.selector or {})
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, atol=1e-4, rtol=1e-3)
     moved = [(initial.model[key] - value).abs().max().item() for key, value in alone.model.items()]
     assert max(moved) > 2e-3, "there is something to agree on"
     for line, other in zip(alone.history, shared.history, strict=True):
@@ -115,7 +119,7 @@ def test_out_of_memory_in_one_process_ends_all(tmp_path: Path) -> None:
         "sys.exit(main())\n"
     )
     arguments = ["run", "C1", "--out", str(out), "--limit", "50", "--epochs", "1", "--set"]
-    process = torchrun(2, *arguments, *SETTINGS["C1"], program=[str(program)])
+    process = torchrun(2, *arguments, *C1, program=[str(program)])
     assert process.returncode == 1
     assert "out of memory with a batch of 25 on cpu: try --set batch_size=12," in process.stderr
 

@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from typing_extensions import override
+
+from tests.training.conftest import SGD, selection
+from training import checkpoint, data, recipe, train
+from training.initial import initial_network
+from training.learner import Batch, Learner
+from training.processes import Processes
+from training.recipe import RecipeError
+from training.watch import Stopped, Watch
+
+SELECTING = [SGD, "epochs=2", "batch_size=64", "label_smoothing=0.1", selection("A1", 0.25)]
+
+
+def learner(settings: list[str]) -> Learner:
+    chosen, images = recipe.load("A1", settings), data.load_sample().train
+    network = initial_network(chosen.model, chosen.data, 5, images)
+    return Learner(chosen, 0, network, images, Processes(), Path())
+
+
+def test_the_hardest_are_chosen_and_learned_from() -> None:
+    selecting = learner(SELECTING)
+    assert selecting.selector is not None
+    batch = next(selecting.batches(0))
+    logits = selecting.selector.network(batch.inputs)
+    losses = F.cross_entropy(logits, batch.labels, label_smoothing=0.1, reduction="none")
+    order = losses.argsort(descending=True)
+    hardest, others = order[:16].sort().values, order[16:]
+    loss, chosen = selecting.selector.select(batch.inputs, batch.labels, 64)
+    assert torch.equal(chosen, hardest)
+    assert losses[chosen].min() >= losses[others].max()
+    torch.testing.assert_close(loss, losses[hardest].mean())
+
+    # The step is that of a batch of the chosen alone, for both networks.
+    alone = learner(SELECTING[:-1])
+    small = learner([*SELECTING[:-1], "batch_size=16"])
+    small.model.load_state_dict(selecting.selector.network.state_dict())
+    part = Batch(0, 0, 16, batch.inputs[hardest], batch.labels[hardest])
+    results = [each.learn(part, lambda lr: lr) for each in (alone, small)]
+    loss_sum, correct = selecting.learn(batch, lambda lr: lr)
+    assert (loss_sum, correct) == results[0]
+    assert selecting.selected(64) == 16
+    for key, value in alone.model.state_dict().items():
+        assert torch.equal(selecting.model.state_dict()[key], value), key
+    for key, value in small.model.state_dict().items():
+        torch.testing.assert_close(selecting.selector.network.state_dict()[key], value)
+
+
+def test_a_share_is_of_whole_images_and_one_at_least() -> None:
+    selector = learner(SELECTING).selector
+    assert selector is not None
+    assert [selector.count(images) for images in (1, 2, 6, 64, 1000)] == [1, 1, 2, 16, 250]
+
+
+class Limited(Watch):
+    """Asks to stop after some steps; a signal's number, as if one had come."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    @override
+    def reason(self, needed: float) -> int:
+        self.left -= 1
+        return 15 * (self.left < 0)
+
+
+def test_resumed_run_selects_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    chosen, dataset, console = recipe.load("A1", SELECTING), data.load_sample(), Console(quiet=True)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        train.create(folder, chosen, "A1", 0, dataset, complete=False)
+    state = train.resume(whole, dataset, console, Watch(), Processes())
+    with pytest.raises(Stopped):
+        train.resume(parts, dataset, console, Limited(3), Processes())
+    begun = checkpoint.load(parts / "checkpoint.pt")
+    assert (begun.epoch, begun.step) == (0, 3)
+    resumed = train.resume(parts, dataset, console, Watch(), Processes())
+    assert state.selector is not None
+    assert resumed.selector is not None
+    for key, value in (state.model | state.selector).items():
+        assert torch.equal((resumed.model | resumed.selector)[key], value), key
+    initial = initial_network(chosen.model, chosen.data, 0, dataset.train).state_dict()
+    assert all(not torch.equal(state.selector[key], value) for key, value in initial.items())
+    for line, other in zip(state.history, resumed.history, strict=True):
+        assert line | {"seconds": 0} == other | {"seconds": 0}
+    assert state.history[-1]["train_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([selection("A1", 1.0)], "key selection.share: Input should be less than 1"),
+        (
+            [
+                "schedule={kind='shifted_warmup_cosine', warmup_epochs=1, min_lr=0.0}",
+                selection("A1", 0.5),
+            ],
+            "shifted_warmup_cosine is defined for one learning rate",
+        ),
+    ],
+)
+def test_selections_that_make_no_sense(settings: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe.load("A1", settings)
