@@ -9,6 +9,7 @@ TTA ?=
 TRIAL ?=
 GPU ?= 0
 SECONDS ?= 120
+FIGURES ?= runs/figures
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -35,13 +36,15 @@ export: .venv/.export  ## turn a run into a model file (RUN=runs/accurate-seed0 
 	.venv/bin/python -m export write $(RUN)/checkpoint.pt $(OUT) --precision $(PRECISION) \
 		$(if $(TTA),--tta $(TTA)) $(if $(TRIAL),--temperature-from $(TRIAL)/checkpoint.pt)
 
-bench: .venv/.peers  ## measure the pace of training, inference and serving on this machine, into benchmarks/
-	.venv/bin/python -m benchmarks.training
-	.venv/bin/python -m benchmarks.inference
-	.venv/bin/python -m benchmarks.serving
+bench: .venv/.peers  ## measure the pace of training, inference and serving (FIGURES=runs/figures, the README's: benchmarks)
+	mkdir -p $(FIGURES)
+	.venv/bin/python -m benchmarks.training --figures $(FIGURES)/training.json
+	.venv/bin/python -m benchmarks.inference --figures $(FIGURES)/inference.json
+	.venv/bin/python -m benchmarks.serving --figures $(FIGURES)/serving.json
 
-soak: .venv/.bench  ## ten minutes of mixed load and bad input against a server, into benchmarks/soak.json
-	.venv/bin/python -m benchmarks.soak
+soak: .venv/.bench  ## ten minutes of mixed load and bad input against a server (FIGURES=runs/figures)
+	mkdir -p $(FIGURES)
+	.venv/bin/python -m benchmarks.soak --figures $(FIGURES)/soak.json
 
 fuzz: .venv/.dev  ## search for bytes that break the service's readers (SECONDS=120 for each of three)
 	.venv/bin/python -m tests.serving.fuzz --seconds $(SECONDS)
