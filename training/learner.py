@@ -198,7 +198,7 @@ class Learner:
         for part in self.optimizers:
             for group in part.param_groups:
                 group["lr"] = rate(group["base_lr"])
-        inputs, labels = self._select(batch)
+        inputs, labels, selection_loss = self._select(batch)
         # Whether and by which share a batch is mixed is the same in all processes; dropout is not.
         torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1))
         inputs, targets = self._objective.mix(inputs, labels, batch.epoch)
@@ -219,18 +219,19 @@ class Learner:
         if self.average is not None:
             self.average.update(self.model, batch.epoch * self.steps + batch.step)
         correct = (logits.detach().argmax(1) == labels).sum()
-        return loss.detach().double() * images, correct
+        # A selector that has diverged chooses anything; 0 times its loss is then not finite.
+        return loss.detach().double() * images + 0 * selection_loss, correct
 
-    def _select(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The inputs and labels to learn from; a selector's gradients are computed on the way."""
+    def _select(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The inputs and labels to learn from, and a selector's loss, whose gradients are computed."""
         if self.selector is None:
-            return batch.inputs, batch.labels
+            return batch.inputs, batch.labels, 0.0
         torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1, 1 + self.processes.rank))
         with self._autocast():
             loss, chosen = self.selector.select(batch.inputs, batch.labels, batch.count)
         self.scaler.scale(loss).backward()
         inputs = batch.inputs[chosen].contiguous(memory_format=torch.channels_last)
-        return inputs, batch.labels[chosen]
+        return inputs, batch.labels[chosen], loss.detach()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -298,7 +299,7 @@ class Learner:
         inputs = self._augment.apply(self.images.pixels[:size], drawn, epoch)
         hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
         with hooks:
-            inputs, _ = self._select(Batch(epoch, 0, size, inputs, self.images.labels[:size]))
+            inputs, *_ = self._select(Batch(epoch, 0, size, inputs, self.images.labels[:size]))
             with self._autocast():
                 logits = self.model(inputs)
         logits.sum().backward()

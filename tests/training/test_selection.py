@@ -9,7 +9,7 @@ from typing_extensions import override
 from tests.training.conftest import SGD, selection
 from training import checkpoint, data, recipe, train
 from training.initial import initial_network
-from training.learner import Batch, Learner
+from training.learner import Batch, Learner, TrainingError
 from training.processes import Processes
 from training.recipe import RecipeError
 from training.watch import Stopped, Watch
@@ -90,6 +90,14 @@ def test_resumed_run_selects_as_an_uninterrupted_one(tmp_path: Path) -> None:
     for line, other in zip(state.history, resumed.history, strict=True):
         assert line | {"seconds": 0} == other | {"seconds": 0}
     assert state.history[-1]["train_accuracy"] <= 1
+
+
+def test_a_selector_that_diverges_stops_the_run(tmp_path: Path) -> None:
+    settings = [*SELECTING, "selection.optimizer.lr=1e30"]
+    chosen, dataset = recipe.load("A1", settings), data.load_sample()
+    train.create(tmp_path, chosen, "A1", 0, dataset, complete=False)
+    with pytest.raises(TrainingError, match="the loss of epoch 1 is nan"):
+        train.resume(tmp_path, dataset, Console(quiet=True), Watch(), Processes())
 
 
 @pytest.mark.parametrize(
