@@ -275,17 +275,6 @@ class Linear(Part):
     kind: Literal["linear"]
 
 
-class LinearRestart(Part):
-    """Falls as ``linear`` to 0 after epoch ``restart``, then anew, from ``share`` of the rate to 0.
-
-    Warm restarts are Loshchilov & Hutter's (2017, arXiv:1608.03983), with cosines.
-    """
-
-    kind: Literal["linear_restart"]
-    restart: Count
-    share: Annotated[float, Field(gt=0, le=1)]
-
-
 class Cosine(Part):
     """Cosine annealing per epoch from the optimizer's rate to ``min_lr`` after the last epoch."""
 
@@ -326,7 +315,7 @@ class Plateau(Part):
 
 
 Schedule = Annotated[
-    Constant | Linear | LinearRestart | Cosine | ShiftedWarmupCosine | Step | MultiStep | Plateau,
+    Constant | Linear | Cosine | ShiftedWarmupCosine | Step | MultiStep | Plateau,
     Field(discriminator="kind"),
 ]
 

@@ -21,7 +21,7 @@ def learning_rate(
         schedule: the recipe's schedule.
         base_lr: the optimizer's (or one parameter group's) rate in the recipe.
         epoch: epochs done, with the fraction of the current one (0.5: in the middle of the first).
-            Only ``linear`` and ``linear_restart`` look at more than whole epochs.
+            Only ``linear`` looks at more than whole epochs.
         epochs: of the whole run.
         val_losses: of the epochs done, for ``plateau``.
     """
@@ -31,10 +31,6 @@ def learning_rate(
             return base_lr
         case recipe.Linear():
             return base_lr * (1 - epoch / epochs)
-        case recipe.LinearRestart():
-            if epoch < schedule.restart:
-                return base_lr * (1 - epoch / schedule.restart)
-            return base_lr * schedule.share * (epochs - epoch) / (epochs - schedule.restart)
         case recipe.Cosine():
             # torch's CosineAnnealingLR with T_max = epochs.
             return _cosine(base_lr, schedule.min_lr, whole / epochs)

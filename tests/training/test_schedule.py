@@ -61,15 +61,6 @@ def test_linear_falls_with_every_step_to_zero() -> None:
     assert [learning_rate(linear, 2.0, e, 4) for e in (0, 0.5, 3, 4)] == [2.0, 1.75, 0.5, 0.0]
 
 
-def test_linear_restart_is_linear_and_then_falls_anew() -> None:
-    linear = recipe.Linear(kind="linear")
-    restart = recipe.LinearRestart(kind="linear_restart", restart=46, share=0.4)
-    for epoch in (0, 0.5, 3 + 1 / 98, 45.99):
-        assert learning_rate(restart, 0.12, epoch, 72) == learning_rate(linear, 0.12, epoch, 46)
-    rates = [learning_rate(restart, 2.0, epoch, 72) for epoch in (46, 59, 71.5, 72)]
-    assert rates == pytest.approx([0.8, 0.4, 0.8 * 0.5 / 26, 0.0])
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("lr", "factor", "patience"),
