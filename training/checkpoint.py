@@ -146,13 +146,21 @@ class Checkpoint(BaseModel):
             CheckpointError: the weights are not those of the recipe's network.
         """
         network = model.build(self.parsed_recipe().model)
+        self.load_into(network, weights)
+        return network
+
+    def load_into(self, network: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Give ``network`` these ``weights`` of this checkpoint.
+
+        Raises:
+            CheckpointError: they are not those of such a network.
+        """
         try:
             network.load_state_dict(weights)
         except (RuntimeError, AttributeError, TypeError) as error:
             raise CheckpointError(
                 f"the weights do not fit recipe {self.recipe_name}: {error}"
             ) from error
-        return network
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:

@@ -80,9 +80,9 @@ class Run:
         self.val_images = val.first(limit).to(self.device)
         self.test_images = dataset.test.first(limit)
         if self.learner.average is not None:
-            self.learner.average.network.load_state_dict(state.average or state.model)
+            state.load_into(self.learner.average.network, state.average or state.model)
         if self.learner.selector is not None:
-            self.learner.selector.network.load_state_dict(state.selector or {})
+            state.load_into(self.learner.selector.network, state.selector or {})
         for part, part_state in zip(self.learner.optimizers, state.optimizers, strict=True):
             optimizer.load(part, part_state)
         if state.scaler:

@@ -74,7 +74,7 @@ class Selector:
         return losses[chosen].sum() * (self._processes.count / count), chosen
 
     def _hardest(self, losses: Tensor, count: int, images: int) -> Tensor:
-        if self._processes.count == 1:
+        if self._processes.count == 1:  # as many whatever they are, so a GPU is not waited for
             return losses.topk(count).indices.sort().values
         own = self._processes.rows(images)
         everywhere = losses.new_zeros(images)
