@@ -208,9 +208,7 @@ class Learner:
             logits = self._parallel(inputs)
             loss = self._objective.loss(logits, targets, inputs)
         # The mean over processes of these is the mean over the global batch, however it was shared.
-        images = len(labels)
-        share = images * self.processes.count / self.selected(batch.count)
-        self.scaler.scale(loss * share).backward()
+        self.scaler.scale(loss * self.processes.count / self.selected(batch.count)).backward()
         for part in self.optimizers:
             with self._autocast():  # Muon's matrix products need no more precision
                 self.scaler.step(part)
@@ -220,7 +218,7 @@ class Learner:
             self.average.update(self.model, batch.epoch * self.steps + batch.step)
         correct = (logits.detach().argmax(1) == labels).sum()
         # A selector that has diverged chooses anything; 0 times its loss is then not finite.
-        return loss.detach().double() * images + 0 * selection_loss, correct
+        return loss.detach().double() + 0 * selection_loss, correct
 
     def _select(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | float]:
         """The inputs and labels to learn from, and a selector's loss, whose gradients are computed."""

@@ -51,8 +51,8 @@ class Objective:
         return mixed.contiguous(memory_format=torch.channels_last), targets
 
     def loss(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
-        """The mean loss, a scalar, of ``logits`` [N, 10] against what ``mix`` gave."""
-        loss = F.cross_entropy(logits, targets, label_smoothing=self._smoothing)
+        """The sum of the losses, a scalar, of ``logits`` [N, 10] against what ``mix`` gave; N may be 0."""
+        loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self._smoothing)
         if self._teacher is not None:
             weight = self._teacher.weight
             loss = (1 - weight) * loss + weight * self._teacher.loss(logits, images)
@@ -88,5 +88,5 @@ class Teacher(nn.Module):
             answer = self.network(images * self.scale + self.shift).float()
             taught = F.log_softmax(answer / self.temperature, 1)
         learned = F.log_softmax(logits.float() / self.temperature, 1)
-        divergence = F.kl_div(learned, taught, reduction="batchmean", log_target=True)
+        divergence = F.kl_div(learned, taught, reduction="sum", log_target=True)
         return divergence * self.temperature**2
