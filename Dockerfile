@@ -4,10 +4,10 @@ FROM python:3.12-slim
 
 ARG GPU=0
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 BENTOML_DO_NOT_TRACK=True
-WORKDIR /app
 
 # What serving needs, in a layer that changes only with the requirements. The extra installs
 # onnxruntime-gpu, which runs on CPUs too, but plain onnxruntime is 270 MB smaller.
+WORKDIR /tmp/requirements
 COPY pyproject.toml constraints.txt ./
 RUN mkdir -p training/report export serving && touch README.md LICENSE \
     && pip install --no-cache-dir --constraint constraints.txt ".[serve]" \
@@ -16,7 +16,10 @@ RUN mkdir -p training/report export serving && touch README.md LICENSE \
     else \
         pip uninstall --yes onnxruntime-gpu \
         && pip install --no-cache-dir --constraint constraints.txt --no-deps --force-reinstall onnxruntime; \
-    fi
+    fi \
+    && rm -r ./*
+
+WORKDIR /app
 
 COPY bentofile.yaml ./
 COPY models/default.onnx models/
