@@ -51,7 +51,7 @@ class Objective:
         return mixed.contiguous(memory_format=torch.channels_last), targets
 
     def loss(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
-        """The sum of the losses, a scalar, of ``logits`` [N, 10] against what ``mix`` gave; N may be 0."""
+        """The summed loss, a scalar, of ``logits`` [N, 10] (N may be 0) against what ``mix`` gave."""
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self._smoothing)
         if self._teacher is not None:
             weight = self._teacher.weight
