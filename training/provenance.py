@@ -3,12 +3,13 @@
 import platform
 import subprocess
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 from typing_extensions import TypedDict
+
+from training.results import RESULTS
 
 
 class Session(TypedDict):
@@ -55,15 +56,20 @@ def now() -> str:
 
 
 def commit() -> str:
-    """The repository's commit, ``-dirty`` with uncommitted changes, ``unknown`` outside of git."""
+    """The repository's commit, ``-dirty`` with uncommitted changes, ``unknown`` outside of git.
+
+    The rows that runs add to results.csv are no change of the program.
+    """
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        head = _git("rev-parse", "HEAD")
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return described.stdout.strip()
+    return f"{head}-dirty" if changes else head
+
+
+def _git(*arguments: str) -> str:
+    process = subprocess.run(
+        ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True
+    )
+    return process.stdout.strip()

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from statistics import mean, stdev
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training.files import locked, replacing
 
@@ -14,6 +14,10 @@ RESULTS = Path(__file__).parent / "results.csv"
 # What another evaluation of the same trained network may have otherwise: it is later, perhaps on
 # another device. The rest, the training's seconds among it, tells runs apart.
 EVALUATION = {"date", "accuracy", "single_view_accuracy", "device", "precision", "python", "torch"}
+
+
+class ResultsError(RuntimeError):
+    """A file of results that cannot be read; the message says which line, and why."""
 
 
 class Result(BaseModel):
@@ -51,18 +55,35 @@ class Result(BaseModel):
 
 
 def read(path: Path = RESULTS) -> list[Result]:
-    """All rows, oldest first; none where there is no file yet."""
+    """All rows, oldest first; none where there is no file yet.
+
+    Raises:
+        ResultsError: a line is not a row (that of a merge which is not resolved, say).
+    """
     if not path.exists():
         return []
+    rows = []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [{key: value or None for key, value in row.items()} for row in csv.DictReader(file)]
-    return [Result.model_validate(row) for row in rows]
+        lines = csv.DictReader(file, restkey="more")
+        for line in lines:
+            try:
+                rows.append(Result.model_validate({key: value or None for key, value in line.items()}))
+            except ValidationError as error:
+                first = error.errors(include_input=False)[0]
+                place = ".".join(map(str, first["loc"]))
+                raise ResultsError(
+                    f"{path}, line {lines.line_num}: not a row: {place}: {first['msg']}"
+                ) from error
+    return rows
 
 
 def record(result: Result, path: Path = RESULTS) -> None:
     """Add a run's row, where it has none yet: the file is written anew beside the old one and renamed.
 
     Of runs that end at the same time each waits for the one before it.
+
+    Raises:
+        ResultsError: the file that is there cannot be read.
     """
     if _has_row(result, read(path)):
         return  # without the lock, which needs a file that can be written to

@@ -80,7 +80,9 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_pa
         data.load()
 
 
-@pytest.mark.parametrize("damage", ["not a file of arrays", "shape", "labels"])
+@pytest.mark.parametrize(
+    "damage", ["not a file of arrays", "shape", "labels", "truncated", "flipped", "empty", "one array"]
+)
 def test_wrong_sample_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "sample.npz"
     arrays = dict(np.load(data.SAMPLE, allow_pickle=False))
@@ -91,6 +93,17 @@ def test_wrong_sample_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     np.savez(path, **arrays)
     if damage == "not a file of arrays":
         path.write_bytes(b"not a file of arrays")
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "one array":
+        with path.open("wb") as file:
+            np.save(file, arrays["test_images"])
     monkeypatch.setenv(data.ROOT_VARIABLE, str(path))
     with pytest.raises(data.DataError, match="not a sample of CIFAR-10"):
         data.load()

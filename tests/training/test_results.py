@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from training import results
-from training.results import Result
+from training.results import Result, ResultsError
 
 
 def result(recipe: str, seed: int, accuracy: float, val_accuracy: float | None = None) -> Result:
@@ -94,6 +94,27 @@ def test_a_run_that_was_made_again_is_no_further_evidence() -> None:
     assert results.summary(rows, "fast") == "94.00 ± 0.00 % (n=2)"
     elsewhere = result("fast", 0, 0.95)  # where it rounds otherwise, a seed has another outcome
     assert results.summary([rows[0], elsewhere], "fast") == "94.50 ± 0.71 % (n=2)"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("<<<<<<< HEAD", "line 3: not a row: "),
+        (",".join("x" * 18), "line 3: not a row: seed: Input should be a valid integer"),
+        (",".join("1" * 19), "line 3: not a row: "),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    results.record(result("A1", 0, 0.5), path)
+    with path.open("a") as file:
+        file.write(f"{line}\n")
+    content = path.read_bytes()
+    with pytest.raises(ResultsError, match=message):
+        results.read(path)
+    with pytest.raises(ResultsError, match=message):
+        results.record(result("A1", 1, 0.5), path)
+    assert path.read_bytes() == content
 
 
 def test_committed_results_are_readable() -> None:
