@@ -183,10 +183,8 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
         beside.replace(path)
     # torch reports a file that cannot be written to as a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"could not write {path}: {error}; the checkpoint before it is untouched, make room and "
-            f"resume"
-        ) from error
+        kept = "; the checkpoint before it is untouched, make room and resume" * present(path)
+        raise CheckpointError(f"could not write {path}: {error}{kept}") from error
 
 
 def _whole(path: Path) -> bool:

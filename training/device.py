@@ -77,6 +77,13 @@ def release_memory(device: torch.device) -> None:
         libc.malloc_trim(0)
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an operation failed because memory did not suffice."""
+    # Torch's allocator on a CPU, oneDNN, which cannot create a primitive then, cuBLAS and cuDNN: texts.
+    texts = ("can't allocate memory", "could not create a primitive", "bad_alloc", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
 def _glibc() -> ctypes.CDLL | None:
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         return ctypes.CDLL(None)

@@ -19,6 +19,10 @@ SHARES: dict[Views, tuple[float, ...]] = {
 }
 
 
+# Images that pass through a network at once, with all their views.
+AT_ONCE = 500
+
+
 class Classifier(nn.Module):
     """A network with all that a recipe puts around it: normalisation and the averaged views.
 
@@ -72,16 +76,26 @@ class Evaluation:
 
 
 @torch.no_grad()
-def logits(classifier: nn.Module, pixels: Tensor, batch_size: int = 500) -> Tensor:
+def logits(classifier: nn.Module, pixels: Tensor, batch_size: int = AT_ONCE) -> Tensor:
     """Logits, float32 [N, 10], of ``pixels``, uint8 [N, 32, 32, 3], in evaluation mode."""
     classifier.eval()
     return torch.cat([classifier(batch) for batch in pixels.split(batch_size)])
 
 
+def at_once(views: Views) -> int:
+    """How many images to evaluate at a time: several views of fewer images take no more memory."""
+    return AT_ONCE // len(SHARES[views])
+
+
+def predict(model: nn.Module, recipe: Recipe, pixels: Tensor) -> Tensor:
+    """Logits of ``model`` under a recipe's views; ``pixels`` lie on the model's device, as above."""
+    classifier = Classifier(model, recipe).to(pixels.device)
+    return logits(classifier, pixels, at_once(recipe.views))
+
+
 def evaluate(model: nn.Module, recipe: Recipe, images: Images) -> Evaluation:
     """Evaluate ``model`` under a recipe's views; ``images`` lie on the model's device."""
-    classifier = Classifier(model, recipe).to(images.pixels.device)
-    predicted = logits(classifier, images.pixels)
+    predicted = predict(model, recipe, images.pixels)
     return Evaluation(
         correct=int((predicted.argmax(1) == images.labels).sum().item()),
         loss_sum=F.cross_entropy(predicted, images.labels, reduction="sum").item(),

@@ -158,7 +158,7 @@ class Learner:
         try:
             return self._learn(batch, rate)
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not device.out_of_memory(error):
                 raise
         # Only now, without the exception, the step's own memory is free.
         raise self._too_large(batch.count, batch.epoch)
@@ -168,7 +168,7 @@ class Learner:
         try:
             return self._augment_all(places, epoch, start)
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not device.out_of_memory(error):
                 raise
         raise self._too_large(len(places[0]), epoch)
 
@@ -276,7 +276,7 @@ class Learner:
                 device.release_memory(self.device)
                 needed = 3 * self._compute_gradients(size, epoch)  # the next size is twice this one
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not device.out_of_memory(error):
                     raise
                 break
             fitting = size
@@ -311,9 +311,3 @@ def mix(*numbers: int) -> int:
     at the end, so (3, 1) and (3, 1, 0) have the same. All runs so far are of these seeds.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # Torch's allocator on a CPU, oneDNN, which cannot create a primitive then, cuBLAS and cuDNN: texts.
-    texts = ("can't allocate memory", "could not create a primitive", "bad_alloc", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)

@@ -6,6 +6,7 @@ Nothing but the checkpoint's state decides a step, so a resumed run goes on exac
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training import checkpoint as checkpoints
 from training import data, device, model, optimizer, provenance
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, CheckpointError
 from training.data import DataSet, Images
-from training.evaluate import SHARES, Evaluation, evaluate
+from training.evaluate import SHARES, Evaluation, at_once, evaluate
 from training.files import replacing
 from training.learner import Learner, TrainingError
 from training.processes import Processes
-from training.recipe import Views
+from training.recipe import Recipe, Views
 from training.results import Result
 from training.schedule import learning_rate
 from training.watch import Stopped, Watch
@@ -83,8 +84,13 @@ class Run:
             state.load_into(self.learner.average.network, state.average or state.model)
         if self.learner.selector is not None:
             state.load_into(self.learner.selector.network, state.selector or {})
-        for part, part_state in zip(self.learner.optimizers, state.optimizers, strict=True):
-            optimizer.load(part, part_state)
+        try:
+            for part, part_state in zip(self.learner.optimizers, state.optimizers, strict=True):
+                optimizer.load(part, part_state)
+        except ValueError as error:
+            raise CheckpointError(
+                f"the optimizers do not fit recipe {state.recipe_name}: {error}"
+            ) from error
         if state.scaler:
             self.learner.scaler.load_state_dict(state.scaler)
 
@@ -132,16 +138,19 @@ class Run:
 
         Raises:
             Stopped: ``watch`` has a reason to.
-            TrainingError: the loss is not finite.
+            TrainingError: the loss is not finite, or memory does not suffice.
         """
-        needed = self._needed_to_evaluate(len(self.test_images), self.recipe.views, "none")
-        if reason := self.processes.highest(watch.reason(needed)):
-            raise Stopped(reason)
+
+        def go_on(needed: float) -> None:
+            if reason := self.processes.highest(watch.reason(needed)):
+                raise Stopped(reason)
+
+        go_on(self._needed_to_evaluate(len(self.test_images), self.recipe.views, "none"))
         test_images = self.test_images.to(self.device)
-        evaluation = self._evaluate("test", test_images, self.recipe.views)
+        evaluation = self._evaluate("test", test_images, self.recipe.views, go_on)
         single = evaluation
         if self.recipe.views != "none":
-            single = self._evaluate("test", test_images, "none")
+            single = self._evaluate("test", test_images, "none", go_on)
         sessions = self.state.sessions
         result = Result(
             date=provenance.now(),
@@ -185,6 +194,11 @@ class Run:
             state.seconds = seconds_before + time.monotonic() - began
             self._save()
 
+        def go_on(needed: float) -> None:
+            if wanted := self.processes.highest(watch.reason(needed)):
+                keep()
+                raise Stopped(wanted)
+
         for batch in learner.batches(state.epoch, state.step):
             wanted = watch.reason(self._needed(self.recipe.batch_size))
             wanted = wanted or SAVE * (time.monotonic() - self._saved > SAVE_SECONDS)
@@ -210,10 +224,7 @@ class Run:
         ended = state.epoch + 1 == self.recipe.epochs
         # Several views would cost as many times the evaluation; the last epoch's are the result's.
         views = self.recipe.views if ended else "none"
-        needed = self._needed_to_evaluate(len(self.val_images), views)
-        if wanted := self.processes.highest(watch.reason(needed)):
-            keep()
-            raise Stopped(wanted)
+        go_on(self._needed_to_evaluate(len(self.val_images), views))
         seen = sum(learner.selected(len(places)) for places in learner.order(state.epoch))
         metrics = {
             "epoch": state.epoch + 1,
@@ -223,7 +234,7 @@ class Run:
         }
         self._check_finite("loss", metrics["train_loss"])
         if len(self.val_images):
-            val = self._evaluate("val", self.val_images, views)
+            val = self._evaluate("val", self.val_images, views, go_on)
             metrics |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
         state.seconds = seconds_before + time.monotonic() - began
         metrics["seconds"] = round(state.seconds, 1)
@@ -233,21 +244,43 @@ class Run:
             self._save()
         self._report(metrics)
 
-    def _evaluate(self, part: str, images: Images, views: Views) -> Evaluation:
+    def _evaluate(
+        self, part: str, images: Images, views: Views, go_on: Callable[[float], None]
+    ) -> Evaluation:
         """Evaluate the network that the run gives, each process on its share of the images.
 
         ``part`` of the data set is what they are: its name in the error of a loss that is not finite.
+        ``go_on`` is asked whether there are so many seconds left before every few images.
         """
         recipe = self.recipe.model_copy(update={"views": views})
-        rows = self.processes.rows(len(images))
-        began = time.monotonic()
-        share = evaluate(self.learner.result, recipe, Images(images.pixels[rows], images.labels[rows]))
-        if share.images:
-            self._view_seconds = (time.monotonic() - began) / (share.images * len(SHARES[views]))
-        sums = torch.tensor([share.correct, share.loss_sum], dtype=torch.float64)
+        together = at_once(views) * self.processes.count
+        sums = torch.zeros(2, dtype=torch.float64)
+        seconds = 0.0
+        for first in range(0, len(images), together):
+            go_on(1.0 + 2 * seconds + 2 * self._save_seconds)
+            began = time.monotonic()
+            rows = self.processes.rows(min(together, len(images) - first))
+            rows = slice(first + rows.start, first + rows.stop)
+            share = self._evaluate_share(recipe, Images(images.pixels[rows], images.labels[rows]))
+            sums += torch.tensor([share.correct, share.loss_sum])
+            seconds = time.monotonic() - began
+            self._view_seconds = seconds / (max(share.images, 1) * len(SHARES[views]))
         correct, loss_sum = self.processes.total(sums).tolist()
         self._check_finite(f"{part} loss", loss_sum)
         return Evaluation(round(correct), loss_sum, len(images))
+
+    def _evaluate_share(self, recipe: Recipe, images: Images) -> Evaluation:
+        if not len(images):
+            return Evaluation(0, 0.0, 0)
+        try:
+            return evaluate(self.learner.result, recipe, images)
+        except RuntimeError as error:
+            if not device.out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"out of memory in the evaluation of {len(images)} images on {self.device}: make room, "
+                f"and go on with: python -m training resume {self.folder}"
+            ) from error
 
     def _needed(self, images: int) -> float:
         """Seconds to train on so many images and write a checkpoint; rather too many."""

@@ -1,13 +1,17 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from training import checkpoint, provenance, recipe
+from training import checkpoint, data, provenance, recipe
 from training.checkpoint import Checkpoint, CheckpointError
 from training.model import CLASSES, build
+from training.processes import Processes
+from training.run import Run
 
 
 @pytest.fixture
@@ -116,6 +120,15 @@ def test_wrong_contents_name_the_place(
     torch.save(data | {key: value}, path)
     with pytest.raises(CheckpointError, match=f"damaged or not a checkpoint: {place}: "):
         checkpoint.load(path)
+
+
+def test_optimizers_of_another_network_are_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    state = checkpoint.load(uninterrupted / "checkpoint.pt")
+    empty: dict[str, Any] = {"state": {}, "param_groups": []}
+    for optimizers in ([], [empty]):
+        changed = state.model_copy(update={"optimizers": optimizers, "result": None})
+        with pytest.raises(CheckpointError, match="the optimizers do not fit recipe short"):
+            Run(tmp_path, changed, data.load_sample(), Processes(), Console(quiet=True))
 
 
 def test_weights_of_another_network_are_refused(state: Checkpoint) -> None:

@@ -17,6 +17,14 @@ from training import checkpoint, data, results
 from training.__main__ import main
 from training.results import Result
 
+# 1.6 GB on top of what the program itself takes: the first layer's output for all images needs more in
+# one piece, so enough is left when it fails. With hardly any left oneDNN would crash.
+SCARCE = """
+import resource, torch, training.__main__
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 1_600_000_000,) * 2)
+"""
+
 
 @pytest.fixture(autouse=True)
 def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,22 +186,76 @@ def test_full_disk_keeps_the_last_checkpoint(short: Path, uninterrupted: Path, t
     assert_same_run(out, uninterrupted)
 
 
-def test_out_of_memory_names_a_batch_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, many = tmp_path / "run", tmp_path / "many.npz"
+def test_full_disk_at_the_begin_leaves_nothing_to_resume(short: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))"
+    process = start("run", str(short), "--out", str(out), before=full)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"error: could not write {out / 'checkpoint.pt'}: " in errors
+    assert "resume" not in errors
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A sample file of 40 times the images: 40,000 test images among them."""
+    path = tmp_path / "many.npz"
     arrays = dict(np.load(data.SAMPLE, allow_pickle=False))
     np.savez(
-        many, **{name: np.concatenate([part] * 40) for name, part in arrays.items()}, allow_pickle=False
+        path, **{name: np.concatenate([part] * 40) for name, part in arrays.items()}, allow_pickle=False
     )
+    return path
+
+
+def test_signal_ends_the_test_too(
+    short: Path, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(data.ROOT_VARIABLE, str(many))
-    # 1.6 GB on top of what the program itself takes: the first layer's output for all images needs more
-    # in one piece, so enough is left when it fails. With hardly any left oneDNN would crash.
-    scarce = """
-import resource, torch, training.__main__
-size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 1_600_000_000,) * 2)
-"""
+    out, recipe = tmp_path / "run", tmp_path / "short.toml"
+    recipe.write_text(short.read_text().replace("epochs = 3", "epochs = 1"))
+    # One by one the images take long enough for a signal to arrive between two of them.
+    slowly = "import training.evaluate; training.evaluate.AT_ONCE = 1"
+    process = start("run", str(recipe), "--out", str(out), before=slowly)
+    assert process.stdout is not None
+    assert any(line.startswith("epoch 1") for line in process.stdout)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM; go on with" in errors
+    state = checkpoint.load(out / "checkpoint.pt")
+    assert state.finished
+    assert state.result is None
+    assert main(["resume", str(out)]) == 0
+    state = checkpoint.load(out / "checkpoint.pt")
+    assert state.result is not None
+    assert state.result["test_images"] == 40_000
+
+
+def test_out_of_memory_in_the_evaluation_is_named(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(many))
+    scarce = f"{SCARCE}\nimport training.evaluate; training.evaluate.AT_ONCE = 10**6"
+    settings = ["data.validation=0.98", "augment=[]", "model.widths=[64,8,8]"]
+    process = start(
+        *("run", "B2", "--epochs", "1", "--out", str(tmp_path / "run"), "--set", *settings),
+        before=scarce,
+    )
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "error: out of memory in the evaluation of 19600 images on cpu: make room, and" in errors
+    process = start("resume", str(tmp_path / "run"), before=SCARCE)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def test_out_of_memory_names_a_batch_that_fits(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(many))
     arguments = ["run", "B2", "--epochs", "1", "--set", "data.validation=0.002", "augment=[]"]
-    process = start(*arguments, "batch_size=19960", "--out", str(out), before=scarce)
+    process = start(*arguments, "batch_size=19960", "--out", str(out), before=SCARCE)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "error: out of memory with a batch of 19960 on cpu: " in errors
@@ -201,6 +263,6 @@ resource.setrlimit(resource.RLIMIT_AS, (size + 1_600_000_000,) * 2)
     size = int(errors.partition("batch_size=")[2].partition(",")[0])
     assert 1 <= size < 19960
     fitting = [*arguments, f"batch_size={size}", "--out", str(tmp_path / "again"), "--max-seconds", "1"]
-    process = start(*fitting, before=scarce)
+    process = start(*fitting, before=SCARCE)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from training import device
+from training import device, evaluate
 from training.data import Images
-from training.evaluate import Classifier, logits
 from training.recipe import Recipe
 
 
@@ -70,6 +69,6 @@ class Predictions:
 def predict(network: nn.Module, recipe: Recipe, images: Images) -> Predictions:
     """What ``network`` predicts under a recipe's views, on the training device, in float32."""
     place = device.choose()
-    classifier = Classifier(network.to(memory_format=torch.channels_last), recipe).to(place)
-    predicted = logits(classifier, images.pixels.to(place)).softmax(1)
-    return Predictions(images, predicted.cpu())
+    network = network.to(place).to(memory_format=torch.channels_last)
+    predicted = evaluate.predict(network, recipe, images.pixels.to(place))
+    return Predictions(images, predicted.softmax(1).cpu())
