@@ -59,7 +59,7 @@ def measure(learner: Learner, tried: list[float]) -> Iterator[Measurement]:
         for batch in itertools.islice(learner.batches(step // learner.steps), len(tried) - step):
             rate = tried[step]
             loss_sum, _ = learner.learn(batch, (rate / base).__mul__)
-            loss = loss_sum.item() / batch.count
+            loss = loss_sum.item() / learner.selected(batch.count)
             step += 1
             average = SMOOTHING * average + (1 - SMOOTHING) * loss
             smooth = average / (1 - SMOOTHING**step)

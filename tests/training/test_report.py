@@ -351,6 +351,38 @@ def test_comparison_has_a_row_and_curves_for_each_run(
         assert {"1 first", "2 second"} <= {text(part) for part in chart.iter("text")}
 
 
+def test_comparison_says_where_train_figures_are_of_different_losses(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    short = uninterrupted / "recipe.toml"
+    settings = {
+        "mixed": "mixing={kind='mixup', alpha=0.4, p=1.0, epochs=[0, 1]}",
+        "alike": "batch_size=32",
+    }
+    for name, setting in settings.items():
+        arguments = ["run", str(short), "--out", str(tmp_path / name), "--limit", "64"]
+        assert main([*arguments, "--epochs", "1", "--set", setting]) == 0
+        assert main(["report", str(uninterrupted), str(tmp_path / name), "--out", str(tmp_path)]) == 0
+        said = "The runs do not minimise the same loss" in text(read(tmp_path / "comparison.html"))
+        assert said == (name == "mixed")
+
+
+def test_network_without_a_mistake_has_a_page(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where all images are of one class, two steps suffice to get them right.
+    arrays = dict(np.load(data.SAMPLE, allow_pickle=False))
+    ships = {name: np.full_like(part, 8) if "labels" in name else part for name, part in arrays.items()}
+    np.savez(tmp_path / "ships.npz", **ships, allow_pickle=False)
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(tmp_path / "ships.npz"))
+    run = tmp_path / "run"
+    assert main(["run", str(uninterrupted / "recipe.toml"), "--out", str(run)]) == 0
+    page = report(run, tmp_path / "pages")
+    matrix = confusion(page)
+    assert sum(map(sum, matrix)) == matrix[8][8] == 1000
+    assert page.findall(".//ul[@class='mistakes']") == []
+
+
 def test_labels_beside_a_chart_keep_apart() -> None:
     close = [charts.Series(f"run {n}", [1, 2], [0.1, 0.9 + n / 1000], n) for n in range(12)]
     root = ElementTree.fromstring(charts.lines("Accuracy", close, percent=True))
@@ -401,7 +433,7 @@ def test_page_shows_the_originals_of_its_samples(trial: Path, tmp_path: Path) ->
 
 def test_layers_have_their_shapes_parameters_and_memory() -> None:
     chosen = recipe.load("A1")
-    network = initial_network(chosen.model, chosen.data, 0, data.load_sample().train)
+    network = initial_network(chosen.model, chosen, 0, data.load_sample().train)
     summary = layers.summarize(network)
     assert [(layer.name, layer.shape, layer.parameters) for layer in summary.layers] == [
         ("conv1", (6, 28, 28), 456),
@@ -414,7 +446,7 @@ def test_layers_have_their_shapes_parameters_and_memory() -> None:
     assert summary.activation_bytes == 8 * (6 * 28 * 28 + 16 * 10 * 10 + 120 + 84 + 10)
 
     chosen = recipe.load("fast")
-    network = initial_network(chosen.model, chosen.data, 0, data.load_sample().train)
+    network = initial_network(chosen.model, chosen, 0, data.load_sample().train)
     summary = layers.summarize(network)
     assert summary.parameters == sum(layer.parameters for layer in summary.layers) == 2563104
     scales = sum(layer.shape[0] for layer in summary.layers if layer.kind == "BatchNorm2d")

@@ -167,7 +167,7 @@ def comparison_page(entries: Sequence[Entry], folder: Path) -> str:
         best_val=max((e.val_accuracy for e in entries if e.val_accuracy is not None), default=None),
         colours=charts.COLOURS,
         curves=_compared_curves(entries),
-        smoothings=sorted({entry.recipe.label_smoothing for entry in entries}),
+        same_loss=len({_loss(entry.recipe) for entry in entries}) == 1,
     )
 
 
@@ -302,6 +302,11 @@ def _compared_curves(entries: Sequence[Entry]) -> dict[str, Markup]:
         "Accuracy": charts.lines("Accuracy", [s for s in accuracies if s.values], percent=True),
         "Loss": charts.lines("Loss", [s for s in losses if s.values]),
     }
+
+
+def _loss(recipe: Recipe) -> tuple[object, ...]:
+    """What decides which loss a recipe's train figures are of, and of which images."""
+    return recipe.label_smoothing, recipe.mixing, recipe.selection, recipe.distillation
 
 
 def _shortened(name: str, length: int = 16) -> str:
