@@ -163,7 +163,7 @@ def _built(name: str, precisions: Sequence[str], folder: Path) -> Model:
 
 def _classifier(name: str) -> Classifier:
     chosen = recipe.load(name)
-    network = initial_network(chosen.model, chosen.data, 0, data.load_sample().train)
+    network = initial_network(chosen.model, chosen, 0, data.load_sample().train)
     return Classifier(network, chosen).eval()
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serving.errors import ProviderError
 from training import device, provenance
+from training.checkpoint import CheckpointError
 from training.data import DataError
 from training.files import replacing
 from training.learner import TrainingError
@@ -131,7 +132,7 @@ def main(
                 with replacing(options.figures) as file:
                     file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
     except (
-        *(BenchmarkError, RecipeError, DataError, TrainingError),
+        *(BenchmarkError, RecipeError, DataError, TrainingError, CheckpointError),
         *(ProviderError, OSError),
     ) as error:
         print(f"error: {error}", file=sys.stderr)

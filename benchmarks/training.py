@@ -90,7 +90,7 @@ class Figures(stored.Figures):
 def job(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
     """Endless steps of ``python -m training run``, whole batches; gives each one's number of images."""
     images, _ = data.split(dataset.train, recipe.data.validation)
-    network = initial_network(recipe.model, recipe.data, 0, images)
+    network = initial_network(recipe.model, recipe, 0, images)
     learner = Learner(recipe, 0, network, images, Processes(), teacher=Path())
     while True:
         for batch in learner.batches(0):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from training import checkpoint, data, range_test, recipe, results, train
+from training import STARTED, checkpoint, data, range_test, recipe, results, train
 from training.checkpoint import Checkpoint, CheckpointError
 from training.initial import initial_network
 from training.learner import Learner, TrainingError
@@ -19,9 +19,10 @@ from training.run import CHECKPOINT
 from training.watch import Stopped, Watch
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, started: float | None = None) -> int:
     """Run the command line.
 
+    ``started`` is when ``--max-seconds`` began, by the monotonic clock; without it, it does now.
     Returns the exit code: 1 for an error, 75 at the time limit, 128 + N for signal N; torchrun makes
     each of them 1.
     """
@@ -43,12 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
                 for page in pages.write(options.runs, options.out, console):
                     console.print(page, markup=False)
             return 0
-        watch = Watch(options.max_seconds)
+        watch = Watch(options.max_seconds, started)
         with processes.joined():
             return _train(options, processes, watch, console, errors)
     except (
         *(recipe.RecipeError, data.DataError, CheckpointError, TrainingError),
-        *(pages.ReportError, OSError),
+        *(pages.ReportError, results.ResultsError, OSError),
     ) as error:
         errors.print(f"error: {error}", markup=False)
         return 1
@@ -93,7 +94,7 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     out = options.out or Path("runs") / f"{name}-lr.png"
     range_test.file_format(out)  # before the steps, which may take long
     train_images, _ = data.split(data.load().train, chosen.data.validation)
-    network = initial_network(chosen.model, chosen.data, options.seed, train_images)
+    network = initial_network(chosen.model, chosen, options.seed, train_images)
     teacher = Path(chosen.distillation.teacher if chosen.distillation else "")
     learner = Learner(chosen, options.seed, network, train_images, Processes(), teacher)
     own = learner.lr
@@ -223,11 +224,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("recipe", metavar="RECIPE", help="a name from 'list', or a .toml file")
     run.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE-seedN)")
-    run.add_argument("--seed", type=_natural, default=0, help="default: %(default)s")
+    run.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
     run.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
     run.add_argument(
         "--limit",
-        type=_positive,
+        type=_count,
         metavar="N",
         help="for trials: train and validate on the first N images only",
     )
@@ -247,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, resume):
         command.add_argument(
             "--max-seconds",
-            type=_positive,
+            type=_count,
             metavar="N",
             help="stop within N seconds, or after the first step, with a checkpoint to resume from; the "
             "exit code is then 75 (torchrun's is 1)",
@@ -266,8 +267,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     finding.add_argument("recipe", metavar="RECIPE", help="a name from 'list', or a .toml file")
     finding.add_argument("--out", type=Path, help="the plot (default: runs/RECIPE-lr.png)")
-    finding.add_argument("--seed", type=_natural, default=0, help="default: %(default)s")
-    finding.add_argument("--steps", type=_positive, default=100, help="default: %(default)s")
+    finding.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
+    finding.add_argument("--steps", type=_count, default=100, help="default: %(default)s")
     finding.add_argument("--low", type=float, default=1e-5, help="default: %(default)s")
     finding.add_argument("--high", type=float, default=1.0, help="default: %(default)s")
     _add_overrides(finding)
@@ -305,19 +306,17 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is below 0")
-    return number
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:  # what torch's generators take
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to below 2**63")
+    return int(text)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(started=STARTED))

@@ -54,6 +54,28 @@ def locked(path: Path) -> Iterator[None]:
                 return
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a folder for this process alone, if no other one holds it; yields whether none does.
+
+    Where the system (Windows) or the file system has no ``flock`` nothing is held.
+    """
+    if sys.platform == "win32":
+        yield True
+        return
+    descriptor, free = os.open(folder, os.O_RDONLY), True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        free = False
+    except OSError:  # no locks here
+        pass
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
+
+
 def _remove_leftovers(path: Path) -> None:
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.new"):
         number = left.name[len(path.name) + 1 : -len(".new")]

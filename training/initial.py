@@ -3,24 +3,46 @@
 import torch
 from torch import nn
 
-from training import model
+from training import device, model
 from training.augment import Normalize
+from training.batch import SIZE
 from training.data import Images
-from training.recipe import Data, Model
+from training.recipe import Model, Recipe, RecipeError
 
 
-def initial_network(config: Model, data: Data, seed: int, images: Images) -> nn.Module:
+def initial_network(config: Model, recipe: Recipe, seed: int, images: Images) -> nn.Module:
     """A network with the weights that ``seed`` gives, on the CPU.
 
     Args:
         config: the recipe's description of it.
-        data: the recipe's normalisation.
+        recipe: gives the normalisation and the sizes that training images are scaled to.
         seed: of the weights.
         images: the training images; the first of them whiten the stem that a network may have.
+
+    Raises:
+        RecipeError: the network does not take images of one of these sizes, or does not fit into memory.
     """
     torch.manual_seed(seed)
-    network = model.build(config)
+    try:
+        network = model.build(config)
+    except RuntimeError as error:
+        if not device.out_of_memory(error):
+            raise
+        raise RecipeError(f"model: out of memory with a network of this size: {error}") from error
     if isinstance(network, model.WhitenedResNet):
-        normalize = Normalize(data.mean, data.std)
+        normalize = Normalize(recipe.data.mean, recipe.data.std)
         network.whiten(normalize(images.pixels[:5000].permute(0, 3, 1, 2)))
+    for size in sorted({SIZE, *(part.size for part in recipe.resolution)}):
+        _check(network, size)
     return network
+
+
+@torch.no_grad()
+def _check(network: nn.Module, size: int) -> None:
+    try:
+        network.eval()(torch.zeros(1, 3, size, size))
+    except RuntimeError as error:
+        raise RecipeError(
+            f"model: this network does not take images of {size} x {size} pixels: {error}"
+        ) from error
+    network.train()

@@ -48,7 +48,7 @@ class Data(Part):
     """Normalisation (of pixels in 0..1) and the share of the training images held out as ``val``."""
 
     mean: Triple
-    std: Triple
+    std: tuple[Positive, Positive, Positive]
     validation: Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -523,8 +523,8 @@ def _describe(details: ErrorDetails, data: Any) -> str:
         absent = details["type"] == "missing" and name == details["loc"][-1]
         if isinstance(data, dict) and name not in data and not absent:
             continue  # the tag of a union ("resnet"), which is not a key of the file
-        if isinstance(data, list | dict):
-            data = data[int(name)] if isinstance(data, list) else data.get(name)
+        if isinstance(data, list | dict) and not absent:
+            data = data[int(name)] if isinstance(data, list) else data[str(name)]
         keys.append(str(name))
     key = ".".join(keys)
     match details["type"]:

@@ -42,7 +42,7 @@ class Selector:
         device: torch.device,
     ) -> None:
         self._share, self._smoothing, self._processes = config.share, recipe.label_smoothing, processes
-        network = initial_network(config.model, recipe.data, seed, images)
+        network = initial_network(config.model, recipe, seed, images)
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self._parallel = processes.parallel(self.network)
         self.optimizers = optimizer.build(config.optimizer, self.network)

@@ -4,6 +4,8 @@ A run is created with a checkpoint of its initial state and then only ever conti
 checkpoint, so a first start and a resumption are the same code.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +15,7 @@ from training import checkpoint as checkpoints
 from training import data, device, model, optimizer, provenance, results
 from training.checkpoint import Checkpoint, RunFacts
 from training.data import DataSet
-from training.files import replacing
+from training.files import held, replacing
 from training.initial import initial_network
 from training.learner import TrainingError
 from training.processes import Processes
@@ -48,18 +50,16 @@ def create(
         deterministic: a GPU gives the same weights for the same seed, however the run is cut up.
 
     Raises:
-        TrainingError: the folder holds a run.
+        TrainingError: the folder holds a run, or another process trains in it.
         RecipeError: parts of the recipe that do not fit each other.
         CheckpointError: a teacher that cannot be used, or is not finished.
     """
-    if checkpoints.present(folder / CHECKPOINT):
-        raise TrainingError(f"{folder} holds a run: resume it, or name another folder with --out")
     train_images = data.split(dataset.train, recipe.data.validation)[0].first(limit)
-    network = initial_network(recipe.model, recipe.data, seed, train_images)
+    network = initial_network(recipe.model, recipe, seed, train_images)
     optimizers = optimizer.build(recipe.optimizer, network)
     selector: nn.Module | None = None
     if recipe.selection is not None:
-        selector = initial_network(recipe.selection.model, recipe.data, seed, train_images)
+        selector = initial_network(recipe.selection.model, recipe, seed, train_images)
         optimizers += optimizer.build(recipe.selection.optimizer, selector)
     state = Checkpoint(
         recipe=recipe.model_dump(mode="json", exclude_none=True),
@@ -80,10 +80,13 @@ def create(
         scaler={},
     )
     folder.mkdir(parents=True, exist_ok=True)
-    if recipe.distillation is not None:
-        _copy_teacher(Path(recipe.distillation.teacher), folder / TEACHER, state.run)
-    (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
-    checkpoints.save(state, folder / CHECKPOINT)
+    with _alone_in(folder):
+        if checkpoints.present(folder / CHECKPOINT):
+            raise TrainingError(f"{folder} holds a run: resume it, or name another folder with --out")
+        if recipe.distillation is not None:
+            _copy_teacher(Path(recipe.distillation.teacher), folder / TEACHER, state.run)
+        (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+        checkpoints.save(state, folder / CHECKPOINT)
 
 
 def resume(
@@ -104,27 +107,36 @@ def resume(
 
     Raises:
         CheckpointError: no checkpoint that can be used, or one that cannot be written.
-        TrainingError: the loss is not finite, memory does not suffice, or the run was created for
-            another data set.
+        TrainingError: the loss is not finite, memory does not suffice, another process trains the run,
+            or it was created for another data set.
         Stopped: ``watch`` has a reason to; a checkpoint was written before.
     """
-    state, warning = checkpoints.load_last(folder / CHECKPOINT)
-    if warning:
-        console.print(f"[yellow]{warning}[/]")
-    if state.run["data"] != dataset.source:
-        raise TrainingError(f"{folder} trains on {state.run['data']}, not on {dataset.source}")
-    complete = state.run["complete"]
-    if not state.finished or (complete and state.result is None):
-        if state.run.get("deterministic"):
-            device.be_deterministic()
-        run = Run(folder, state, dataset, processes, console, tensorboard)
-        with watch.signals():
-            run.train(watch)
-            if complete:
-                run.test(watch)
-    if processes.first and state.result is not None and dataset.source == "cifar10":
-        results.record(Result.model_validate(state.result))
-    return state
+    with _alone_in(folder) if processes.first else nullcontext():
+        state, warning = checkpoints.load_last(folder / CHECKPOINT)
+        if warning:
+            console.print(warning, style="yellow", markup=False)
+        if state.run["data"] != dataset.source:
+            raise TrainingError(f"{folder} trains on {state.run['data']}, not on {dataset.source}")
+        complete = state.run["complete"]
+        if not state.finished or (complete and state.result is None):
+            if state.run.get("deterministic"):
+                device.be_deterministic()
+            run = Run(folder, state, dataset, processes, console, tensorboard)
+            with watch.signals():
+                run.train(watch)
+                if complete:
+                    run.test(watch)
+        if processes.first and state.result is not None and dataset.source == "cifar10":
+            results.record(Result.model_validate(state.result))
+        return state
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    with held(folder) as alone:
+        if not alone:
+            raise TrainingError(f"another process trains in {folder}")
+        yield
 
 
 def _copy_teacher(teacher: Path, beside: Path, student: RunFacts) -> None:

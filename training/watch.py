@@ -26,12 +26,14 @@ class Watch:
     """Collects what asks a run to stop.
 
     Args:
-        max_seconds: from now on, in which the run has to have written its checkpoint; None: no limit.
+        max_seconds: in which the run has to have written its checkpoint; None: no limit.
+        started: from when on, by the monotonic clock; None: from now on.
     """
 
-    def __init__(self, max_seconds: float | None = None) -> None:
+    def __init__(self, max_seconds: float | None = None, started: float | None = None) -> None:
         self._signals: list[int] = []
-        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        began = time.monotonic() if started is None else started
+        self._deadline = None if max_seconds is None else began + max_seconds
 
     def reason(self, needed: float) -> int:
         """Why to stop before what takes ``needed`` seconds: 0, a signal's number or TIME_LIMIT."""

@@ -13,7 +13,7 @@ from training.processes import Processes
 def test_batches_are_the_same_from_whatever_step_on(size: int) -> None:
     chosen = recipe.load("E1", [f"batch_size={size}", "model.widths=[16,16,16]"])
     images = data.load_sample().train
-    network = initial_network(chosen.model, chosen.data, 0, images)
+    network = initial_network(chosen.model, chosen, 0, images)
     learner = Learner(chosen, 3, network, images, Processes(), Path())
     all_of_them = list(learner.batches(1))
     assert [batch.step for batch in all_of_them] == list(range(learner.steps))
@@ -33,6 +33,6 @@ def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     for variable, value in (("WORLD_SIZE", "3"), ("RANK", "2"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(variable, value)
     chosen, images = recipe.load("A1"), data.load_sample().train
-    network = initial_network(chosen.model, chosen.data, 0, images)
+    network = initial_network(chosen.model, chosen, 0, images)
     with pytest.raises(TrainingError, match=r"process 3 on a machine with 2 GPUs: .*-node 2"):
         Learner(chosen, 0, network, images, Processes(), Path())

@@ -200,6 +200,8 @@ def test_overrides_are_typed_and_validated() -> None:
     ("override", "message"),
     [
         ("optimizer.rate=0.2", "unknown key optimizer.rate"),
+        ("data.mean=[0.5,0.5]", "missing key data.mean.2"),
+        ("data.std=[0.2,0.0,0.2]", "key data.std.1: Input should be greater than 0, got 0.0"),
         ("epochs=many", "key epochs: Input should be a valid integer, got 'many'"),
         ("epochs", "write key=value"),
         ("augment.9.padding=2", "the recipe has no '9' there"),

@@ -20,7 +20,7 @@ SELECTING = [SGD, "epochs=2", "batch_size=64", "label_smoothing=0.1", selection(
 
 def learner(settings: list[str]) -> Learner:
     chosen, images = recipe.load("A1", settings), data.load_sample().train
-    network = initial_network(chosen.model, chosen.data, 5, images)
+    network = initial_network(chosen.model, chosen, 5, images)
     return Learner(chosen, 0, network, images, Processes(), Path())
 
 
@@ -88,7 +88,7 @@ def test_resumed_run_selects_as_an_uninterrupted_one(tmp_path: Path) -> None:
     for ours, theirs in ((resumed.model, state.model), (resumed.selector, state.selector)):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], value) for key, value in theirs.items())
-    initial = initial_network(chosen.model, chosen.data, 0, dataset.train).state_dict()
+    initial = initial_network(chosen.model, chosen, 0, dataset.train).state_dict()
     assert all(not torch.equal(state.selector[key], value) for key, value in initial.items())
     for line, other in zip(state.history, resumed.history, strict=True):
         assert line | {"seconds": 0} == other | {"seconds": 0}

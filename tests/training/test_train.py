@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import checkpoint, data, recipe, results
 from training.__main__ import main
 from training.evaluate import evaluate
+from training.files import held
 from training.model import CLASSES, build
 
 SMALL = ["--epochs", "1", "--limit", "12", "--set", "batch_size=4"]
@@ -232,6 +233,54 @@ def test_wrong_arguments_are_one_clear_line(
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("A1", "resolution=[{from_epoch=0,size=24}]", "does not take images of 24 x 24 pixels"),
+        ("fast", "resolution=[{from_epoch=0,size=8}]", "does not take images of 8 x 8 pixels"),
+        ("A2", "model.widths=[64,1099511627776,64,64]", "out of memory with a network of this size"),
+    ],
+)
+def test_network_that_cannot_run_leaves_no_folder(
+    name: str, setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", name, "--out", str(tmp_path / "run"), "--set", setting]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "'-1' is not a whole number from 0 to below 2**63"),
+        (["--seed", str(2**63)], "is not a whole number from 0 to below 2**63"),
+        (["--limit", "x"], "'x' is not a whole number of at least 1"),
+        (["--max-seconds", "0"], "'0' is not a whole number of at least 1"),
+    ],
+)
+def test_wrong_numbers_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "A1", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_one_process_trains_in_a_folder(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, new = tmp_path / "copy", tmp_path / "new"
+    shutil.copytree(uninterrupted, copy)
+    new.mkdir()
+    for folder, arguments in ((copy, ["resume", str(copy)]), (new, ["run", "A1", "--out", str(new)])):
+        with held(folder) as alone:
+            assert alone
+            assert main(arguments) == 1
+            assert f"error: another process trains in {folder}" in capsys.readouterr().err
+    assert list(new.iterdir()) == []
+    assert main(["resume", str(copy)]) == 0
 
 
 def test_list_has_a_line_for_each_recipe(capsys: pytest.CaptureFixture[str]) -> None:
