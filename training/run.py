@@ -255,16 +255,18 @@ class Run:
         recipe = self.recipe.model_copy(update={"views": views})
         together = at_once(views) * self.processes.count
         sums = torch.zeros(2, dtype=torch.float64)
-        seconds = 0.0
+        own, spent, seconds = 0, 0.0, 0.0
         for first in range(0, len(images), together):
             go_on(1.0 + 2 * seconds + 2 * self._save_seconds)
             began = time.monotonic()
             rows = self.processes.rows(min(together, len(images) - first))
             rows = slice(first + rows.start, first + rows.stop)
             share = self._evaluate_share(recipe, Images(images.pixels[rows], images.labels[rows]))
-            sums += torch.tensor([share.correct, share.loss_sum])
+            sums += torch.tensor([share.correct, share.loss_sum], dtype=torch.float64)
             seconds = time.monotonic() - began
-            self._view_seconds = seconds / (max(share.images, 1) * len(SHARES[views]))
+            own, spent = own + share.images, spent + seconds
+        if own:
+            self._view_seconds = spent / (own * len(SHARES[views]))
         correct, loss_sum = self.processes.total(sums).tolist()
         self._check_finite(f"{part} loss", loss_sum)
         return Evaluation(round(correct), loss_sum, len(images))
