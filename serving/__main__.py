@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from serving.batching import Batcher
-from serving.errors import RequestError, StartError
+from serving.errors import ModelError, RequestError, StartError
 from serving.files import replacing
 from serving.model import Model
 from serving.settings import Settings
@@ -64,7 +64,11 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
 
 
 async def _labels(model: Model, submission: Submission) -> list[int]:
-    """The most probable class of each image; a bar on the terminal says how far it is."""
+    """The most probable class of each image; a bar on the terminal says how far it is.
+
+    Raises:
+        ModelError: the model fails on an image, or gives logits that are no finite numbers.
+    """
     batcher = Batcher(
         model.logits,
         max_batch_size=model.batch_size,
@@ -85,6 +89,8 @@ async def _labels(model: Model, submission: Submission) -> list[int]:
             async for logits in batcher.many(submission.images):
                 labels.extend(logits.argmax(axis=1).tolist())
                 progress.advance(task, len(logits))
+        except Exception as error:  # onnxruntime's own, of which there are a dozen kinds
+            raise ModelError(f"the model does not compute these images' labels: {error}") from error
         finally:
             await batcher.stop()
     return labels

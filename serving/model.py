@@ -85,8 +85,15 @@ class Model:
         logger.info("%s %s on %s: %s", self.name, self.version, self.provider, self.provider_reason)
 
     def logits(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB."""
-        return self._engine.run(images)
+        """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB.
+
+        Raises:
+            FloatingPointError: they are no finite numbers, so that no class is the most probable.
+        """
+        logits = self._engine.run(images)
+        if not np.isfinite(logits).all():
+            raise FloatingPointError(f"{self.name} {self.version} gave logits that are no finite numbers")
+        return logits
 
 
 @contextmanager

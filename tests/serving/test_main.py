@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.serving.models import write_fragile_model
 from tests.serving.samples import pickled
 from tests.serving.server import ROOT, service_environment
 
@@ -73,6 +74,25 @@ def test_a_bad_file_is_one_clean_line(tmp_path: Path, name: str, message: str) -
     assert result.stderr.startswith("python -m serving: error: ")
     assert len(result.stderr.splitlines()) == 1
     assert csv.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("pixel", "message"),
+    [(50, "tiny 12e456789012 gave logits that are no finite numbers"), (200, "indices element out of")],
+)
+def test_a_model_that_fails_on_an_image(tmp_path: Path, pixel: int, message: str) -> None:
+    images = np.full((5, 32, 32, 3), 100, np.uint8)
+    images[3] = pixel
+    (tmp_path / "test.pkl").write_bytes(pickle.dumps({"data": images}))
+    csv = tmp_path / "a.csv"
+    model = write_fragile_model(tmp_path)
+    result = submit(tmp_path, tmp_path / "test.pkl", csv, "--model", model, SERVING_PROVIDER="cpu")
+    assert result.returncode == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("python -m serving: error: the model does not compute these images' labels: ")
+    assert message in error
+    assert "Traceback" not in result.stderr
+    assert not csv.exists()
 
 
 def test_a_pipe_is_told(tmp_path: Path) -> None:
