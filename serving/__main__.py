@@ -2,8 +2,9 @@
 
 import argparse
 import asyncio
+import os
 import sys
-from errno import ENOTDIR, ESPIPE
+from errno import ESPIPE
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from serving.batching import Batcher
 from serving.errors import ModelError, RequestError, StartError
-from serving.files import replacing
+from serving.files import check_replaceable, replacing
 from serving.model import Model
 from serving.settings import Settings
 from serving.submission import Submission, read_submission
@@ -43,8 +44,7 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
     The file is written beside its place and renamed, so it is either whole or not there.
     """
     settings = Settings.from_environment()
-    if not csv.parent.is_dir():
-        raise NotADirectoryError(ENOTDIR, "not a folder to write into", str(csv.parent))
+    check_replaceable(csv)
     with pickle.open("rb") as file:
         if not file.seekable():
             raise OSError(
@@ -60,7 +60,10 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
     labels = asyncio.run(_labels(model, submission))
     with replacing(csv) as beside:
         beside.write_bytes(submission.csv(labels))
-    print(f"{len(submission)} labels in {csv}")
+    try:
+        print(f"{len(submission)} labels in {csv}", flush=True)
+    except BrokenPipeError:  # nobody reads it; the labels are there all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
 
 
 async def _labels(model: Model, submission: Submission) -> list[int]:

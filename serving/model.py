@@ -92,13 +92,15 @@ class Model:
         """
         logits = self._engine.run(images)
         if not np.isfinite(logits).all():
-            raise FloatingPointError(f"{self.name} {self.version} gave logits that are no finite numbers")
+            raise FloatingPointError(
+                f"{self.name} {self.version} gave logits that are no finite numbers"
+            )
         return logits
 
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """What damage inside a file raises (its texts are no UTF-8, say, or JSON is too deep) means the same."""
+    """Whatever damage in a file raises (texts that are no UTF-8, JSON that is too deep) means the same."""
     try:
         yield
     except StartError:

@@ -30,7 +30,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="session")
 def damaged_model() -> bytes:
-    """The bundled file with a bit flipped in its metadata, which are then no UTF-8; it opens all the same."""
+    """The bundled file with a bit flipped in its metadata: they are no UTF-8 then, and yet it opens."""
     content = bytearray(BUNDLED_MODEL.read_bytes())
     content[content.rindex(b"airplane")] ^= 0x80
     return bytes(content)

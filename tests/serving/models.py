@@ -53,7 +53,7 @@ def write_model(
 
 
 def write_fragile_model(folder: Path) -> Path:
-    """A model that looks the brightest pixel up in a table that ends at 127, and has no numbers for 50."""
+    """A model that looks the brightest pixel up in a table to 127, which has no numbers for 50."""
     table = np.random.default_rng(0).normal(size=(128, 10)).astype(np.float32)
     table[50] = np.nan
     nodes = [
