@@ -36,8 +36,10 @@ class Verification:
 
     def check(self) -> None:
         """Raise ParityError where something is outside its limit."""
-        findings = [self.accuracy, *(finding for _, part in self.parity for finding in part)]
-        failed = [f"{f.what} {f.measured} (limit: {f.limit})" for f in findings if not f.passed]
+        findings = [("", self.accuracy)] + [
+            (f" on {report.provider}", finding) for report, part in self.parity for finding in part
+        ]
+        failed = [f"{f.what}{on} {f.measured} (limit: {f.limit})" for on, f in findings if not f.passed]
         if failed:
             raise ParityError(f"the model file does not compute what it should: {', '.join(failed)}")
 

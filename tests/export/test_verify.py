@@ -88,6 +88,15 @@ def test_other_weights_than_the_metadata_says(
     assert "scaled difference of logits" in capsys.readouterr().err
 
 
+def test_another_provider_computes_something_else(
+    files: dict[str, Path], off_by_one: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(files["fp32"])]) == 1
+    captured = capsys.readouterr()
+    assert "OffByOne against CPU" in captured.out
+    assert f"top-1 agreement on {off_by_one} 0.00 %" in captured.err
+
+
 def test_another_checkpoint(
     files: dict[str, Path], train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,6 +152,15 @@ def test_the_temperature_is_in_the_graph(
     assert plot.read_bytes().startswith(b"<?xml")
 
 
+def test_views_are_those_of_the_trial_too(trained: Path, bundled: Bundled, tmp_path: Path) -> None:
+    out, trial = tmp_path / "single.onnx", bundled(0.2)
+    arguments = ["write", str(trained), str(out), "--tta", "none", "--temperature-from", str(trial)]
+    assert main(arguments) == 0
+    values = described(out)
+    assert values["views"] == "none"
+    assert json.loads(values["calibration"])["val_images"] == 100
+
+
 def test_broken_parity_leaves_no_file(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +208,15 @@ def test_a_broken_int8_file_leaves_none_of_all_three(
     monkeypatch.setattr(quantize, "int8", broken)
     assert main(["write", str(trained), str(tmp_path / "model.onnx"), "--precision", "all"]) == 1
     assert "differs from fp32" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_provider_that_computes_something_else_leaves_no_file(
+    trained: Path, off_by_one: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["write", str(trained), str(tmp_path / "model.onnx")]) == 1
+    error = capsys.readouterr().err
+    assert f"the model file on {off_by_one} differs from CPUExecutionProvider" in error
     assert list(tmp_path.iterdir()) == []
 
 
