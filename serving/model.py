@@ -100,7 +100,7 @@ class Model:
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """Whatever damage in a file raises (texts that are no UTF-8, JSON that is too deep) means the same."""
+    """Whatever damage in a file raises (texts that are no UTF-8, JSON too deep) means the same."""
     try:
         yield
     except StartError:
