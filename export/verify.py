@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
 from export import graph, member, metadata, parity, reliability
-from export.ensemble import Ensemble
+from export.ensemble import ROUNDED, Ensemble, rounded
 from export.graph import GraphError
 from export.parity import ELSEWHERE, LIMITS, PYTORCH, Finding, Parity, ParityError, percent
 from export.provider import BATCH, CPU, others
@@ -70,9 +70,14 @@ def verify(path: Path, checkpoints: Sequence[Path] = ()) -> Verification:
     precision = values["precision"]
     compared: list[tuple[Parity, list[Finding]]] = []
     if checkpoints:
-        in_pytorch = logits(_ensemble(values, checkpoints), images.pixels, BATCH).numpy()
+        ensemble = _ensemble(values, checkpoints)
+        in_pytorch = logits(ensemble, images.pixels, BATCH).numpy()
         report = parity.compare(in_pytorch, found, images, source, PYTORCH, CPU.name)
         compared.append((report, report.findings(LIMITS[precision])))
+        if precision == "fp16":  # in which the CPU provider does not compute
+            in_half = logits(rounded(ensemble), images.pixels, BATCH).numpy()
+            report = parity.compare(in_pytorch, in_half, images, source, PYTORCH, ROUNDED)
+            compared.append((report, report.findings(LIMITS[precision])))
     for other in others(content):
         report = parity.compare(
             found, other.logits(content, pixels), images, source, CPU.name, other.name

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export import graph, member, metadata, parity, quantize, reliability, temperature
-from export.ensemble import Ensemble, half, rounded
+from export.ensemble import ROUNDED, Ensemble, half, rounded
 from export.graph import GraphError
 from export.parity import ELSEWHERE, LIMITS, PYTORCH, Parity
 from export.provider import BATCH, CPU, others
@@ -88,7 +88,7 @@ def write(
         if precision == "fp16":
             # ONNX Runtime's CPU provider computes fp16 in float32, where nothing overflows.
             in_half = logits(rounded(ensemble), images.pixels, BATCH).numpy()
-            on_gpu = parity.compare(expected, in_half, images, source, "fp32", f"{PYTORCH}, rounded")
+            on_gpu = parity.compare(expected, in_half, images, source, "fp32", ROUNDED)
             on_gpu.check(LIMITS[precision])
         if precision != "fp32":
             model = graph.build(half(ensemble)) if precision == "fp16" else quantize.int8(fp32)

@@ -220,8 +220,8 @@ def test_another_provider_that_computes_something_else_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_overflows_in_fp16_is_refused(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_overflows_in_fp16_is_refused_and_found_again(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Infinite between two layers, though neither weights nor logits are; a CPU's fp16 is not."""
     state = checkpoint.load(train("A1"))
@@ -238,6 +238,13 @@ def test_what_overflows_in_fp16_is_refused(
     assert "the model file on PyTorch, rounded differs from fp32" in error
     assert "scaled difference of logits nan" in error
     assert list(tmp_path.iterdir()) == [path]
+
+    # As one who had no such check would write it.
+    monkeypatch.setattr("export.write.rounded", lambda ensemble: ensemble)
+    assert main(["write", str(path), str(out), "--precision", "fp16"]) == 0
+    assert main(["verify", str(out)]) == 0
+    assert main(["verify", str(out), "--checkpoint", str(path)]) == 1
+    assert "scaled difference of logits on PyTorch, rounded nan" in capsys.readouterr().err
 
 
 def test_a_plot_of_no_known_kind_is_an_error_before_anything_is_written(
