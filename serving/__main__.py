@@ -8,7 +8,7 @@ from errno import ESPIPE
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serving.batching import Batcher
 from serving.errors import ModelError, RequestError, StartError
@@ -80,7 +80,7 @@ async def _labels(model: Model, submission: Submission) -> list[int]:
     )
     labels: list[int] = []
     with Progress(
-        "[progress.description]{task.description}",
+        TextColumn("{task.description}", markup=False),  # a name with brackets is a name
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.serving.models import write_fragile_model
+from tests.serving.models import METADATA, write_fragile_model
 from tests.serving.samples import pickled
 from tests.serving.server import ROOT, service_environment
 
@@ -106,6 +107,16 @@ def test_a_model_that_fails_on_an_image(tmp_path: Path, pixel: int, message: str
     assert message in error
     assert "Traceback" not in result.stderr
     assert not csv.exists()
+
+
+def test_a_name_with_brackets(
+    model_file: Callable[..., Path], test_pickle: Path, tmp_path: Path
+) -> None:
+    model = model_file(METADATA | {"name": "[/]tiny[1]"})
+    csv = tmp_path / "a.csv"
+    result = submit(tmp_path, test_pickle, csv, "--model", model, SERVING_PROVIDER="cpu")
+    assert result.returncode == 0
+    assert "[/]tiny[1] 12e456789012" in result.stderr
 
 
 def test_a_pipe_is_told(tmp_path: Path) -> None:
