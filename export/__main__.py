@@ -15,7 +15,7 @@ from export.metadata import Description
 from export.parity import ELSEWHERE, LIMITS, Finding, ParityError, percent
 from export.temperature import TemperatureError
 from export.verify import verify
-from export.write import PRECISIONS, Written, write
+from export.write import PRECISIONS, Written, make_place, write
 from serving.errors import ProviderError
 from training.checkpoint import CheckpointError
 from training.data import DataError
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 def _write(options: argparse.Namespace, console: Console) -> None:
     if options.plot is not None:
         file_format(options.plot)
+        make_place(options.plot)
     with console.status("writing, and running the test images"):
         files = _files(options.out, options.precision)
         written = write(options.checkpoints, files, options.tta, options.temperature_from)

@@ -256,6 +256,36 @@ def test_a_plot_of_no_known_kind_is_an_error_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_no_file_can_be_written_is_told_before_the_work(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(graph, "build", lambda ensemble: pytest.fail("the work has begun"))
+    out, folder, file = tmp_path / "model.onnx", tmp_path / "model.int8.onnx", tmp_path / "file.png"
+    folder.mkdir()
+    file.touch()
+    arguments = ["write", str(train("A1")), str(out)]
+    assert main([*arguments, "--precision", "all"]) == 1
+    assert f"not a file that can be replaced: '{folder}'" in capsys.readouterr().err
+    assert main([*arguments[:2], str(file / "model.onnx")]) == 1
+    assert str(file) in capsys.readouterr().err
+    assert main([*arguments, "--plot", str(file / "plot.png")]) == 1
+    assert str(file) in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == {folder, file}
+
+
+def test_folders_that_lack_are_made_and_names_may_have_brackets(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, plot = tmp_path / "[red]" / "[b]:cat:.onnx", tmp_path / "plots" / "[b]" / "plot.svg"
+    assert main(["write", str(train("A1")), str(out), "--plot", str(plot)]) == 0
+    written = capsys.readouterr().out
+    assert f"wrote {out} (" in written
+    assert f"wrote {plot}\n" in written
+    assert plot.is_file()
+    assert main(["verify", str(out)]) == 0
+    assert f"{out} is good" in capsys.readouterr().out
+
+
 def test_a_checkpoint_in_the_place_of_the_file_is_left_alone(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
