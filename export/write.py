@@ -73,6 +73,8 @@ def write(
     for path, part in zip(checkpoints, members, strict=True):
         part.checkpoint.check_finished(path)
     trials = [member.load(path, views) for path in temperature_from]
+    member.check_different(members)
+    member.check_different(trials)
     for path in files.values():
         make_place(path)
     fitted = temperature.of(members, trials)

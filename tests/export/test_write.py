@@ -286,6 +286,21 @@ def test_folders_that_lack_are_made_and_names_may_have_brackets(
     assert f"{out} is good" in capsys.readouterr().out
 
 
+def test_a_checkpoint_twice_is_refused(
+    train: Train, bundled: Bundled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, other, trial = train("A1"), train("A1", seed=1), bundled(0.2)
+    copy = tmp_path / "copy.pt"
+    copy.write_bytes(path.read_bytes())
+    arguments = ["write", str(path), str(other)]
+    assert main([*arguments, str(copy), str(tmp_path / "out.onnx")]) == 1
+    assert f"{load(path, None)} is given twice" in capsys.readouterr().err
+    trials = ["--temperature-from", str(trial), str(trial)]
+    assert main([*arguments, str(tmp_path / "out.onnx"), *trials]) == 1
+    assert f"{load(trial, None)} is given twice" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [copy]
+
+
 def test_a_checkpoint_in_the_place_of_the_file_is_left_alone(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
