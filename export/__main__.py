@@ -27,7 +27,10 @@ ALL = "all"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 1 where a file is not written or not good."""
+    """Run the command line; returns the exit code: 0, or 1 where a file is not written or not good.
+
+    It is 130 after Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     # Without markup: a path or a name may have brackets.
     console, errors = (
@@ -45,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ) as error:
         errors.print(f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        return 130
     return 0
 
 

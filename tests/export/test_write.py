@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,15 @@ def test_a_checkpoint_twice_is_refused(
     assert main([*arguments, str(tmp_path / "out.onnx"), *trials]) == 1
     assert f"{load(trial, None)} is given twice" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [copy]
+
+
+def test_ctrl_c_is_no_traceback(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(graph, "build", lambda ensemble: signal.raise_signal(signal.SIGINT))
+    assert main(["write", str(train("A1")), str(tmp_path / "out.onnx")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_in_the_place_of_the_file_is_left_alone(
