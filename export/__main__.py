@@ -1,21 +1,21 @@
 """Command line: ``python -m export write CHECKPOINT... OUT.onnx`` and ``verify FILE.onnx``."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from export import graph, parity, reliability
 from export.graph import GraphError
+from export.metadata import Description
 from export.parity import ELSEWHERE, LIMITS, Finding, ParityError, percent
 from export.temperature import TemperatureError
 from export.verify import verify
-from export.write import PRECISIONS, Written, write
+from export.write import PRECISIONS, Written, make_place, write
 from serving.errors import ProviderError
 from training.checkpoint import CheckpointError
 from training.data import DataError
@@ -27,9 +27,16 @@ ALL = "all"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 1 where a file is not written or not good."""
+    """Run the command line; returns the exit code: 0, or 1 where a file is not written or not good.
+
+    It is 130 after Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
-    console = Console(highlight=False, soft_wrap=True)
+    # Without markup: a path or a name may have brackets.
+    console, errors = (
+        Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        for stderr in (False, True)
+    )
     try:
         if options.command == "write":
             _write(options, console)
@@ -39,8 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *(CheckpointError, RecipeError, DataError, TemperatureError, TrainingError),
         *(GraphError, ParityError, ProviderError, OSError),
     ) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+        errors.print(f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        return 130
     return 0
 
 
@@ -108,14 +118,15 @@ def _parser() -> argparse.ArgumentParser:
 def _write(options: argparse.Namespace, console: Console) -> None:
     if options.plot is not None:
         file_format(options.plot)
+        make_place(options.plot)
     with console.status("writing, and running the test images"):
         files = _files(options.out, options.precision)
         written = write(options.checkpoints, files, options.tta, options.temperature_from)
     for file in written:
         console.print(_report(file))
-        console.print(f"wrote {file.path} ({file.path.stat().st_size:,} bytes)", markup=False)
+        console.print(f"wrote {file.path} ({file.path.stat().st_size:,} bytes)")
     fitted = written[0].temperature
-    console.print(f"temperature {fitted.value:g}: {fitted.origin}", markup=False)
+    console.print(f"temperature {fitted.value:g}: {fitted.origin}")
     if options.plot is not None:
         before, after = written[0].reliability
         curves = {"test images": after}
@@ -153,40 +164,38 @@ def _verify(options: argparse.Namespace, console: Console) -> None:
         found = verify(options.file, options.checkpoint)
     console.print(_description(options.file, found.metadata))
     table = Table("check", "measured", "limit")
-    accuracy = found.accuracy
-    table.add_row(accuracy.what, accuracy.measured, accuracy.limit)
+    for finding in found.measured:
+        table.add_row(finding.what, finding.measured, finding.limit)
     for report, findings in found.parity:
         _add_parity(table, report, findings)
-    table.add_row("expected calibration error", percent(found.ece), "")
     console.print(table)
     found.check()
-    console.print(f"{options.file} is good", markup=False)
+    console.print(f"{options.file} is good")
 
 
-def _description(path: Path, values: dict[str, str]) -> Table:
-    table = Table(str(path), values["name"])
-    table.add_row("version", values["version"])
-    table.add_row("precision", values["precision"])
-    for key in ("parameters", "views", "seed", "commit", "checkpoint_sha256"):
-        if key in values:
-            table.add_row(key, values[key])
-    for member in json.loads(values.get("members", "[]")):
-        text = f"{member['name']} seed {member['seed']}, views {member['views']}"
-        table.add_row("member", f"{text}, checkpoint {member['checkpoint_sha256'][:12]}")
-    if "calibration" in values:
-        calibration = json.loads(values["calibration"])
-        table.add_row("temperature", f"{calibration['value']:g}: {calibration['origin']}")
-        if calibration["val_images"]:
-            table.add_row("calibration error on val", _change(calibration, "val"))
-        table.add_row("calibration error on test", _change(calibration, "test"))
-    made = json.loads(values["parity"])
-    table.add_row("accuracy when made", f"{percent(made['accuracy'])} of {made['images']} test images")
+def _description(path: Path, values: Description) -> Table:
+    table = Table(*(Column(title, overflow="fold") for title in (str(path), values.name)))
+    table.add_row("version", values.version)
+    table.add_row("precision", values.precision)
+    table.add_row("parameters", str(values.parameters))
+    for member in values.members:
+        table.add_row("member", f"{member.name} seed {member.seed}, views {member.views}")
+        table.add_row("commit", member.commit)
+        table.add_row("checkpoint_sha256", member.checkpoint_sha256)
+    calibration = values.calibration
+    table.add_row("temperature", f"{calibration.value:g}: {calibration.origin}")
+    if calibration.val_ece_before is not None and calibration.val_ece_after is not None:
+        change = _change(calibration.val_ece_before, calibration.val_ece_after)
+        table.add_row("calibration error on val", change)
+    change = _change(calibration.test_ece_before, calibration.test_ece_after)
+    table.add_row("calibration error on test", change)
+    made = values.parity
+    table.add_row("accuracy when made", f"{percent(made.accuracy)} of {made.images} test images")
     table.add_row("graph", f"opset {graph.OPSET}, IR {graph.IR_VERSION}, {path.stat().st_size:,} bytes")
     return table
 
 
-def _change(calibration: dict[str, float], images: str) -> str:
-    before, after = (calibration[f"{images}_ece_{when}"] for when in ("before", "after"))
+def _change(before: float, after: float) -> str:
     return percent(after) if before == after else f"{percent(before)} before, {percent(after)} after"
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from training.evaluate import Classifier
 
+ROUNDED = "PyTorch, rounded"
+
 
 class Ensemble(nn.Module):
     """One classifier, or several whose probabilities are averaged, and a temperature.

@@ -65,28 +65,10 @@ def check(model: ModelProto) -> None:
     Raises:
         GraphError: it is not so.
     """
-    opsets = [(entry.domain, entry.version) for entry in model.opset_import]
-    wanted = {
-        "IR version": (model.ir_version, IR_VERSION),
-        "operator sets": (opsets, [("", OPSET)]),
-        "inputs": (_signature(model.graph.input), [(INPUT, "UINT8", ["dynamic", 32, 32, 3])]),
-        "outputs": (_signature(model.graph.output), [(OUTPUT, "FLOAT", ["dynamic", 10])]),
-    }
-    for what, (found, right) in wanted.items():
-        if found != right:
-            raise GraphError(f"{what}: {found}; right would be {right}")
-    for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            raise GraphError(f"the values of {tensor.name} are in another file; right would be this one")
     try:
-        onnx.checker.check_model(model, full_check=True)
-        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-    except (ValidationError, InferenceError) as error:
+        _check(model)
+    except (ValidationError, InferenceError, ValueError) as error:  # ValueError: texts that are no UTF-8
         raise GraphError(f"not valid ONNX: {error}") from error
-    shaped = {value.name for value in inferred.graph.value_info if _has_shape(value)} | {OUTPUT}
-    for node in model.graph.node:
-        if not shaped.issuperset(node.output):
-            raise GraphError(f"the shape of what {node.name} ({node.op_type}) gives cannot be inferred")
 
 
 @contextlib.contextmanager
@@ -100,6 +82,28 @@ def quiet(logger: str | None = None) -> Iterator[None]:
             yield
     finally:
         logging.getLogger(logger).setLevel(level)
+
+
+def _check(model: ModelProto) -> None:
+    opsets = [(entry.domain, entry.version) for entry in model.opset_import]
+    wanted = {
+        "IR version": (model.ir_version, IR_VERSION),
+        "operator sets": (opsets, [("", OPSET)]),
+        "inputs": (_signature(model.graph.input), [(INPUT, "UINT8", ["dynamic", 32, 32, 3])]),
+        "outputs": (_signature(model.graph.output), [(OUTPUT, "FLOAT", ["dynamic", 10])]),
+    }
+    for what, (found, right) in wanted.items():
+        if found != right:
+            raise GraphError(f"{what}: {found}; right would be {right}")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise GraphError(f"the values of {tensor.name} are in another file; right would be this one")
+    onnx.checker.check_model(model, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    shaped = {value.name for value in inferred.graph.value_info if _has_shape(value)} | {OUTPUT}
+    for node in model.graph.node:
+        if not shaped.issuperset(node.output):
+            raise GraphError(f"the shape of what {node.name} ({node.op_type}) gives cannot be inferred")
 
 
 def _signature(values: "list[ValueInfoProto]") -> list[tuple[str, str, list[object]]]:

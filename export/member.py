@@ -1,12 +1,13 @@
 """Members: the checkpoints that a model file is made from."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training import checkpoint as checkpoints
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, CheckpointError
 from training.evaluate import Classifier
 from training.recipe import Recipe
 
@@ -62,3 +63,16 @@ def load(path: Path, views: str | None) -> Member:
     if views is not None:
         recipe = recipe.model_copy(update={"views": views})
     return Member(state, hashlib.sha256(content).hexdigest(), recipe)
+
+
+def check_different(members: Sequence[Member]) -> None:
+    """Whether no member is there twice: it would count twice in their average.
+
+    Raises:
+        CheckpointError: one is.
+    """
+    seen: set[str] = set()
+    for member in members:
+        if member.digest in seen:
+            raise CheckpointError(f"{member} is given twice; right would be different checkpoints")
+        seen.add(member.digest)

@@ -4,20 +4,76 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Annotated, Literal
 
 import onnx
 from onnx import ModelProto
+from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
+from pydantic_core import ErrorDetails
 
 from export import reliability
 from export.graph import OPSET, GraphError
 from export.member import Member
-from export.parity import LIMITS, Parity
+from export.parity import Parity
 from export.reliability import Bins
 from export.temperature import Temperature
 from training.model import CLASSES, parameter_count
+from training.recipe import Views
 
 CONTRACT = "1"
-REQUIRED = ("contract", "name", "version", "classes", "precision", "parity")
+
+
+class Part(BaseModel):
+    """What is read of a file's metadata, or of an object in them; there may be more."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class Origin(Part):
+    """A checkpoint that a file was made from; the attributes are as in ``Member.facts``."""
+
+    name: str
+    seed: int
+    views: Views
+    commit: str
+    checkpoint_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Calibration(Part):
+    """The attributes are as in ``Temperature``, and what ``test_images`` as many gave."""
+
+    value: float
+    origin: str
+    val_images: int
+    val_ece_before: float | None
+    val_ece_after: float | None
+    test_images: int
+    test_ece_before: float
+    test_ece_after: float
+
+
+class Measured(Part):
+    """The attributes are as in ``Parity``."""
+
+    images: int
+    source: str
+    accuracy: float
+
+
+class Description(Part):
+    """What a file says of itself; of one checkpoint, ``members`` are made of the file's own keys."""
+
+    contract: Literal["1"]
+    name: str
+    version: str
+    precision: Literal["fp32", "fp16", "int8"]
+    classes: Json[list[str]]
+    parameters: int
+    members: Annotated[Json[list[Origin]], Field(min_length=1)]
+    temperature: float
+    calibration: Json[Calibration]
+    parity: Json[Measured]
+    sample_accuracy: float
 
 
 def write(
@@ -86,37 +142,35 @@ def version(model: ModelProto) -> str:
     return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()[:12]
 
 
-def read(model: ModelProto) -> dict[str, str]:
-    """A model file's metadata.
+def read(model: ModelProto) -> Description:
+    """What a model file says of itself.
 
     Raises:
         GraphError: it is not of a file of ours: a key is missing, or its value is unknown or not that
             of the graph.
     """
-    values = {entry.key: entry.value for entry in model.metadata_props}
-    missing = [key for key in REQUIRED if not values.get(key)]
-    if missing:
-        raise GraphError(
-            f"the metadata lacks {', '.join(missing)}; right would be {', '.join(REQUIRED)}, as "
-            f"`python -m export write` sets them"
-        )
-    for key, known in {"contract": [CONTRACT], "precision": [*LIMITS]}.items():
-        if values[key] not in known:
-            raise GraphError(f"{key} {values[key]!r} in the metadata; known are {', '.join(known)}")
-    kinds = {"classes": list, "parity": dict, "calibration": dict, "members": list}
+    texts = {entry.key: entry.value for entry in model.metadata_props}
+    if not all(isinstance(text, str) for pair in texts.items() for text in pair):
+        raise GraphError("the metadata are damaged: a text of them is not UTF-8")
     try:
-        for key in values.keys() & kinds.keys():
-            if not isinstance(json.loads(values[key]), kinds[key]):
-                raise GraphError(f"{key} in the metadata is JSON of another kind: {values[key][:100]}")
-    except ValueError as error:
-        raise GraphError(f"{key} in the metadata is not JSON: {error}") from error
-    if json.loads(values["classes"]) != list(CLASSES):
+        found = Description.model_validate({"members": json.dumps([texts])} | texts)
+    except ValidationError as error:
+        wrong = "; ".join(map(_told, error.errors()))
         raise GraphError(
-            f"classes {values['classes']} in the metadata; right would be {json.dumps(CLASSES)}"
+            f"the metadata are not as `python -m export write` sets them: {wrong}"
+        ) from error
+    if found.classes != list(CLASSES):
+        raise GraphError(
+            f"classes {texts['classes']} in the metadata; right would be {json.dumps(CLASSES)}"
         )
-    if (found := version(model)) != values["version"]:
+    if (version_here := version(model)) != found.version:
         raise GraphError(
-            f"version {values['version']} in the metadata, but that of the graph is {found}: it was "
+            f"version {found.version} in the metadata, but that of the graph is {version_here}: it was "
             f"changed after it was written"
         )
-    return values
+    return found
+
+
+def _told(details: ErrorDetails) -> str:
+    given = "" if details["type"] == "missing" else f", got {str(details['input'])[:100]}"
+    return f"{'.'.join(map(str, details['loc']))}: {details['msg']}{given}"

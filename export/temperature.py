@@ -52,7 +52,7 @@ def of(members: Sequence[Member], trials: Sequence[Member]) -> Temperature:
 
     Raises:
         TemperatureError: trials that are not of the members' recipes, are unfinished, held nothing
-            out, or whose images are not on this machine.
+            out, or whose images are not on this machine; or logits that are no finite numbers.
         DataError: a data set that is present but damaged.
     """
     if trials:
@@ -86,6 +86,10 @@ def fit(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
 def _fit(trials: Sequence[Member], images: Images) -> Temperature:
     ensemble = Ensemble([trial.classifier() for trial in trials])
     values, labels = logits(ensemble, images.pixels).numpy(), images.labels.numpy()
+    if not np.isfinite(values).all():
+        raise TemperatureError(
+            f"the logits of {', '.join(map(str, trials))} are no finite numbers: a network that diverged"
+        )
     temperature = fit(values, labels)
     return Temperature(
         value=temperature,

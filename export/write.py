@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export import graph, member, metadata, parity, quantize, reliability, temperature
-from export.ensemble import Ensemble, half, rounded
+from export.ensemble import ROUNDED, Ensemble, half, rounded
 from export.graph import GraphError
 from export.parity import ELSEWHERE, LIMITS, PYTORCH, Parity
 from export.provider import BATCH, CPU, others
 from export.reliability import Bins
 from export.temperature import Temperature
+from serving.files import check_replaceable
 from training import data
 from training.evaluate import logits
 from training.files import replacing
@@ -56,12 +57,14 @@ def write(
         temperature_from: trials of the same recipes, whose held-out images give the temperature.
 
     Raises:
-        CheckpointError, RecipeError: a checkpoint that cannot be used, or whose run is not finished.
+        CheckpointError, RecipeError: a checkpoint that cannot be used, is given twice, or whose run is
+            not finished.
         TemperatureError: a trial that cannot give the temperature.
         DataError: a data set that is present but damaged.
         GraphError: a file's name does not end in ``.onnx``, or the graph does not keep the contract.
         ParityError, ProviderError: a file does not compute what it should, or a provider cannot run it.
             None of the files is written then.
+        OSError: a file cannot be written there.
     """
     for path in files.values():
         if path.suffix != ".onnx":  # the last of several checkpoints, say, with the file forgotten
@@ -70,6 +73,10 @@ def write(
     for path, part in zip(checkpoints, members, strict=True):
         part.checkpoint.check_finished(path)
     trials = [member.load(path, views) for path in temperature_from]
+    member.check_different(members)
+    member.check_different(trials)
+    for path in files.values():
+        make_place(path)
     fitted = temperature.of(members, trials)
     ensemble = Ensemble([part.classifier() for part in members], fitted.value)
     images, source = parity.test_images()
@@ -88,7 +95,7 @@ def write(
         if precision == "fp16":
             # ONNX Runtime's CPU provider computes fp16 in float32, where nothing overflows.
             in_half = logits(rounded(ensemble), images.pixels, BATCH).numpy()
-            on_gpu = parity.compare(expected, in_half, images, source, "fp32", f"{PYTORCH}, rounded")
+            on_gpu = parity.compare(expected, in_half, images, source, "fp32", ROUNDED)
             on_gpu.check(LIMITS[precision])
         if precision != "fp32":
             model = graph.build(half(ensemble)) if precision == "fp16" else quantize.int8(fp32)
@@ -111,11 +118,20 @@ def write(
 
     with ExitStack() as stack:  # all are on the disk before the first takes its place
         for model, written in models:
-            written.path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(replacing(written.path))
             file.write(model.SerializeToString())
             file.flush()
     return [written for _, written in models]
+
+
+def make_place(path: Path) -> None:
+    """Make the folder of a file to be written.
+
+    Raises:
+        OSError: it cannot be made or written to, or something else than a file is at ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(path)
 
 
 def _reliability(

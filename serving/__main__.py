@@ -2,16 +2,17 @@
 
 import argparse
 import asyncio
+import os
 import sys
-from errno import ENOTDIR, ESPIPE
+from errno import ESPIPE
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serving.batching import Batcher
-from serving.errors import RequestError, StartError
-from serving.files import replacing
+from serving.errors import ModelError, RequestError, StartError
+from serving.files import check_replaceable, replacing
 from serving.model import Model
 from serving.settings import Settings
 from serving.submission import Submission, read_submission
@@ -43,8 +44,7 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
     The file is written beside its place and renamed, so it is either whole or not there.
     """
     settings = Settings.from_environment()
-    if not csv.parent.is_dir():
-        raise NotADirectoryError(ENOTDIR, "not a folder to write into", str(csv.parent))
+    check_replaceable(csv)
     with pickle.open("rb") as file:
         if not file.seekable():
             raise OSError(
@@ -60,11 +60,18 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
     labels = asyncio.run(_labels(model, submission))
     with replacing(csv) as beside:
         beside.write_bytes(submission.csv(labels))
-    print(f"{len(submission)} labels in {csv}")
+    try:
+        print(f"{len(submission)} labels in {csv}", flush=True)
+    except BrokenPipeError:  # nobody reads it; the labels are there all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
 
 
 async def _labels(model: Model, submission: Submission) -> list[int]:
-    """The most probable class of each image; a bar on the terminal says how far it is."""
+    """The most probable class of each image; a bar on the terminal says how far it is.
+
+    Raises:
+        ModelError: the model fails on an image, or gives logits that are no finite numbers.
+    """
     batcher = Batcher(
         model.logits,
         max_batch_size=model.batch_size,
@@ -73,7 +80,7 @@ async def _labels(model: Model, submission: Submission) -> list[int]:
     )
     labels: list[int] = []
     with Progress(
-        "[progress.description]{task.description}",
+        TextColumn("{task.description}", markup=False),  # a name with brackets is a name
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -85,6 +92,8 @@ async def _labels(model: Model, submission: Submission) -> list[int]:
             async for logits in batcher.many(submission.images):
                 labels.extend(logits.argmax(axis=1).tolist())
                 progress.advance(task, len(logits))
+        except Exception as error:  # onnxruntime's own, of which there are a dozen kinds
+            raise ModelError(f"the model does not compute these images' labels: {error}") from error
         finally:
             await batcher.stop()
     return labels

@@ -98,8 +98,6 @@ class Deployment:
         """A run of the engine, counted."""
         began = time.perf_counter()
         logits = self.model.logits(images)
-        if not np.isfinite(logits).all():
-            raise FloatingPointError(f"{self} gave logits that are no finite numbers")
         self._metrics.ran(self.model, logits, time.perf_counter() - began)
         return logits
 

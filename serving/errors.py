@@ -18,7 +18,7 @@ class SettingsError(StartError):
 
 
 class ModelError(StartError):
-    """The model file is missing, is not ONNX or does not keep the contract."""
+    """The model file is missing, is not ONNX, does not keep the contract or does not compute."""
 
 
 class ProviderError(StartError):

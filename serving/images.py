@@ -124,8 +124,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: transparency over white, 16-bit grey scaled to 8 bits."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion differs between versions: some clip at 255.
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        grey[grey == image.info.get("transparency", -1)] = 65535
+        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from serving.engine import Engine
-from serving.errors import ModelError
+from serving.errors import ModelError, StartError
 from serving.providers import CPU, session_options
 from serving.settings import Provider
 
@@ -57,7 +59,7 @@ class Model:
             max_batch_size: images that will be in the engine at a time; as many are run once here.
 
         Raises:
-            ModelError: the file is missing, is not ONNX or does not keep the contract.
+            ModelError: the file is missing, is not ONNX, does not keep the contract or is damaged.
             ProviderError: `provider` is a provider's name and it cannot be used here.
         """
         if not path.is_file():
@@ -65,25 +67,46 @@ class Model:
                 f"There is no model file at {path}; set SERVING_MODEL to an ONNX file "
                 "written by `python -m export write`."
             )
-        opened = _opened(path)
-        _check_operators(path, opened)
-        self.metadata = _metadata(path, opened)
-        self.name: str = self.metadata["name"]
-        self.version: str = self.metadata["version"]
-        self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
-        _check_signature(path, opened, len(self.classes))
-        _check_runs(path, opened, len(self.classes))
-        self._engine = Engine(path, provider, threads, runs)
-        self.provider, self.provider_reason = self._engine.provider, self._engine.reason
-        self.runs = self._engine.runs
-        self.chunk_size = max(1, max_batch_size // self.runs)
-        self.batch_size = min(self.chunk_size, self._engine.enough or self.chunk_size)
-        self._engine.warm_up(self.chunk_size)
+        with _refusing(path):
+            opened = _opened(path)
+            _check_operators(path, opened)
+            self.metadata = _metadata(path, opened)
+            self.name: str = self.metadata["name"]
+            self.version: str = self.metadata["version"]
+            self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
+            _check_signature(path, opened, len(self.classes))
+            _check_runs(path, opened, len(self.classes))
+            self._engine = Engine(path, provider, threads, runs)
+            self.provider, self.provider_reason = self._engine.provider, self._engine.reason
+            self.runs = self._engine.runs
+            self.chunk_size = max(1, max_batch_size // self.runs)
+            self.batch_size = min(self.chunk_size, self._engine.enough or self.chunk_size)
+            self._engine.warm_up(self.chunk_size)
         logger.info("%s %s on %s: %s", self.name, self.version, self.provider, self.provider_reason)
 
     def logits(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB."""
-        return self._engine.run(images)
+        """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB.
+
+        Raises:
+            FloatingPointError: they are no finite numbers, so that no class is the most probable.
+        """
+        logits = self._engine.run(images)
+        if not np.isfinite(logits).all():
+            raise FloatingPointError(
+                f"{self.name} {self.version} gave logits that are no finite numbers"
+            )
+        return logits
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Whatever damage in a file raises (texts that are no UTF-8, JSON too deep) means the same."""
+    try:
+        yield
+    except StartError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{path} cannot be used: {error}") from error
 
 
 def _opened(path: Path) -> ort.InferenceSession:

@@ -20,8 +20,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file beside ``path`` that takes its place once it is written and on the disk.
 
     A kill at any moment leaves the old file or the new one; after an error the old one stays. Each
-    process has a file of its own; what one that was killed left beside is removed an hour later.
+    process has a file of its own; what one that was killed left beside is removed an hour later. Where
+    ``path`` is a link, the file that it leads to is replaced.
     """
+    path = Path(os.path.realpath(path))
     _remove_leftovers(path)
     beside = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:

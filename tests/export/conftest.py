@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from export import parity
 from export.__main__ import main as export
 from export.parity import Limits
+from export.provider import CPU
 from tests.serving.server import ROOT
 from training import checkpoint, data, model, recipe
 from training.__main__ import main
@@ -49,6 +50,23 @@ def _few_may_differ() -> Iterator[None]:
             patch.setitem(parity.ELSEWHERE, precision, limits)
         patch.setitem(parity.ELSEWHERE, "fp32", few["fp16"])
         yield
+
+
+class OffByOne:
+    """A provider that gives each class the logit of the one before."""
+
+    name = "OffByOneExecutionProvider"
+
+    def logits(self, content: bytes, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.roll(CPU.logits(content, pixels), 1, axis=1)
+
+
+@pytest.fixture
+def off_by_one(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a provider that computes something else, the only one here beside the CPU's."""
+    for module in ("write", "verify"):
+        monkeypatch.setattr(f"export.{module}.others", lambda content: iter([OffByOne()]))
+    return OffByOne.name
 
 
 @pytest.fixture(scope="package")

@@ -85,6 +85,13 @@ def test_trials_that_cannot(trained: Path, bundled: Bundled) -> None:
         attempt(bundled(0.2), bundled(0.2))
 
 
+def test_logits_that_are_no_numbers(bundled: Bundled) -> None:
+    (diverged,) = members(bundled(0.2))
+    diverged.checkpoint.model["head.weight"][0, 0] = float("nan")
+    with pytest.raises(TemperatureError, match=r"logits of accurate seed 0 .* are no finite numbers"):
+        temperature.of([diverged], [])
+
+
 def test_images_of_another_data_set_are_not_taken(
     bundled: Bundled,
 ) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from onnx import ModelProto, StringStringEntryProto, numpy_helper
 
 from export import metadata
 from export.__main__ import main
+from export.graph import GraphError
+from export.verify import read
 from tests.export.conftest import BUNDLED, Bundled, Train
 from training.model import CLASSES
 
@@ -25,7 +28,7 @@ def entry(model: ModelProto, key: str) -> StringStringEntryProto:
 
 def test_the_bundled_file_keeps_its_version() -> None:
     model = onnx.load(BUNDLED)
-    assert metadata.version(model) == metadata.read(model)["version"] == "1f7d52410d62"
+    assert metadata.version(model) == metadata.read(model).version == "1f7d52410d62"
 
 
 def test_classes_in_another_order(
@@ -88,6 +91,15 @@ def test_other_weights_than_the_metadata_says(
     assert "scaled difference of logits" in capsys.readouterr().err
 
 
+def test_another_provider_computes_something_else(
+    files: dict[str, Path], off_by_one: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(files["fp32"])]) == 1
+    captured = capsys.readouterr()
+    assert "OffByOne against CPU" in captured.out
+    assert f"top-1 agreement on {off_by_one} 0.00 %" in captured.err
+
+
 def test_another_checkpoint(
     files: dict[str, Path], train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +116,9 @@ def test_an_ensemble_is_compared_with_all_its_members(
     assert "A1+A1" in capsys.readouterr().out
     assert main(["verify", out, "--checkpoint", paths[0]]) == 1
     assert main(["verify", out, "--checkpoint", *reversed(paths)]) == 1
+    capsys.readouterr()
+    assert main(["verify", out, "--checkpoint", *paths, paths[0]]) == 1
+    assert "made from 2 checkpoints, and 3 are given" in capsys.readouterr().err
 
 
 def test_what_is_no_file_of_ours(
@@ -119,13 +134,88 @@ def test_what_is_no_file_of_ours(
     kept = [entry for entry in model.metadata_props if entry.key not in ("classes", "parity")]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
-    assert "the metadata lacks classes, parity" in error(saved(model, tmp_path / "bare.onnx"))
+    bare = error(saved(model, tmp_path / "bare.onnx"))
+    assert "classes: Field required" in bare
+    assert "parity: Field required" in bare
     model.metadata_props.add(key="classes", value="[]")
     model.metadata_props.add(key="parity", value="100 %")
-    assert "parity in the metadata is not JSON" in error(saved(model, tmp_path / "text.onnx"))
+    assert "parity: Invalid JSON" in error(saved(model, tmp_path / "text.onnx"))
     entry(model, "parity").value = "100"
-    assert "parity in the metadata is JSON of another kind: 100" in error(
-        saved(model, tmp_path / "number.onnx")
-    )
+    assert "parity: Input should be a valid dictionary" in error(saved(model, tmp_path / "number.onnx"))
     model.opset_import[0].version = 21
     assert "operator sets" in error(saved(model, tmp_path / "newer.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("parity", "{}", "parity.images: Field required"),
+        ("calibration", "{}", "calibration.value: Field required"),
+        ("members", "[1]", "members.0: Input should be a valid dictionary"),
+        ("sample_accuracy", "none", "sample_accuracy: Input should be a valid number"),
+        ("temperature", "nan", "temperature: Input should be a finite number"),
+        ("checkpoint_sha256", None, "members.0.checkpoint_sha256: Field required"),
+        ("precision", "fp64", "precision: Input should be 'fp32', 'fp16' or 'int8', got fp64"),
+    ],
+)
+def test_metadata_that_say_something_else(key: str, value: str | None, message: str) -> None:
+    model = onnx.load(BUNDLED)
+    if value is None:
+        model.metadata_props.remove(entry(model, key))
+    else:
+        values = {each.key: each.value for each in model.metadata_props} | {key: value}
+        onnx.helper.set_model_props(model, values)
+    with pytest.raises(GraphError) as raised:
+        metadata.read(model)
+    assert message in str(raised.value)
+
+
+def test_a_calibration_error_that_is_not_the_files(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(files["fp32"])
+    calibration = json.loads(entry(model, "calibration").value)
+    better = calibration | {"test_ece_after": calibration["test_ece_after"] / 2}
+    entry(model, "calibration").value = json.dumps(better)
+    path = saved(model, tmp_path / "edited.onnx")
+    assert main(["verify", path]) == 1
+    assert "expected calibration error" in capsys.readouterr().err
+
+    # Of other images there is nothing to compare it with.
+    entry(model, "calibration").value = json.dumps(better | {"test_images": 10_000})
+    assert main(["verify", saved(model, Path(path))]) == 0
+
+
+@pytest.mark.parametrize("part", [b"images", b"airplane", b"parity"])
+def test_a_bit_flipped_in_a_text(
+    part: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray(BUNDLED.read_bytes())
+    content[content.rindex(part)] ^= 0x80
+    path = tmp_path / "flipped.onnx"
+    path.write_bytes(content)
+    assert main(["verify", str(path)]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".textproto", ".onnxtxt"])
+def test_a_model_file_by_another_name_is_read_as_what_it_is(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(BUNDLED.read_bytes())
+    assert metadata.version(read(path)) == "1f7d52410d62"
+    path.write_text("{")
+    with pytest.raises(GraphError, match="not an ONNX file"):
+        read(path)
+
+
+def test_a_digest_is_shown_whole_on_a_narrow_terminal(
+    files: dict[str, Path],
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["verify", str(files["fp32"])]) == 0
+    shown = capsys.readouterr().out
+    cells = "".join(line.split("\u2502")[2].strip() for line in shown.splitlines() if "\u2502" in line)
+    assert hashlib.sha256(trained.read_bytes()).hexdigest() in cells

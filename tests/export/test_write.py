@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,15 @@ def test_the_temperature_is_in_the_graph(
     assert plot.read_bytes().startswith(b"<?xml")
 
 
+def test_views_are_those_of_the_trial_too(trained: Path, bundled: Bundled, tmp_path: Path) -> None:
+    out, trial = tmp_path / "single.onnx", bundled(0.2)
+    arguments = ["write", str(trained), str(out), "--tta", "none", "--temperature-from", str(trial)]
+    assert main(arguments) == 0
+    values = described(out)
+    assert values["views"] == "none"
+    assert json.loads(values["calibration"])["val_images"] == 100
+
+
 def test_broken_parity_leaves_no_file(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,8 +212,17 @@ def test_a_broken_int8_file_leaves_none_of_all_three(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_overflows_in_fp16_is_refused(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_another_provider_that_computes_something_else_leaves_no_file(
+    trained: Path, off_by_one: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["write", str(trained), str(tmp_path / "model.onnx")]) == 1
+    error = capsys.readouterr().err
+    assert f"the model file on {off_by_one} differs from CPUExecutionProvider" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_overflows_in_fp16_is_refused_and_found_again(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Infinite between two layers, though neither weights nor logits are; a CPU's fp16 is not."""
     state = checkpoint.load(train("A1"))
@@ -221,6 +240,13 @@ def test_what_overflows_in_fp16_is_refused(
     assert "scaled difference of logits nan" in error
     assert list(tmp_path.iterdir()) == [path]
 
+    # As one who had no such check would write it.
+    monkeypatch.setattr("export.write.rounded", lambda ensemble: ensemble)
+    assert main(["write", str(path), str(out), "--precision", "fp16"]) == 0
+    assert main(["verify", str(out)]) == 0
+    assert main(["verify", str(out), "--checkpoint", str(path)]) == 1
+    assert "scaled difference of logits on PyTorch, rounded nan" in capsys.readouterr().err
+
 
 def test_a_plot_of_no_known_kind_is_an_error_before_anything_is_written(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -228,6 +254,60 @@ def test_a_plot_of_no_known_kind_is_an_error_before_anything_is_written(
     arguments = ["write", str(train("A1")), str(tmp_path / "out.onnx"), "--plot", "plot.txt"]
     assert main(arguments) == 1
     assert "plot.txt" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_file_can_be_written_is_told_before_the_work(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(graph, "build", lambda ensemble: pytest.fail("the work has begun"))
+    out, folder, file = tmp_path / "model.onnx", tmp_path / "model.int8.onnx", tmp_path / "file.png"
+    folder.mkdir()
+    file.touch()
+    arguments = ["write", str(train("A1")), str(out)]
+    assert main([*arguments, "--precision", "all"]) == 1
+    assert f"not a file that can be replaced: '{folder}'" in capsys.readouterr().err
+    assert main([*arguments[:2], str(file / "model.onnx")]) == 1
+    assert str(file) in capsys.readouterr().err
+    assert main([*arguments, "--plot", str(file / "plot.png")]) == 1
+    assert str(file) in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == {folder, file}
+
+
+def test_folders_that_lack_are_made_and_names_may_have_brackets(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, plot = tmp_path / "[red]" / "[b]:cat:.onnx", tmp_path / "plots" / "[b]" / "plot.svg"
+    assert main(["write", str(train("A1")), str(out), "--plot", str(plot)]) == 0
+    written = capsys.readouterr().out
+    assert f"wrote {out} (" in written
+    assert f"wrote {plot}\n" in written
+    assert plot.is_file()
+    assert main(["verify", str(out)]) == 0
+    assert f"{out} is good" in capsys.readouterr().out
+
+
+def test_a_checkpoint_twice_is_refused(
+    train: Train, bundled: Bundled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, other, trial = train("A1"), train("A1", seed=1), bundled(0.2)
+    copy = tmp_path / "copy.pt"
+    copy.write_bytes(path.read_bytes())
+    arguments = ["write", str(path), str(other)]
+    assert main([*arguments, str(copy), str(tmp_path / "out.onnx")]) == 1
+    assert f"{load(path, None)} is given twice" in capsys.readouterr().err
+    trials = ["--temperature-from", str(trial), str(trial)]
+    assert main([*arguments, str(tmp_path / "out.onnx"), *trials]) == 1
+    assert f"{load(trial, None)} is given twice" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [copy]
+
+
+def test_ctrl_c_is_no_traceback(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(graph, "build", lambda ensemble: signal.raise_signal(signal.SIGINT))
+    assert main(["write", str(train("A1")), str(tmp_path / "out.onnx")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -28,6 +28,14 @@ def model() -> Model:
     return Model(BUNDLED_MODEL, "cpu", 1)
 
 
+@pytest.fixture(scope="session")
+def damaged_model() -> bytes:
+    """The bundled file with a bit flipped in its metadata: they are no UTF-8 then, and yet it opens."""
+    content = bytearray(BUNDLED_MODEL.read_bytes())
+    content[content.rindex(b"airplane")] ^= 0x80
+    return bytes(content)
+
+
 @pytest.fixture
 def model_file(tmp_path: Path) -> Callable[..., Path]:
     """Writes a small linear model that keeps the contract, but for what the caller changes."""

@@ -52,6 +52,18 @@ def write_model(
     return path
 
 
+def write_fragile_model(folder: Path) -> Path:
+    """A model that looks the brightest pixel up in a table to 127, which has no numbers for 50."""
+    table = np.random.default_rng(0).normal(size=(128, 10)).astype(np.float32)
+    table[50] = np.nan
+    nodes = [
+        helper.make_node("Cast", ["images"], ["integers"], to=TensorProto.INT64),
+        helper.make_node("ReduceMax", ["integers"], ["index"], axes=[1, 2, 3], keepdims=0),
+        helper.make_node("Gather", ["table", "index"], ["logits"]),
+    ]
+    return write_model(folder / "fragile.onnx", nodes, {"table": table})
+
+
 def write_slow_model(folder: Path) -> Path:
     """A model that has half a GFLOP to do for an image, so that a test can count on work that lasts."""
     normal = np.random.default_rng(0).standard_normal

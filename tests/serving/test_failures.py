@@ -8,11 +8,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
 
 from serving.errors import ImageError, OverloadedError
 from serving.responses import error_response
-from tests.serving.models import write_model
+from tests.serving.models import write_fragile_model
 from tests.serving.samples import encoded
 from tests.serving.server import serving
 from tests.transcripts import assert_as_shown
@@ -24,17 +23,9 @@ NO_NUMBERS = encoded(np.full((32, 32, 3), 50, np.uint8))
 
 @pytest.fixture(scope="module")
 def fragile_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A service whose model looks the brightest pixel up in a table that ends at 127, and has no
-    numbers for 50."""
+    """A service whose model fails on `BRIGHT` and has no numbers for `NO_NUMBERS`."""
     folder = tmp_path_factory.mktemp("fragile")
-    table = np.random.default_rng(0).normal(size=(128, 10)).astype(np.float32)
-    table[50] = np.nan
-    nodes = [
-        helper.make_node("Cast", ["images"], ["integers"], to=TensorProto.INT64),
-        helper.make_node("ReduceMax", ["integers"], ["index"], axes=[1, 2, 3], keepdims=0),
-        helper.make_node("Gather", ["table", "index"], ["logits"]),
-    ]
-    fragile = write_model(folder / "fragile.onnx", nodes, {"table": table})
+    fragile = write_fragile_model(folder)
     with serving(folder, SERVING_MODEL=str(fragile), SERVING_PROVIDER="cpu") as address:
         yield address
 

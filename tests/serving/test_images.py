@@ -137,6 +137,14 @@ def test_modes(content: bytes, expected: tuple[int, int, int]) -> None:
     )
 
 
+def test_transparent_16_bit_grey_is_laid_over_white() -> None:
+    grey = np.full((32, 32), 0x3333, np.uint16)
+    grey[:16] += 1
+    pixels = decode(saved(Image.fromarray(grey), "PNG", transparency=0x3334), LIMIT)
+    assert (pixels[:16] == 255).all()
+    assert (pixels[16:] == 0x33).all()
+
+
 def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
     result = decode(saved(Image.fromarray(GREY), "PNG"), LIMIT)
     np.testing.assert_array_equal(result[..., 0], GREY // 257)

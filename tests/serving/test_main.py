@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.serving.models import METADATA, write_fragile_model
 from tests.serving.samples import pickled
 from tests.serving.server import ROOT, service_environment
 
@@ -54,6 +56,17 @@ def test_replaces_a_file(test_pickle: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".submission*"))
 
 
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(test_pickle: Path, tmp_path: Path) -> None:
+    link, target = tmp_path / "link.csv", tmp_path / "there" / "target.csv"
+    target.parent.mkdir()
+    target.write_text("old")
+    link.symlink_to(target)
+    assert submit(tmp_path, test_pickle, link).returncode == 0
+    assert link.is_symlink()
+    assert target.read_text().startswith("ID,Labels\n")
+    assert list(target.parent.iterdir()) == [target]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -73,6 +86,37 @@ def test_a_bad_file_is_one_clean_line(tmp_path: Path, name: str, message: str) -
     assert result.stderr.startswith("python -m serving: error: ")
     assert len(result.stderr.splitlines()) == 1
     assert csv.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("pixel", "message"),
+    [(50, "tiny 12e456789012 gave logits that are no finite numbers"), (200, "indices element out of")],
+)
+def test_a_model_that_fails_on_an_image(tmp_path: Path, pixel: int, message: str) -> None:
+    images = np.full((5, 32, 32, 3), 100, np.uint8)
+    images[3] = pixel
+    (tmp_path / "test.pkl").write_bytes(pickle.dumps({"data": images}))
+    csv = tmp_path / "a.csv"
+    model = write_fragile_model(tmp_path)
+    result = submit(tmp_path, tmp_path / "test.pkl", csv, "--model", model, SERVING_PROVIDER="cpu")
+    assert result.returncode == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith(
+        "python -m serving: error: the model does not compute these images' labels: "
+    )
+    assert message in error
+    assert "Traceback" not in result.stderr
+    assert not csv.exists()
+
+
+def test_a_name_with_brackets(
+    model_file: Callable[..., Path], test_pickle: Path, tmp_path: Path
+) -> None:
+    model = model_file(METADATA | {"name": "[/]tiny[1]"})
+    csv = tmp_path / "a.csv"
+    result = submit(tmp_path, test_pickle, csv, "--model", model, SERVING_PROVIDER="cpu")
+    assert result.returncode == 0
+    assert "[/]tiny[1] 12e456789012" in result.stderr
 
 
 def test_a_pipe_is_told(tmp_path: Path) -> None:
@@ -111,8 +155,50 @@ def test_a_missing_model_and_an_unknown_setting(test_pickle: Path, tmp_path: Pat
     assert "SERVING_MODLE is not a setting" in result.stderr
 
 
-def test_a_missing_folder_is_found_before_the_work(test_pickle: Path, tmp_path: Path) -> None:
-    result = submit(tmp_path, test_pickle, tmp_path / "none" / "a.csv")
-    assert result.returncode == 1
-    assert "none: not a folder to write into" in result.stderr
-    assert "1000/1000" not in result.stderr
+def special(folder: Path) -> dict[str, Path]:
+    """Paths at which no CSV can be, by what is said of them."""
+    pipe = folder / "pipe"
+    os.mkfifo(pipe)
+    return {
+        "pipe: not a file that can be replaced": pipe,
+        "null: not a file that can be replaced": Path(os.devnull),
+        "stdout: not a file that can be replaced": Path("/dev/stdout"),
+        ".: not a file that can be replaced": Path(),
+        "none: not a folder to write into": folder / "none" / "a.csv",
+        "pipe: not a folder to write into": pipe / "a.csv",
+    }
+
+
+def test_where_no_file_can_be_written_is_told_before_the_work(test_pickle: Path, tmp_path: Path) -> None:
+    for message, csv in special(tmp_path).items():
+        result = submit(tmp_path, test_pickle, csv)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.endswith(f"{message}\n")
+        assert len(result.stderr.splitlines()) == 1
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_of_others_is_told_before_the_work(test_pickle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(0o500)
+    result = submit(tmp_path, test_pickle, folder / "a.csv")
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "closed: this folder cannot be written to" in result.stderr
+
+
+def test_nobody_reads_the_last_line(test_pickle: Path, tmp_path: Path) -> None:
+    csv, (reader, writer) = tmp_path / "a.csv", os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "serving", "submit", test_pickle, csv],
+        cwd=ROOT,
+        env=service_environment(tmp_path, SERVING_PROVIDER="cpu") | {"PYTHONUNBUFFERED": ""},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=120,
+        check=False,
+    )
+    os.close(writer)
+    assert (process.returncode, b"Error" in process.stderr) == (0, False)
+    assert csv.read_text().startswith("ID,Labels\n")

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from serving.errors import ModelError
 from serving.model import Model
 from serving.settings import BUNDLED_MODEL
-from tests.serving.models import CLASSES, METADATA
+from tests.serving.models import CLASSES, METADATA, write_model
 
 ModelFile = Callable[..., Path]
 
@@ -75,6 +75,35 @@ def test_damaged_bytes_inside(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"damaged\.onnx is not an ONNX model that can be loaded"):
         load(path)
+
+
+def test_damaged_bytes_in_the_metadata(damaged_model: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(damaged_model)
+    with pytest.raises(ModelError, match=r"damaged\.onnx cannot be used: .*utf-8"):
+        load(path)
+
+
+def test_metadata_as_deep_as_no_json_is(model_file: ModelFile) -> None:
+    with pytest.raises(ModelError, match=r"tiny\.onnx cannot be used: .*recursion"):
+        load(model_file({**METADATA, "parity": "[" * 200_000}))
+
+
+def test_a_graph_for_small_batches_only(tmp_path: Path) -> None:
+    """It runs on one and two images, and not on the batches that will come."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["floats"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "weights"], ["product"]),
+        helper.make_node("Shape", ["product"], ["count"], start=0, end=1),
+        helper.make_node("Gather", ["table", "count"], ["none"]),
+        helper.make_node("Add", ["product", "none"], ["logits"]),
+    ]
+    tensors = {"weights": np.zeros((3072, 10), np.float32), "table": np.zeros(3, np.float32)}
+    path = write_model(tmp_path / "small.onnx", nodes, tensors)
+    load(path)
+    with pytest.raises(ModelError, match=r"small\.onnx cannot be used: "):
+        Model(path, "cpu", 1, max_batch_size=64)
 
 
 def test_damaged_weights_whose_logits_are_no_numbers(model_file: ModelFile) -> None:

@@ -120,7 +120,7 @@ def test_a_new_file_takes_over_between_requests_and_a_bad_one_is_refused(
 
 
 def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
-    tmp_path: Path, model_file: Callable[..., Path]
+    tmp_path: Path, model_file: Callable[..., Path], damaged_model: bytes
 ) -> None:
     first, second = (
         model_file(METADATA | {"version": version}, name=f"{version}.onnx").read_bytes()
@@ -134,6 +134,8 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
             wait_until(lambda: outcomes(client)["done"] == 1, server)
             replace(served, first[:-1000])
             wait_until(lambda: outcomes(client)["refused"] == 1, server)
+            replace(served, damaged_model)
+            wait_until(lambda: outcomes(client)["refused"] == 2, server)
         (killed,) = server.workers()
         os.kill(killed, signal.SIGKILL)
         wait_for_workers(server, 1, without=killed)

@@ -34,3 +34,15 @@ def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path: P
         file.write(b"new")
     assert path.read_bytes() == b"new"
     assert set(tmp_path.iterdir()) == {path, written, foreign}
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    path, link = tmp_path / "there" / "file", tmp_path / "link"
+    path.parent.mkdir()
+    path.write_bytes(b"old")
+    link.symlink_to("there/file")
+    with replacing(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert path.read_bytes() == b"new"
+    assert list(path.parent.iterdir()) == [path]
