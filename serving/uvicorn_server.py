@@ -206,7 +206,10 @@ def limit_connections(
                 awaited[self] = self._make_room
 
         def send_400_response(self, msg: str) -> None:
-            if self.cycle is None or self.cycle.response_complete:  # else it would be within an answer
+            # It must neither come within an answer nor before that to an earlier request.
+            if not self.pipeline and (
+                self.cycle is None or self.cycle.response_complete or not self.cycle.response_started
+            ):
                 body = json.dumps(error_body(RequestError.code, COMPLAINT)).encode()
                 head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
                 self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n")

@@ -223,7 +223,8 @@ def answers_to(url: str, sent: bytes, pieces: int = 1) -> list[tuple[int, bytes]
 
 
 def codes(answers: list[tuple[int, bytes]]) -> list[str]:
-    return [json.loads(body or b"{}").get("error", {}).get("code", "ok") for _, body in answers]
+    """Those of the errors, which all the answers are."""
+    return [json.loads(body)["error"]["code"] for _, body in answers]
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 50])
@@ -251,6 +252,28 @@ def test_what_comes_behind_offers_to_upgrade_is_answered(
     model = answers[0][1]
     assert [body == model for _, body in answers] == [True] * 40 + [False, True, False, True, False]
     assert answers[40] == answers[42]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        post("/classify", None) + b"zz\r\n",
+        post("/classify", None) + b"1\r\nxyz\r\n",
+        post("/classify", None).replace(b"chunked", b"identity") + b"x",
+        post("/classify", 1).replace(b"h: 1", b"h: one") + b"x",
+    ],
+    ids=["size of a chunk", "end of a chunk", "encoding", "length"],
+)
+@pytest.mark.parametrize("pieces", [1, 60])
+def test_a_body_that_is_framed_wrongly_is_answered(
+    strict_url: str, request_: bytes, pieces: int
+) -> None:
+    assert codes(answers_to(strict_url, request_, pieces)) == ["bad_request"]
+
+
+def test_a_wrong_body_is_not_answered_before_an_earlier_request(strict_url: str) -> None:
+    get = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+    assert answers_to(strict_url, get + post("/classify", None) + b"zz\r\n") == []
 
 
 @pytest.mark.parametrize("request_line", [b"CONNECT a:80 HTTP/1.1", b"CONNECT /model HTTP/1.1"])
