@@ -24,6 +24,7 @@ logger = logging.getLogger("serving")
 COMPLAINT = "The request is not HTTP that can be read."
 MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 100  # requests of a connection that wait for the answer to one before them
+IDLE_SECONDS = 75  # longer than proxies and clients' pools keep a connection: 60 seconds are usual
 OTHER_FILES = 512  # what the process opens beside connections and bodies: libraries, the model, figures
 
 
@@ -54,6 +55,15 @@ def shorten(server: uvicorn.Server, paths: Container[str], app: ASGIApp) -> None
         whole.app = shortened(whole.app)  # type: ignore[arg-type, assignment]
     else:
         server.config.loaded_app = shortened(whole)
+
+
+def keep_idle_connections(server: uvicorn.Server) -> None:
+    """Leave it to clients to close a connection that is idle, for `IDLE_SECONDS` at least.
+
+    uvicorn closes it after five, perhaps while a request is on its way to it, and who sent a POST may
+    not send it again.
+    """
+    server.config.timeout_keep_alive = max(IDLE_SECONDS, server.config.timeout_keep_alive)
 
 
 class _Flow(FlowControl):
