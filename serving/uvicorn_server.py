@@ -214,6 +214,8 @@ def limit_connections(
             # Unless the next request has come already.
             if self in self.connections and (self.cycle.response_complete or self.cycle.more_body):
                 awaited[self] = self._make_room
+                if self.cycle.response_complete and self.cycle.more_body:  # a refused body may not come
+                    self._await_head()
 
         def send_400_response(self, msg: str) -> None:
             # It must neither come within an answer nor before that to an earlier request.
