@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from tempfile import SpooledTemporaryFile
 
-from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
+from multipart import MultipartError, MultipartSegment, PushMultipartParser
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
@@ -20,6 +20,9 @@ MAX_TEXT_BYTES = 1024
 # How some clients (urllib3 before its version 2) name a file if its name is not ASCII; the package reads
 # `filename` alone.
 EXTENDED_NAME = re.compile(r"; *filename\* *=", re.IGNORECASE)
+# Some clients quote no boundary, though it has characters that make that necessary, such as a slash; the
+# package reads it up to there.
+BOUNDARY = re.compile(r';\s*boundary\s*=\s*(?:"([^"]+)"|([^\s;"]+))', re.IGNORECASE)
 SPOOLED_BYTES = 2**20  # of a part in memory; a larger one lies on disk
 
 
@@ -81,11 +84,12 @@ async def received(request: Request, max_files: int) -> AsyncIterator[list[Part]
 
 
 async def _receive(request: Request, max_files: int, parts: list[Part]) -> None:
-    _, options = parse_options_header(request.headers["content-type"])
-    if not options.get("boundary"):
+    boundary = BOUNDARY.search(request.headers["content-type"])
+    if not boundary:
         raise RequestError("The multipart form cannot be read: its Content-Type has no boundary.")
     # File names are not used, and some come in other encodings than UTF-8: any bytes are Latin-1.
-    with PushMultipartParser(options["boundary"], header_charset="latin-1") as parser:
+    delimiter = (boundary[1] or boundary[2]).encode("latin-1")
+    with PushMultipartParser(delimiter, header_charset="latin-1") as parser:
         async for chunk in request.stream():
             for event in parser.parse(chunk) if chunk else ():
                 if isinstance(event, MultipartSegment):

@@ -10,6 +10,7 @@ applied and of an animation the first frame counts.
 import contextlib
 import io
 import math
+import re
 import threading
 import warnings
 
@@ -49,8 +50,16 @@ PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 REPEATABLE = (
     (b"\xff\xd8", b"\xff\xda\0", "scans", 100),  # JPEG: start-of-scan with the length that it can have
     (b"\xff\xd8", b"Exif\0\0", "Exif segments", 100),
+    (b"\xff\xd8", b"8BIM", "Photoshop resources", 1000),
     (b"\x89PNG", b"iCCP", "colour profiles", 10),
+    (b"\x89PNG", b"zTXt", "compressed texts", 100),
+    (b"\x89PNG", b"iTXt", "international texts", 100),
 )
+
+MAX_READS = 100_000  # of a file's pieces: a marker, chunk or block is one to five
+# JPEG: what lists layers or tables, of which an image has a few, and how long that is at most.
+LISTING = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xdb\xde]..", re.DOTALL)
+MAX_LISTING = 1024
 
 # The check against `max_pixels` is ours, so that the limit is a setting and the answer a 413.
 Image.MAX_IMAGE_PIXELS = None
@@ -58,6 +67,29 @@ Image.MAX_IMAGE_PIXELS = None
 # Pillow warns of odd EXIF; the log is not its place. Here, as filters are the whole process's: to change
 # them around a call is not for threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class _Pieces(io.BytesIO):
+    """A file that is not read in any number of pieces.
+
+    Pillow walks in Python over the markers, chunks and blocks around the pixels, and keeps what it
+    meets; a file of megabytes can consist of millions of them.
+    """
+
+    _left = MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._left -= 1
+        if self._left < 0 or (size and size > MAX_LISTING and self._begins_a_listing(size)):
+            raise ImageError("The image has too many pieces; save it anew.")
+        return super().read(size)
+
+    def _begins_a_listing(self, size: int) -> bool:
+        """Whether that many bytes are a segment that lists; its marker and length were read before."""
+        start = self.tell()
+        self.seek(max(0, start - 4))
+        before = super().read(start - self.tell())
+        return bool(LISTING.fullmatch(before)) and int.from_bytes(before[2:]) == size + 2
 
 
 def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
@@ -78,7 +110,7 @@ def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
         raise ImageError("The image is empty (0 bytes); send a PNG, JPEG, WebP, GIF or BMP file.")
     _check_repetition(content)
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(_Pieces(content), formats=FORMATS) as image:
             pixels = image.width * image.height
             limit = max_pixels // WEBP_COPIES if image.format == "WEBP" else max_pixels
             if pixels > limit:
@@ -90,7 +122,7 @@ def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
             with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
                 image.load()
                 return np.array(_upright(_square(image), image), dtype=np.uint8)
-    except TooLargeError:
+    except (ImageError, TooLargeError):
         raise
     except UnidentifiedImageError:
         raise ImageError(

@@ -125,6 +125,9 @@ class ErrorShape:
 
         async def shaped(message: Message) -> None:
             nonlocal start, body, started
+            if message.get("status") == HTTPStatus.TEMPORARY_REDIRECT:
+                # Starlette's, to the path without its last slash at whatever host the client named.
+                message = {**message, "status": HTTPStatus.NOT_FOUND, "headers": []}
             if message["type"] == "http.response.start" and GONE != message["status"] >= 400:
                 start = message
             elif start is None:

@@ -58,7 +58,13 @@ from serving.requests import (
 from serving.responses import Answers, Classification, Csv, answer_response, error_body, error_response
 from serving.settings import KEPT_MODEL, METRICS_FOLDER, Settings
 from serving.submission import read_submission
-from serving.uvicorn_server import connections_that_fit, limit_connections, running_server, shorten
+from serving.uvicorn_server import (
+    connections_that_fit,
+    keep_idle_connections,
+    limit_connections,
+    running_server,
+    shorten,
+)
 
 logger = logging.getLogger("serving")
 logger.setLevel(logging.INFO)  # BentoML shows warnings only, of all loggers but its own
@@ -309,6 +315,7 @@ class Classifier:
         server = running_server()
         if server is not None:  # in a test without a server there is none
             drain.listen(server)
+            keep_idle_connections(server)
             limit_connections(
                 server,
                 connections_that_fit(

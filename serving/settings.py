@@ -102,6 +102,15 @@ class Settings(BaseModel):
     )
     access_log: bool = Field(False, description="Log a line of JSON per request.")
 
+    @field_validator("api_key")
+    @classmethod
+    def _is_text(cls, value: SecretStr | None) -> SecretStr | None:
+        try:
+            (value or SecretStr("")).get_secret_value().encode()
+        except UnicodeEncodeError:
+            raise ValueError("it is not UTF-8") from None
+        return value
+
     @field_validator("max_connections")
     @classmethod
     def _leaves_one(cls, value: int, info: ValidationInfo) -> int:
@@ -120,13 +129,13 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """Read every `SERVING_*` variable.
+        """Read every `SERVING_*` variable; around its value, as from a file, white space is dropped.
 
         Raises:
             SettingsError: a variable is unknown (a typo must not pass silently) or unusable.
         """
         values = {
-            name.removeprefix(PREFIX).lower(): value
+            name.removeprefix(PREFIX).lower(): value.strip()
             for name, value in environment.items()
             if name.startswith(PREFIX)
         }
@@ -139,6 +148,8 @@ class Settings(BaseModel):
                 name = PREFIX + str(item["loc"][0]).upper()
                 if item["type"] == "extra_forbidden":
                     lines.append(f"{name} is not a setting; the settings are {known}.")
+                elif name == f"{PREFIX}API_KEY" and item["input"]:  # which is not for the log
+                    lines.append(f"{name}: {item['msg']}.")
                 else:
                     lines.append(f"{name}={item['input']!r}: {item['msg']}.")
             raise SettingsError("\n".join(lines)) from None

@@ -5,10 +5,12 @@ import json
 import logging
 import resource
 import signal
+import sys
 from collections.abc import Callable, Container, Sized
 from typing import Any
 
 import uvicorn
+from httptools import HttpParserUpgrade
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -19,8 +21,10 @@ from serving.responses import error_body
 
 logger = logging.getLogger("serving")
 
+COMPLAINT = "The request is not HTTP that can be read."
 MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 100  # requests of a connection that wait for the answer to one before them
+IDLE_SECONDS = 75  # longer than proxies and clients' pools keep a connection: 60 seconds are usual
 OTHER_FILES = 512  # what the process opens beside connections and bodies: libraries, the model, figures
 
 
@@ -51,6 +55,15 @@ def shorten(server: uvicorn.Server, paths: Container[str], app: ASGIApp) -> None
         whole.app = shortened(whole.app)  # type: ignore[arg-type, assignment]
     else:
         server.config.loaded_app = shortened(whole)
+
+
+def keep_idle_connections(server: uvicorn.Server) -> None:
+    """Leave it to clients to close a connection that is idle, for `IDLE_SECONDS` at least.
+
+    uvicorn closes it after five, perhaps while a request is on its way to it, and who sent a POST may
+    not send it again.
+    """
+    server.config.timeout_keep_alive = max(IDLE_SECONDS, server.config.timeout_keep_alive)
 
 
 class _Flow(FlowControl):
@@ -137,8 +150,7 @@ def limit_connections(
     gets an answer to a request that has arrived. A request line with its headers may take
     `head_seconds`, and 64 KiB, as may what lies between and after the pieces of a body. What was written
     must be taken within `body_seconds`. Of requests that are sent before there was an answer 100 wait,
-    and one more closes the connection. A body is not taken together with an offer to speak another
-    protocol: the parser would read on behind the headers.
+    and one more closes the connection. An offer to speak another protocol is ignored.
 
     Raises:
         StartError: the server's parser is another one than httptools.
@@ -150,7 +162,7 @@ def limit_connections(
         transport: _Transport  # type: ignore[assignment]
         _overdue: asyncio.TimerHandle | None = None  # set while the head of a request is awaited
         _head_bytes = 0  # since the last byte of a body, or the last request
-        _complaint = "The request is not HTTP that can be read."
+        _data = _offer = b""  # what the parser reads, and what it is to read again
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             bounded = _Transport(transport, self.loop, body_seconds)
@@ -165,15 +177,18 @@ def limit_connections(
             if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
                 self._await_head()
             self._head_bytes += len(data)
-            super().data_received(data)
+            while data:
+                self._data, self._offer = data, b""
+                super().data_received(data)
+                data = self._offer
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._give_up()
 
         def on_headers_complete(self) -> None:
             self._cancel()
-            if self.parser.should_upgrade() and any(map(_tells_of_a_body, self.headers)):
-                self._complaint = "A request with a body cannot ask for an Upgrade; send it without."
-                raise ValueError(self._complaint)
+            if self.parser.should_upgrade():
+                self._offer = self._head_without_offer()
+                return
             # One read brings thousands of small ones, whose state takes a hundred times their bytes.
             if len(self.pipeline) == MAX_PIPELINED:
                 raise ValueError(f"{MAX_PIPELINED} requests wait for the answer to one before them.")
@@ -185,6 +200,8 @@ def limit_connections(
             super().on_body(body)
 
         def on_message_complete(self) -> None:
+            if self._offer:
+                return
             if not self.cycle.response_complete and not self.flow.write_paused:
                 awaited.pop(self, None)
             self._head_bytes = 0
@@ -197,10 +214,15 @@ def limit_connections(
             # Unless the next request has come already.
             if self in self.connections and (self.cycle.response_complete or self.cycle.more_body):
                 awaited[self] = self._make_room
+                if self.cycle.response_complete and self.cycle.more_body:  # a refused body may not come
+                    self._await_head()
 
         def send_400_response(self, msg: str) -> None:
-            if self.cycle is None or self.cycle.response_complete:  # else it would be within an answer
-                body = json.dumps(error_body(RequestError.code, self._complaint)).encode()
+            # It must neither come within an answer nor before that to an earlier request.
+            if not self.pipeline and (
+                self.cycle is None or self.cycle.response_complete or not self.cycle.response_started
+            ):
+                body = json.dumps(error_body(RequestError.code, COMPLAINT)).encode()
                 head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
                 self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n")
                 self.transport.write(head.encode() + b"\r\n" + body)
@@ -225,7 +247,23 @@ def limit_connections(
             self.transport.relax()
 
         def _unsupported_upgrade_warning(self) -> None:
-            """Nothing to warn of: no answer here is anything but HTTP."""
+            """Nothing to warn of, but to read behind the head too, where the parser has stopped."""
+            upgrade = sys.exception()
+            assert isinstance(upgrade, HttpParserUpgrade)
+            self._offer += self._data[upgrade.args[0] :]
+
+        def _head_without_offer(self) -> bytes:
+            """The head of a request as it came, but for its offer to speak another protocol.
+
+            The parser would take what comes behind it, such as its body, for that protocol.
+            """
+            method = self.parser.get_method()
+            if method == b"CONNECT":  # no offer: the other protocol has begun
+                raise ValueError("The service is no proxy.")
+            version = self.parser.get_http_version().encode()
+            lines = [b"%b %b HTTP/%b" % (method, self.url, version)]
+            lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            return b"\r\n".join([*lines, b"", b""])
 
         def _await_head(self) -> None:
             self._cancel()
@@ -251,7 +289,3 @@ def limit_connections(
         raise StartError("The limits of connections are made for httptools; pip install httptools.")
     server.config.http_protocol_class = Connection
     server.config.ws_protocol_class = None
-
-
-def _tells_of_a_body(header: tuple[bytes, bytes]) -> bool:
-    return header[0] == b"transfer-encoding" or (header[0] == b"content-length" and header[1] != b"0")

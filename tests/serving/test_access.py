@@ -23,7 +23,7 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("access")
     with running(
-        folder, SERVING_PROVIDER="cpu", SERVING_API_KEY=KEY, SERVING_ACCESS_LOG="true"
+        folder, SERVING_PROVIDER="cpu", SERVING_API_KEY=f"{KEY}\n", SERVING_ACCESS_LOG="true"
     ) as server:
         yield server
 

@@ -1,7 +1,10 @@
 """Clients that are slow, leave, or send too much, by raw sockets."""
 
 import json
+import re
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -16,7 +19,7 @@ from tests.serving.figures import Samples, read, under_way, value
 from tests.serving.models import write_slow_model
 from tests.serving.raw import PATIENCE, connected, post
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import serving
+from tests.serving.server import ROOT, serving
 from tests.transcripts import assert_as_shown
 
 
@@ -100,7 +103,8 @@ def test_tricklers_are_hung_up_on_and_hold_up_nobody(
         assert answer.split(b"\r\n")[0].startswith(said)
         if not said:
             assert not answer
-        for other in others[1:]:
+        idle = begin.startswith(b"GET /healthz")  # they may be so for longer
+        for other in [] if idle else others[1:]:
             try:
                 while other.recv(65536):
                     pass
@@ -194,19 +198,94 @@ def test_who_floods_with_connections_pushes_out_the_own_ones(
     assert len(flood) - 6 < evicted <= len(flood) + 2
 
 
-def test_a_body_with_an_offer_to_upgrade_is_no_request_of_its_own(strict_url: str) -> None:
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAQ\r\n\r\n"
+LAST = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+
+def offering(request: bytes) -> bytes:
+    """The request with an offer to go on in another protocol."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    return head + b"\r\n" + OFFER + body
+
+
+def answers_to(url: str, sent: bytes, pieces: int = 1) -> list[tuple[int, bytes]]:
+    """Status and body of each answer until the server closes the connection."""
+    found = []
+    with connected(url) as connection:
+        for start in range(0, len(sent), -(-len(sent) // pieces)):
+            connection.sendall(sent[start : start - (-len(sent) // pieces)])
+        said = connection.makefile("rb").read()
+    while said:
+        head, _, said = said.partition(b"\r\n\r\n")
+        (length,) = re.findall(rb"content-length: (\d+)", head.lower())
+        found.append((int(head.split()[1]), said[: int(length)]))
+        said = said[int(length) :]
+    return found
+
+
+def codes(answers: list[tuple[int, bytes]]) -> list[str]:
+    """Those of the errors, which all the answers are."""
+    return [json.loads(body)["error"]["code"] for _, body in answers]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 50])
+@pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
+def test_a_body_with_an_offer_to_upgrade_is_no_request_of_its_own(
+    strict_url: str, chunked: bool, pieces: int
+) -> None:
     smuggled = b"GET /model HTTP/1.1\r\nHost: a\r\n\r\n"
-    head = post("/classify", len(smuggled)).removesuffix(b"\r\n")
-    with connected(strict_url) as connection:
-        connection.sendall(head + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
-        answer = connection.makefile("rb")
-        with suppress(ConnectionError):
-            connection.sendall(smuggled)
-        assert answer.readline() == b"HTTP/1.1 400 Bad Request\r\n"
-        rest = answer.read()
-    message = "A request with a body cannot ask for an Upgrade; send it without."
-    body = {"error": {"code": "bad_request", "message": message}}
-    assert json.loads(rest.partition(b"\r\n\r\n")[2]) == body
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(smuggled), smuggled) if chunked else smuggled
+    request = offering(post("/classify", None if chunked else len(smuggled)) + body)
+    answers = answers_to(strict_url, request + LAST, pieces)
+    assert [status for status, _ in answers] == [400, 200]
+    assert b"not a PNG" in answers[0][1]
+
+
+def test_what_comes_behind_offers_to_upgrade_is_answered(
+    strict_url: str, images: npt.NDArray[np.uint8]
+) -> None:
+    get = b"GET /model HTTP/1.1\r\nHost: a\r\n\r\n"
+    content = encoded(images[0])
+    picture = post("/classify", len(content)) + content
+    sent = offering(get) * 40 + offering(picture) + get + picture + offering(get) + LAST
+    answers = answers_to(strict_url, sent)
+    assert [status for status, _ in answers] == [200] * 45
+    model = answers[0][1]
+    assert [body == model for _, body in answers] == [True] * 40 + [False, True, False, True, False]
+    assert answers[40] == answers[42]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        post("/classify", None) + b"zz\r\n",
+        post("/classify", None) + b"1\r\nxyz\r\n",
+        post("/classify", None).replace(b"chunked", b"identity") + b"x",
+        post("/classify", 1).replace(b"h: 1", b"h: one") + b"x",
+    ],
+    ids=["size of a chunk", "end of a chunk", "encoding", "length"],
+)
+def test_a_body_that_is_framed_wrongly_is_answered(strict_url: str, request_: bytes) -> None:
+    assert codes(answers_to(strict_url, request_)) == ["bad_request"]
+
+
+def test_a_wrong_body_is_not_answered_before_an_earlier_request(strict_url: str) -> None:
+    get = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+    assert answers_to(strict_url, get + post("/classify", None) + b"zz\r\n") == []
+
+
+@pytest.mark.parametrize("request_line", [b"CONNECT a:80 HTTP/1.1", b"CONNECT /model HTTP/1.1"])
+def test_what_comes_behind_connect_is_not_read(strict_url: str, request_line: bytes) -> None:
+    get = b"GET /model HTTP/1.1\r\nHost: a\r\n\r\n"
+    head = request_line + b"\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(get)
+    assert codes(answers_to(strict_url, head + get)) == ["bad_request"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
+def test_curl_that_offers_http_2(strict_url: str) -> None:
+    form = ["-F", f"image=@{ROOT / 'docs' / 'cat.png'}", f"{strict_url}/classify"]
+    said = subprocess.run(["curl", "--silent", "--http2", *form], check=True, capture_output=True).stdout
+    assert json.loads(said)["predictions"]
 
 
 @pytest.mark.parametrize("protocol", ["websocket", "h2c"])

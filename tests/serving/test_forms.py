@@ -96,6 +96,36 @@ def test_several_files_where_one_is_right() -> None:
         read(field("a", b"1") * 2 + b"--x--", max_files=1)
 
 
-def test_a_form_needs_a_boundary() -> None:
+@pytest.mark.parametrize(
+    ("given", "boundary"),
+    [
+        *((name, name) for name in ("a/b", "====1==", "a:b", "(a,b)", "a'b?", "----=_Part_1_2.3", "é")),
+        ('"a/b"', "a/b"),
+        ('"a b;c"', "a b;c"),
+        ("a/b; charset=utf-8", "a/b"),
+        ("a/b;charset=utf-8", "a/b"),
+        (" a/b ", "a/b"),
+    ],
+)
+def test_boundaries_quoted_or_not(given: str, boundary: str) -> None:
+    body = (field("a", b"1") + b"--x--").replace(b"--x", b"--" + boundary.encode())
+    for key in ("boundary", "BOUNDARY", "xboundary=y; boundary", "boundary "):
+        assert read(body, kind=f"multipart/form-data; {key}={given}") == [("a", True, b"1", False)]
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        "",
+        ";",
+        "; boundary",
+        "; boundary=",
+        '; boundary=""',
+        "; boundary= ; a=b",
+        '; boundary="x',
+        "; xboundary=x",
+    ],
+)
+def test_a_form_needs_a_boundary(parameter: str) -> None:
     with pytest.raises(RequestError, match="has no boundary"):
-        read(b"x", kind="multipart/form-data")
+        read(field("a", b"1") + b"--x--", kind=f"multipart/form-data{parameter}")

@@ -1,4 +1,5 @@
 import io
+import struct
 import zlib
 from contextlib import suppress
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageOps
 
 from serving.errors import ImageError, TooLargeError
 from serving.images import SMALL_BYTES, decode, is_small
-from tests.serving.corpus.make import many_scans
+from tests.serving.corpus.make import many_pieces, many_scans, png_of
 from tests.serving.samples import encoded
 
 LIMIT = 10**6
@@ -245,3 +246,58 @@ def test_what_only_looks_like_scans_behind_an_image_is_no_hindrance(
     video = np.random.default_rng(0).bytes(8 * 2**20)
     assert video.count(b"\xff\xda") > 100
     np.testing.assert_array_equal(decode(content + video, LIMIT), decode(content, LIMIT))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        *((kind, "too many pieces") for kind in ("COM", "APP", "fill", "tables", "layers")),
+        *((kind, "too many pieces") for kind in ("GIF comment", "chunks")),
+        ("Photoshop", "more than 1000 Photoshop resources"),
+        ("zTXt", "more than 100 compressed texts"),
+        ("iTXt", "more than 100 international texts"),
+    ],
+)
+def test_an_image_of_too_many_pieces_is_refused(kind: str, message: str) -> None:
+    with pytest.raises(ImageError, match=f"{message}; save it anew"):
+        decode(many_pieces(kind), LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "options"),
+    [
+        ("PNG", 3000, {"compress_level": 1}),
+        ("JPEG", 3000, {"quality": 100}),
+        ("JPEG", 2000, {"quality": 95, "progressive": True}),
+        ("GIF", 1100, {}),
+        ("BMP", 3000, {}),
+        ("WEBP", 1500, {"quality": 100}),
+    ],
+)
+def test_a_large_file_has_no_more_pieces_than_are_taken(
+    kind: str, side: int, options: dict[str, object]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    content = encoded(noise, kind, **options)
+    assert len(content) > 10**6
+    assert decode(content, 10 * LIMIT).shape == (32, 32, 3)
+
+
+def test_a_photograph_with_its_metadata_is_taken() -> None:
+    """As phones write them: a preview, a colour profile in segments, a depth map in long ones."""
+    image = plain((10, 20, 30))
+    content = saved(image, "JPEG", quality=100, icc_profile=bytes(200_000), comment=bytes(60_000))
+    long = b"\xff\xe1\xff\xffhttp://ns.adobe.com/xmp/extension/\0".ljust(2**16 + 1, b"a")
+    whole = content[:2] + long * 300 + content[2:]
+    np.testing.assert_array_equal(decode(whole, LIMIT), decode(saved(image, "JPEG", quality=100), LIMIT))
+
+
+def test_a_png_in_the_smallest_pieces_that_libraries_write_is_taken() -> None:
+    """Those of libpng have 8 KiB; here half of that, in a file as large as a body may be."""
+    side = 4500
+    rows = zlib.compress(np.zeros((side, 1 + 3 * side), np.uint8).tobytes(), 0)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))]
+    chunks += [(b"IDAT", rows[start : start + 4096]) for start in range(0, len(rows), 4096)]
+    content = png_of(*chunks, (b"IEND", b""))
+    assert len(content) > 60 * 10**6
+    assert (decode(content, 30 * LIMIT) == 0).all()

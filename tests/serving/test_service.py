@@ -302,6 +302,25 @@ def test_wrong_method(client: httpx.Client) -> None:
     assert response.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", ["/classify/", "/model/", "/metrics/", "/classify//"])
+def test_a_slash_too_many_redirects_nowhere(client: httpx.Client, path: str) -> None:
+    for method in ("GET", "POST"):
+        response = client.request(method, path, headers={"Host": "elsewhere.example"})
+        assert error_of(response) == (
+            404,
+            "not_found",
+            f"There is nothing at {path}; see / for what there is.",
+        )
+        assert "elsewhere" not in str(response.headers)
+
+
+def test_under_v2_a_slash_too_many_has_the_protocols_error(client: httpx.Client) -> None:
+    for path in ("/v2/", "/v2/models/accurate/", "/v2/health/ready/"):
+        response = client.get(path)
+        assert response.status_code == 404
+        assert response.json() == {"error": f"There is nothing at {path}; see / for what there is."}
+
+
 @pytest.mark.parametrize("content", EVIL.values(), ids=EVIL.keys())
 def test_hostile_pickles(client: httpx.Client, content: bytes) -> None:
     response = client.post("/submission", files={"file": ("a.pkl", content)})

@@ -49,6 +49,7 @@ def test_unknown_variable_is_named() -> None:
         ("SERVING_REQUEST_TIMEOUT", "-1"),
         ("SERVING_MAX_CONNECTIONS", "512"),  # no more than requests may wait
         ("SERVING_MAX_UPLOAD_BYTES", "1000"),  # fewer than a single body may have
+        ("SERVING_API_KEY", ""),
     ],
 )
 def test_unusable_value_is_named(name: str, value: str) -> None:
@@ -61,3 +62,29 @@ def test_all_bodies_have_room_for_the_largest() -> None:
         Settings.from_environment({"SERVING_MAX_BODY_BYTES": str(2**30)})
     both = {"SERVING_MAX_BODY_BYTES": str(2**30), "SERVING_MAX_UPLOAD_BYTES": str(2**30)}
     assert Settings.from_environment(both).max_upload_bytes == 2**30
+
+
+def test_white_space_around_a_value_is_none_of_it() -> None:
+    """A secret that comes from a file ends with a newline, which no client can send."""
+    settings = Settings.from_environment(
+        {
+            "SERVING_API_KEY": " clé  secrète\r\n",
+            "SERVING_PROVIDER": "cpu\n",
+            "SERVING_MODEL": "a.onnx\n",
+        }
+    )
+    assert settings.api_key is not None
+    assert settings.api_key.get_secret_value() == "clé  secrète"
+    assert (settings.provider, settings.model.name) == ("cpu", "a.onnx")
+
+
+def test_a_blank_key_locks_nobody_out() -> None:
+    with pytest.raises(SettingsError, match="SERVING_API_KEY=''"):
+        Settings.from_environment({"SERVING_API_KEY": " \t\n"})
+
+
+def test_a_key_that_is_no_text_is_told_without_it() -> None:
+    key = os.fsdecode(b"secret\xff")
+    with pytest.raises(SettingsError, match="SERVING_API_KEY: Value error, it is not UTF-8") as told:
+        Settings.from_environment({"SERVING_API_KEY": key})
+    assert "secret" not in str(told.value)

@@ -13,9 +13,10 @@ import pytest
 import uvicorn
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.errors import StartError
-from serving.uvicorn_server import limit_connections, shorten
+from serving.uvicorn_server import IDLE_SECONDS, keep_idle_connections, limit_connections, shorten
 from tests.serving.raw import PATIENCE, connected
 
 
@@ -139,6 +140,28 @@ def test_who_does_not_take_answers_makes_room_for_new_connections() -> None:
                 other = others.enter_context(httpx.Client())
                 assert len(other.get(f"{url}/1000").content) == 1000
                 assert answers.evicted == count
+
+
+@pytest.mark.parametrize(("configured", "seconds"), [(5, IDLE_SECONDS), (600, 600)])
+def test_idle_connections_are_kept(configured: int, seconds: int) -> None:
+    """As long as clients' pools keep them, or as was asked for if that is longer."""
+    answers = Answers(most=100, seconds=PATIENCE)
+
+    def prepare(server: Server) -> None:
+        keep_idle_connections(server)
+        answers.prepare(server)
+
+    with (
+        running(answers, prepare, timeout_keep_alive=configured) as (server, url),
+        httpx.Client(base_url=url) as client,
+    ):
+        assert client.get("/1000").status_code == 200
+        assert answers.answered.acquire(timeout=PATIENCE)
+        (connection,) = server.server_state.connections
+        assert isinstance(connection, HttpToolsProtocol)
+        timer = connection.timeout_keep_alive_task
+        assert timer is not None
+        assert seconds - PATIENCE < timer.when() - connection.loop.time() <= seconds
 
 
 def test_a_server_with_another_parser_is_refused() -> None:

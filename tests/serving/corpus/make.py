@@ -105,7 +105,7 @@ def images() -> dict[str, bytes]:
         "grey_16_bit.png": _png(Image.fromarray(noise[..., 0].astype(np.uint16) * 257)),
         "palette_with_transparency.png": _png(palette),
         "bomb_pixels.png": _blank_png(30_000, 30_000),
-        "bomb_claimed_size.png": _chunks(
+        "bomb_claimed_size.png": png_of(
             (b"IHDR", struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0))
         )
         + _chunk(b"IDAT", zlib.compress(b"0"))
@@ -116,9 +116,10 @@ def images() -> dict[str, bytes]:
         "many_profiles.png": png[:33]
         + _chunk(b"iCCP", b"a\0\0" + zlib.compress(b"\0" * 2**20, 9)) * 50
         + png[33:],
-        "zero_size.png": _chunks(
-            (b"IHDR", struct.pack(">IIBBBBB", 0, 0, 8, 2, 0, 0, 0)), (b"IEND", b"")
-        ),
+        "many_comments.jpg": many_pieces("COM"),
+        "many_application_segments.jpg": many_pieces("APP"),
+        "many_comment_blocks.gif": many_pieces("GIF comment"),
+        "zero_size.png": png_of((b"IHDR", struct.pack(">IIBBBBB", 0, 0, 8, 2, 0, 0, 0)), (b"IEND", b"")),
         "wrong_checksum.png": png[:40] + bytes([png[40] ^ 255]) + png[41:],
         "png_called.jpg": png,
         "jpeg_called.png": jpeg,
@@ -160,7 +161,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
     )
 
 
-def _chunks(*chunks: tuple[bytes, bytes]) -> bytes:
+def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
 
 
@@ -171,11 +172,40 @@ def many_scans(width: int, height: int, count: int) -> bytes:
     return whole[:-2] + whole[last:-2] * count + whole[-2:]
 
 
+def many_pieces(kind: str) -> bytes:
+    """A small image with many times more around its pixels than anybody writes, of that kind."""
+    image = Image.new("RGB", (32, 32))
+    jpeg, png, gif = _save(image, "JPEG"), _png(image), _save(image, "GIF")
+    frame = jpeg.index(b"\xff\xc0")
+    picture = gif.index(b",")
+    spoilt = zlib.compress(bytes(2**20 - 1), 9)[:-1]  # cut short, it is not counted by Pillow as text
+    return {
+        "COM": jpeg[:2] + b"\xff\xfe\0\2" * 40_000 + jpeg[2:],
+        "APP": jpeg[:2] + b"\xff\xe5\0\2" * 40_000 + jpeg[2:],
+        "fill": jpeg[:2] + b"\xff" * 200_000 + jpeg[2:],
+        "tables": jpeg[:2] + _segment(0xDB, (b"\0" + b"\1" * 64) * 1000) + jpeg[2:],
+        "layers": jpeg[:frame]
+        + _segment(0xC0, b"\x08\0\x20\0\x20\3" + b"\1\x11\0" * 20_000)
+        + jpeg[frame:],
+        "Photoshop": jpeg[:2]
+        + _segment(0xED, b"Photoshop 3.0\0" + b"8BIM\1\1\0\0\0\0\0\0" * 2000)
+        + jpeg[2:],
+        "GIF comment": gif[:picture] + b"!\xfe" + b"\1a" * 60_000 + b"\0" + gif[picture:],
+        "chunks": png[:33] + _chunk(b"prVt", b"") * 60_000 + png[33:],
+        "zTXt": png[:33] + _chunk(b"zTXt", b"a\0\0" + spoilt) * 200 + png[33:],
+        "iTXt": png[:33] + _chunk(b"iTXt", b"a\0\1\0\0\0" + spoilt) * 200 + png[33:],
+    }[kind]
+
+
+def _segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 255, marker, 2 + len(content)) + content
+
+
 def _blank_png(width: int, height: int) -> bytes:
     """A PNG of one bit a pixel, all the same: small as a file."""
     rows = zlib.compress(b"\x00" * (1 + width // 8) * height, 9)
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return _chunks((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    return png_of((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
 
 
 def main() -> None:
