@@ -101,4 +101,4 @@ def test_a_bento_installs_what_serving_imports() -> None:
     foreign = imported - sys.stdlib_module_names - {"serving"}
     assert {"pillow" if name == "PIL" else name for name in foreign} <= named
     # Not imported, but by name: the plug-in; not at all: what makes the HTTP server fast.
-    assert named - foreign == {"httptools", "onnxruntime-ep-openvino", "pillow", "uvloop"}
+    assert named - foreign == {"onnxruntime-ep-openvino", "pillow", "uvloop"}
