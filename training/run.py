@@ -200,7 +200,7 @@ class Run:
                 raise Stopped(wanted)
 
         for batch in learner.batches(state.epoch, state.step):
-            wanted = watch.reason(self._needed(self.recipe.batch_size))
+            wanted = watch.reason(self._needed(self.recipe.batch_size * self._image_seconds))
             wanted = wanted or SAVE * (time.monotonic() - self._saved > SAVE_SECONDS)
             if wanted := self.processes.highest(wanted):
                 keep()
@@ -257,7 +257,7 @@ class Run:
         sums = torch.zeros(2, dtype=torch.float64)
         own, spent, seconds = 0, 0.0, 0.0
         for first in range(0, len(images), together):
-            go_on(1.0 + 2 * seconds + 2 * self._save_seconds)
+            go_on(self._needed(seconds))
             began = time.monotonic()
             rows = self.processes.rows(min(together, len(images) - first))
             rows = slice(first + rows.start, first + rows.stop)
@@ -284,15 +284,15 @@ class Run:
                 f"and go on with: python -m training resume {self.folder}"
             ) from error
 
-    def _needed(self, images: int) -> float:
-        """Seconds to train on so many images and write a checkpoint; rather too many."""
-        return 1.0 + 2 * images * self._image_seconds + 2 * self._save_seconds
+    def _needed(self, seconds: float) -> float:
+        """Seconds for what should take so many, and to write a checkpoint; rather too many."""
+        return 1.0 + 2 * seconds + 2 * self._save_seconds
 
     def _needed_to_evaluate(self, images: int, *views: Views) -> float:
-        """The same to evaluate ``images`` by these views; before the first time, by training's pace."""
+        """Those to evaluate ``images`` by these views; before the first time, by training's pace."""
         passes = images * sum(len(SHARES[each]) for each in views)
         view_seconds = self._view_seconds / self.processes.count
-        return 1.0 + 2 * passes * (view_seconds or self._image_seconds) + 2 * self._save_seconds
+        return self._needed(passes * (view_seconds or self._image_seconds))
 
     def _check_finite(self, name: str, loss: float) -> None:
         if not math.isfinite(loss):
