@@ -51,6 +51,20 @@ class SqueezeExcitation(nn.Module):
         return x * weights[:, :, None, None]
 
 
+class StridedPointwise(nn.Conv2d):
+    """A 1x1 convolution with a stride, of few channels.
+
+    oneDNN's own writes past its workspace where there are fewer channels than its vectors have places,
+    at most 16, in channels-last memory: wrong gradients, a crash, or no end (its issue 6035). So the
+    pixels are picked first.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve float ``x`` [N, C, H, W]."""
+        down, right = self.stride
+        return F.conv2d(x[:, :, ::down, ::right], self.weight)
+
+
 class ResidualBlock(nn.Module):
     """Convolutions with BatchNorm, perhaps squeeze and excitation, and a shortcut.
 
@@ -65,8 +79,9 @@ class ResidualBlock(nn.Module):
             self.excitation = SqueezeExcitation(width, config.squeeze_excitation)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or width_in != width:
+            kind = StridedPointwise if stride != 1 and width_in < 16 else nn.Conv2d
             self.shortcut = nn.Sequential(
-                nn.Conv2d(width_in, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
+                kind(width_in, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
             )
 
     def branch(self, x: Tensor) -> Tensor:

@@ -72,3 +72,21 @@ def test_widths_that_blocks_cannot_have() -> None:
         recipe.load("B2", ["model.block={kind='bottleneck', reduction=4, groups=3}"])
     with pytest.raises(recipe.RecipeError, match="squeeze_excitation 100 leaves none of 64"):
         recipe.load("B2", ["model.squeeze_excitation=100"])
+
+
+@pytest.mark.parametrize("width", [3, 8, 16])
+def test_the_gradient_of_a_narrow_shortcut(width: int) -> None:
+    """oneDNN's own crashes, hangs or is wrong where the width is under 8 or, with AVX512, under 16."""
+    settings = ["model.blocks=[1, 1]", f"model.widths=[{width}, 24]"]
+    torch.manual_seed(0)
+    network = model.build(recipe.load("B2", settings).model)
+    images, weights = torch.randn(8, 3, 32, 32), torch.randn(8, 10)
+    gradients = []
+    for dtype in (torch.float64, torch.float32):  # oneDNN has no part in the former
+        network.zero_grad()
+        network.to(dtype).to(memory_format=torch.channels_last)
+        inputs = images.to(dtype).contiguous(memory_format=torch.channels_last)
+        (network(inputs) * weights).sum().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    for exact, computed in zip(*gradients, strict=True):
+        torch.testing.assert_close(computed, exact.float(), rtol=1e-3, atol=1e-3)
