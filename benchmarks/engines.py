@@ -1,8 +1,8 @@
 """What runs a model in the benchmark of inference: each measurement is a process of this module.
 
-``python -m benchmarks.engines ENGINE --file FILE --recipe RECIPE`` prints a line of JSON. Imports are
-inside the functions: what an engine does not need would count as its memory and, with its threads and
-allocators, change its pace.
+``python -m benchmarks.engines ENGINE --file FILE --recipe RECIPE --views VIEWS`` prints a line of JSON.
+Imports are inside the functions: what an engine does not need would count as its memory and, with its
+threads and allocators, change its pace.
 """
 
 import argparse
@@ -13,64 +13,130 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import loky
 import numpy as np
 from numpy.typing import NDArray
 
-Run = Callable[[NDArray[np.uint8]], object]
+Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 WARM_UP = 0.2  # of a measurement's seconds, and at least a run, before its clock starts
 MEBIBYTE = 2**20
 SUBMISSION_BATCH = 64  # that of `python -m serving submit`
 
 
-def serving(provider: str) -> Callable[[Path, str], Run]:
+class Variant(NamedTuple):
+    """What an engine runs: a model file or, in PyTorch, a recipe's network with the same views."""
+
+    file: Path
+    recipe: str
+    views: str
+
+
+Engine = Callable[[Variant], Run]
+
+
+def serving(provider: str) -> Engine:
     """The service's engine."""
 
-    def engine(file: Path, recipe: str) -> Run:
+    def engine(variant: Variant) -> Run:
         from serving.engine import Engine
 
-        return Engine(file, provider, loky.cpu_count()).run  # type: ignore[arg-type]
+        return Engine(variant.file, provider, loky.cpu_count()).run  # type: ignore[arg-type]
 
     return engine
 
 
-def onnxruntime(file: Path, recipe: str) -> Run:
+def bound(provider: str, device: str) -> Engine:
+    """The service's session with its input and output kept in a device's memory (IOBinding).
+
+    Each batch is copied over its predecessor's, and its logits are copied back.
+    """
+
+    def engine(variant: Variant) -> Run:
+        from onnxruntime import OrtValue
+
+        from serving.providers import open_session
+
+        session = open_session(variant.file, provider, loky.cpu_count())  # type: ignore[arg-type]
+        binding = session.io_binding()
+        kept: dict[int, tuple[OrtValue, OrtValue]] = {}
+
+        def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            count = len(images)
+            if count not in kept:
+                logits = OrtValue.ortvalue_from_shape_and_type([count, 10], np.float32, device)
+                kept[count] = OrtValue.ortvalue_from_numpy(images, device), logits
+            inputs, outputs = kept[count]
+            inputs.update_inplace(images)
+            binding.bind_ortvalue_input("images", inputs)
+            binding.bind_ortvalue_output("logits", outputs)
+            session.run_with_iobinding(binding)
+            found: NDArray[np.float32] = outputs.numpy()
+            return found
+
+        return run
+
+    return engine
+
+
+def onnxruntime(variant: Variant) -> Run:
     """ONNX Runtime's CPU provider with its defaults."""
     import onnxruntime as ort
 
-    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["logits"], {"images": images})
+    session = ort.InferenceSession(variant.file, providers=["CPUExecutionProvider"])
+
+    def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = session.run(["logits"], {"images": images})[0]
+        return logits
+
+    return run
 
 
-def openvino(file: Path, recipe: str) -> Run:
+def openvino(variant: Variant) -> Run:
     """OpenVINO's own runtime."""
     import openvino as ov
 
     threads = {"INFERENCE_NUM_THREADS": loky.cpu_count()}
-    request = ov.Core().compile_model(file, "CPU", threads).create_infer_request()
-    return lambda images: request.infer([images], share_inputs=True)
+    request = ov.Core().compile_model(variant.file, "CPU", threads).create_infer_request()
+
+    def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = request.infer([images], share_inputs=True)[0]
+        return logits
+
+    return run
 
 
-def pytorch(precision: str) -> Callable[[Path, str], Run]:
-    """The network as the reports' scripts ran it: eager, in evaluation mode, without gradients."""
+def pytorch(precision: str, compiled: bool = False) -> Engine:
+    """The network in evaluation mode, without gradients, on the GPU where there is one.
 
-    def engine(file: Path, recipe: str) -> Run:
+    As the reports' scripts ran it (eager), or compiled, which on a GPU captures its graph too.
+    """
+
+    def engine(variant: Variant) -> Run:
         import torch
 
-        from training import model
+        from training import device
         from training import recipe as recipes
         from training.evaluate import Classifier
+        from training.model import build
 
         torch.set_num_threads(loky.cpu_count())
-        parsed = recipes.load(recipe)
-        classifier = Classifier(model.build(parsed.model), parsed).eval()
-        half = precision == "bf16"
+        place = device.choose()
+        parsed = recipes.load(variant.recipe).model_copy(update={"views": variant.views})
+        classifier: torch.nn.Module = Classifier(build(parsed.model), parsed).eval().to(place)
+        if compiled:
+            classifier.to(memory_format=torch.channels_last)
+            classifier.compile(mode="reduce-overhead", dynamic=False)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
-        def run(images: NDArray[np.uint8]) -> object:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-                return classifier(torch.from_numpy(images))
+        def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            half = torch.autocast(place.type, dtype, enabled=precision != "fp32")
+            with torch.no_grad(), half:
+                logits = classifier(torch.from_numpy(images).to(place))
+            found: NDArray[np.float32] = logits.float().cpu().numpy()
+            return found
 
         return run
 
@@ -78,12 +144,14 @@ def pytorch(precision: str) -> Callable[[Path, str], Run]:
 
 
 # By name; the parts after a colon are the provider of the service, or the precision in PyTorch.
-ENGINES: dict[str, Callable[[Path, str], Run]] = {
+ENGINES: dict[str, Engine] = {
     **{f"service:{name}": serving(name) for name in ("cpu", "openvino", "cuda", "tensorrt")},
+    "bound:cuda": bound("cuda", "cuda"),
     "onnxruntime": onnxruntime,
     "openvino": openvino,
     "pytorch:fp32": pytorch("fp32"),
     "pytorch:bf16": pytorch("bf16"),
+    "compiled:fp16": pytorch("fp16", compiled=True),
 }
 
 
@@ -131,11 +199,12 @@ def main() -> None:
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("--file", type=Path, required=True, help="a model file")
     parser.add_argument("--recipe", required=True, help="of the same network, for PyTorch")
+    parser.add_argument("--views", required=True, help="that the file averages, for PyTorch")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[])
     parser.add_argument("--seconds", type=float, default=1.0, help="a batch size")
     parser.add_argument("--rows", type=int, help="instead: seconds for a submission of as many images")
     options = parser.parse_args()
-    run = ENGINES[options.engine](options.file, options.recipe)
+    run = ENGINES[options.engine](Variant(options.file, options.recipe, options.views))
     if options.rows is not None:
         print(json.dumps({"seconds": submission_seconds(run, options.rows)}))
         return

@@ -1,11 +1,12 @@
 """Images per second and memory of the service's engine, beside what else could run its models.
 
-For the network of ``fast`` and those of two reports, B1 and A3, with random weights, by batch size:
-the service's engine with each provider and precision of this machine, plain ONNX Runtime (its CPU
-provider, default options, float32), eager PyTorch as the reports' own scripts ran it, the same in
-bfloat16, and OpenVINO's own runtime as the limit. Then the whole of ``python -m serving submit``, from
-the process's start to the CSV, beside the engine's part of it. Measurements take turns in rounds, so
-that a change of the machine's pace meets all, and each has a process of its own.
+For the network of the bundled model, with its views, and those of two reports, B1 and A3, with random
+weights, by batch size: the service's engine with each provider and precision of this machine, plain
+ONNX Runtime (its CPU provider, default options, float32), eager PyTorch as the reports' own scripts ran
+it, the same in bfloat16, and OpenVINO's own runtime as the limit; on a GPU, in fp16, also the service's
+session with IOBinding and compiled PyTorch. Then the whole of ``python -m serving submit``, from the
+process's start to the CSV, beside the engine's part of it. Measurements take turns in rounds, so that a
+change of the machine's pace meets all, and each has a process of its own.
 
 ``python -m benchmarks.inference`` measures and writes ``benchmarks/inference.json``;
 ``--markdown`` prints the tables that the README has from that file.
@@ -33,22 +34,24 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import stored
-from benchmarks.engines import SUBMISSION_BATCH
+from benchmarks.engines import SUBMISSION_BATCH, Variant
 from benchmarks.server import ROOT, environment
 from benchmarks.stored import BenchmarkError
-from export import graph, quantize
+from export import graph, metadata, quantize
 from export.ensemble import Ensemble, half
 from export.provider import others
 from serving.providers import obstacle
+from serving.settings import BUNDLED_MODEL
 from training import data, recipe
 from training.__main__ import markdown_table
 from training.evaluate import Classifier
 from training.initial import initial_network
 from training.model import CLASSES
+from training.recipe import Recipe, Views
 
 BATCH_SIZES = (1, 8, 32, 128, 512)
 PYTORCH_BATCH = 128
-MODELS = ("fast", "B1", "A3")
+MODELS = ("accurate", "B1", "A3")
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino", "openvino", "torch")
 
 CONSOLE = Console(stderr=True)
@@ -58,10 +61,12 @@ NAMES = {
     "service:openvino": "service, OpenVINO provider",
     "service:cuda": "service, CUDA provider",
     "service:tensorrt": "service, TensorRT provider",
+    "bound:cuda": "CUDA provider, IOBinding",
     "onnxruntime": "plain ONNX Runtime",
     "openvino": "OpenVINO's own runtime",
     "pytorch:fp32": "eager PyTorch",
     "pytorch:bf16": "eager PyTorch",
+    "compiled:fp16": "compiled PyTorch",
 }
 
 
@@ -121,9 +126,10 @@ class Figures(stored.Figures):
 
 @dataclass(frozen=True)
 class Model:
-    """A recipe's network with its file in each precision."""
+    """A recipe's network under some views, with its file in each precision."""
 
     name: str
+    views: Views
     files: dict[str, Path]
 
 
@@ -145,26 +151,31 @@ def built(names: Sequence[str], precisions: Sequence[str]) -> Iterator[list[Mode
 
 
 def _built(name: str, precisions: Sequence[str], folder: Path) -> Model:
-    classifier = Ensemble([_classifier(name)])
+    chosen = _recipe(name)
+    network = initial_network(chosen.model, chosen, 0, data.load_sample().train)
+    classifier = Ensemble([Classifier(network, chosen).eval()])
     graphs = {"fp32": graph.build(classifier)}
     if "fp16" in precisions:
         graphs["fp16"] = graph.build(half(classifier))
     if "int8" in precisions:
         graphs["int8"] = quantize.int8(graphs["fp32"])
-    metadata = {"contract": "1", "name": name, "version": "random", "classes": json.dumps(CLASSES)}
+    described = {"contract": "1", "name": name, "version": "random", "classes": json.dumps(CLASSES)}
     folder.mkdir()
     files = {}
     for precision, content in graphs.items():
-        onnx.helper.set_model_props(content, {**metadata, "precision": precision})
+        onnx.helper.set_model_props(content, {**described, "precision": precision})
         files[precision] = folder / f"{precision}.onnx"
         onnx.save(content, files[precision])
-    return Model(name, files)
+    return Model(name, chosen.views, files)
 
 
-def _classifier(name: str) -> Classifier:
+def _recipe(name: str) -> Recipe:
+    """A recipe by its name; that of the bundled model with the bundled file's views."""
     chosen = recipe.load(name)
-    network = initial_network(chosen.model, chosen, 0, data.load_sample().train)
-    return Classifier(network, chosen).eval()
+    bundled = metadata.read(onnx.load(BUNDLED_MODEL))
+    if name != bundled.name:
+        return chosen
+    return chosen.model_copy(update={"views": bundled.members[0].views})
 
 
 # -- measuring --------------------------------------------------------------------------------------
@@ -178,38 +189,40 @@ def engines(precision: str, file: Path) -> list[str]:
     """
     providers = ["cpu", *(other.short_name for other in others(file.read_bytes()))]
     if precision == "fp16":
-        return [f"service:{name}" for name in providers if name in ("cuda", "tensorrt")]
+        found = [f"service:{name}" for name in providers if name in ("cuda", "tensorrt")]
+        return [*found, "bound:cuda", "compiled:fp16"]
     found = [f"service:{name}" for name in providers]
     if stored.version_of("openvino"):
         found.append("openvino")
     return ["onnxruntime", *found, "pytorch:fp32", "pytorch:bf16"] if precision == "fp32" else found
 
 
-def plan(models: Sequence[Model]) -> list[tuple[Path, Rates]]:
+def plan(models: Sequence[Model]) -> list[tuple[Variant, Rates]]:
     """Every engine with every model's file in every precision, none measured yet."""
     return [
-        (file, Rates.begin(model.name, engine, precision))
+        (Variant(file, model.name, model.views), Rates.begin(model.name, engine, precision))
         for model in models
         for precision, file in model.files.items()
         for engine in engines(precision, file)
     ]
 
 
-def measure(turns: Sequence[tuple[Path, Rates]], seconds: float) -> None:
+def measure(turns: Sequence[tuple[Variant, Rates]], seconds: float) -> None:
     """Add a round to the rates."""
     sizes = [str(size) for size in BATCH_SIZES]
     arguments = ["--batch-sizes", *sizes, "--seconds", str(seconds)]
-    for file, rates in track(turns, "measuring engines", console=CONSOLE):
-        found = _apart(rates.engine, file, rates.model, *arguments)
+    for variant, rates in track(turns, "measuring engines", console=CONSOLE):
+        found = _apart(rates.engine, variant, *arguments)
         for size, rate in found["rates"].items():
             rates.rates[int(size)].append(rate)
         rates.memory.append(found["memory"])
 
 
-def _apart(engine: str, file: Path, recipe_name: str, *arguments: str) -> dict[str, Any]:
+def _apart(engine: str, variant: Variant, *arguments: str) -> dict[str, Any]:
     """What a measurement in a process of its own found."""
     command = [sys.executable, "-m", "benchmarks.engines", engine]
-    given = ["--file", str(file), "--recipe", recipe_name, *arguments]
+    file, recipe_name, views = variant
+    given = ["--file", str(file), "--recipe", recipe_name, "--views", views, *arguments]
     done = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BenchmarkError(f"{engine} with {file.name} failed: {done.stderr.strip()[-500:]}")
@@ -217,13 +230,15 @@ def _apart(engine: str, file: Path, recipe_name: str, *arguments: str) -> dict[s
     return found
 
 
-def plan_submissions(turns: Sequence[tuple[Path, Rates]], rows: int) -> list[tuple[Path, Submissions]]:
+def plan_submissions(
+    turns: Sequence[tuple[Variant, Rates]], rows: int
+) -> list[tuple[Variant, Submissions]]:
     """The first model's files with the provider that the service would take, none measured yet."""
     engine = "service:cpu" if obstacle("openvino") else "service:openvino"
     first = turns[0][1].model
     return [
         (
-            file,
+            variant,
             Submissions(
                 model=first,
                 engine=engine,
@@ -233,12 +248,12 @@ def plan_submissions(turns: Sequence[tuple[Path, Rates]], rows: int) -> list[tup
                 engine_alone=[],
             ),
         )
-        for file, rates in turns
+        for variant, rates in turns
         if (rates.model, rates.engine) == (first, engine)
     ]
 
 
-def measure_submissions(turns: Sequence[tuple[Path, Submissions]]) -> None:
+def measure_submissions(turns: Sequence[tuple[Variant, Submissions]]) -> None:
     """Add a round: ``python -m serving submit`` on a pickle of images, and the engine alone."""
     pixels = data.load_sample().test.pixels.numpy()
     rows = turns[0][1].rows
@@ -246,9 +261,9 @@ def measure_submissions(turns: Sequence[tuple[Path, Submissions]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "test.pkl"
         images.write_bytes(pickle.dumps(content))
-        for file, times in track(turns, "measuring submissions", console=CONSOLE):
-            times.submit.append(_submit(images, file, times.engine.removeprefix("service:")))
-            found = _apart(times.engine, file, times.model, "--rows", str(rows))
+        for variant, times in track(turns, "measuring submissions", console=CONSOLE):
+            times.submit.append(_submit(images, variant.file, times.engine.removeprefix("service:")))
+            found = _apart(times.engine, variant, "--rows", str(rows))
             times.engine_alone.append(found["seconds"])
 
 

@@ -34,7 +34,7 @@ def running(
     settings: Mapping[str, str],
     answers: Callable[[str], bool],
 ) -> Iterator[tuple[str, psutil.Popen]]:
-    """A server that answers: its address, and its process.
+    """A server that answers: its address, and its process. It ends with this one, by SIGTERM too.
 
     Args:
         name: for errors.
@@ -51,6 +51,8 @@ def running(
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
         own = {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": f"{folder}/bentoml"}
+        early: list[int] = []  # SIGTERM while the server is started is heeded when it can be ended
+        before = signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
         process = psutil.Popen(
             [sys.executable, *(argument.format(port=port) for argument in command)],
             cwd=ROOT,
@@ -59,6 +61,9 @@ def running(
             stderr=log,
         )
         try:
+            signal.signal(signal.SIGTERM, _exit)
+            if early:
+                _exit(*early)
             deadline = time.monotonic() + START_SECONDS
             while not _ready(url, answers):
                 if process.poll() is not None or time.monotonic() > deadline:
@@ -67,6 +72,7 @@ def running(
             yield url, process
         finally:
             _stop(process)
+            signal.signal(signal.SIGTERM, before)
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
@@ -84,6 +90,10 @@ def memory(process: psutil.Process) -> list[float]:
         with contextlib.suppress(psutil.NoSuchProcess):
             sizes.append(member.memory_info().rss / 2**20)
     return sizes
+
+
+def _exit(number: int, *_: object) -> None:
+    sys.exit(128 + number)
 
 
 def _ready(url: str, answers: Callable[[str], bool]) -> bool:

@@ -1,21 +1,34 @@
 """The benchmark of inference runs; what it measures depends on the machine."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
+import torch
 
 from benchmarks import engines
 from benchmarks import inference as benchmark
+from benchmarks.engines import Variant
 from benchmarks.server import ROOT
 from benchmarks.stored import BenchmarkError, read
+from export import metadata
 from serving.model import Model
 from serving.settings import BUNDLED_MODEL
+from training import data, recipe
 
 SIZES = [1, 2]
+
+
+@pytest.fixture
+def images() -> npt.NDArray[np.uint8]:
+    pixels: npt.NDArray[np.uint8] = data.load_sample().test.pixels[:8].numpy()
+    return pixels
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +119,8 @@ def test_a_recipes_network_in_each_precision() -> None:
 def test_a_measurements_process_has_no_more_than_its_engine_needs(tmp_path: Path) -> None:
     """PyTorch's libraries would count as the memory of the others."""
     code = (
-        "import sys; from pathlib import Path; from benchmarks.engines import ENGINES; "
-        f"ENGINES['service:cpu'](Path({str(BUNDLED_MODEL)!r}), 'fast'); "
+        "import sys; from pathlib import Path; from benchmarks.engines import ENGINES, Variant; "
+        f"ENGINES['service:cpu'](Variant(Path({str(BUNDLED_MODEL)!r}), 'accurate', 'flip')); "
         "print(sorted({'torch', 'onnx', 'openvino', 'bentoml'} & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -120,9 +133,39 @@ def test_a_measurements_process_has_no_more_than_its_engine_needs(tmp_path: Path
     assert done.stdout == "[]\n"
 
 
+def test_the_bundled_model_is_measured_with_the_views_that_its_file_has() -> None:
+    bundled = metadata.read(onnx.load(BUNDLED_MODEL))
+    assert bundled.members[0].views == "flip"
+    assert recipe.load(bundled.name).views == "flip_shift"
+    assert benchmark._recipe(bundled.name).views == "flip"
+    assert benchmark._recipe("fast") == recipe.load("fast")
+
+
+def test_input_and_output_stay_bound_from_batch_to_batch(images: npt.NDArray[np.uint8]) -> None:
+    variant = Variant(BUNDLED_MODEL, "accurate", "flip")
+    plain, bound = engines.onnxruntime(variant), engines.bound("cpu", "cpu")(variant)
+    for batch in (images[:2], images[2:4], images[4:5], images[:2]):
+        np.testing.assert_allclose(bound(batch), plain(batch), atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+def test_pytorch_is_compiled(images: npt.NDArray[np.uint8]) -> None:
+    logits = []
+    for engine in (engines.pytorch("fp32"), engines.pytorch("fp16", compiled=True)):
+        torch.manual_seed(0)
+        logits.append(engine(Variant(Path(), "A1", "flip"))(images))
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-2)
+    assert (logits[1] != logits[0]).any()
+
+
 def test_a_submission_is_run_in_its_batches() -> None:
     batches: list[int] = []
-    assert engines.submission_seconds(lambda images: batches.append(len(images)), 150) > 0
+
+    def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        batches.append(len(images))
+        return np.zeros((len(images), 10), np.float32)
+
+    assert engines.submission_seconds(run, 150) > 0
     assert batches == [64, 64, 64, 22]
 
 
@@ -147,4 +190,4 @@ def test_an_engine_that_fails_is_named(tmp_path: Path) -> None:
     file = tmp_path / "text.onnx"
     file.write_text(json.dumps({}))
     with pytest.raises(BenchmarkError, match=r"onnxruntime with text\.onnx failed: "):
-        benchmark._apart("onnxruntime", file, "A1", "--rows", "1")
+        benchmark._apart("onnxruntime", Variant(file, "A1", "none"), "--rows", "1")

@@ -1,10 +1,14 @@
 """The soak runs, and its figures become its table."""
 
+import signal
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import soak
+from benchmarks.server import ROOT
 from benchmarks.stored import read
 
 
@@ -29,6 +33,18 @@ def test_seconds_of_it_with_an_answer_that_is_wrong(
 
     assert soak.main(["--markdown", "--figures", str(path)]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_the_server_ends_with_a_soak_that_is_stopped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.soak", "--seconds", "600"]
+    with psutil.Popen([*command, "--figures", str(tmp_path / "soak.json")], cwd=ROOT) as process:
+        members: list[psutil.Process] = []
+        while not any("bentoml" in " ".join(member.cmdline()) for member in members):
+            assert process.poll() is None
+            members = [each for each in process.children(recursive=True) if each.is_running()]
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert not psutil.wait_procs(members, timeout=30)[1]
 
 
 FINE = soak.Figures(
