@@ -75,7 +75,13 @@ def _train(
     console.print(f"run folder: {folder}", markup=False)
     try:
         state = train.resume(
-            folder, dataset or data.load(), console, watch, processes, options.tensorboard
+            folder,
+            dataset or data.load(),
+            console,
+            watch,
+            processes,
+            options.tensorboard,
+            options.compile,
         )
     except Stopped as stopped:
         if processes.first:
@@ -257,6 +263,12 @@ def _parser() -> argparse.ArgumentParser:
             "--tensorboard",
             action="store_true",
             help="write TensorBoard events to the run's folder too",
+        )
+        command.add_argument(
+            "--compile",
+            action=argparse.BooleanOptionalAction,
+            help="compile the steps, which takes a minute for each size of images (default: on a GPU, "
+            "but not with --deterministic or torchrun)",
         )
 
     finding = commands.add_parser(

@@ -32,6 +32,16 @@ def precision(amp: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def compiles(device: torch.device) -> bool:
+    """Whether compiled steps are the rule on ``device``.
+
+    On a GPU, whose operations would else wait for the program that starts them one by one; not where
+    runs have to be reproducible, as a compiled step may be another one after a resumption. On a CPU
+    what compiling takes is more than most runs gain by it.
+    """
+    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+
+
 def describe(device: torch.device) -> str:
     """The device in words, for results: the processor with its cores, after a GPU that computes."""
     processor = f"{_processor()}, {torch.get_num_threads()} threads"

@@ -55,6 +55,8 @@ class Learner:
         images: the training images.
         processes: that share each batch.
         teacher: the checkpoint to distil from, where the recipe does.
+        compiled: whether torch compiles the steps' networks, in a single process; None is as the device
+            has it.
 
     Attributes:
         steps: in an epoch.
@@ -63,7 +65,8 @@ class Learner:
         optimizers, scaler: with their states, which a run saves and loads; the selector's come last.
 
     Raises:
-        TrainingError: too few images for a batch, or for the processes, or too few GPUs for them.
+        TrainingError: too few images for a batch, or for the processes, or too few GPUs for them; or
+            the steps of several are to be compiled.
         CheckpointError: a teacher that cannot be used.
     """
 
@@ -75,6 +78,7 @@ class Learner:
         images: Images,
         processes: Processes,
         teacher: Path,
+        compiled: bool | None = None,
     ) -> None:
         self.recipe, self.seed, self.processes = recipe, seed, processes
         gpus = torch.cuda.device_count()
@@ -86,18 +90,30 @@ class Learner:
         self.device = device.choose(processes.local_rank)
         device.prepare(recipe, self.device)
         self.dtype = device.precision(recipe.amp, self.device)
+        self.compiled = compiled or False
+        if compiled is None:
+            self.compiled = processes.count == 1 and device.compiles(self.device)
+        elif compiled and processes.count > 1:
+            raise TrainingError("steps are compiled in a single process only: leave out --compile")
         self.images = images.to(self.device)
-        self.steps = self._count_steps()
+        self.steps, smallest = count_steps(recipe, len(images))
+        if smallest < processes.count:
+            raise TrainingError(
+                f"{processes.count} processes cannot share a batch of {smallest}: start fewer, or set "
+                "another batch_size or drop_last"
+            )
         self.model = network.to(self.device).to(memory_format=torch.channels_last)
         self.average: Average | None = None
         if recipe.averaging is not None:
             self.average = Average(self.model, recipe.averaging.decay)
-        self._parallel = processes.parallel(self.model)
+        self._forward = self._compiled(processes.parallel(self.model))
         self.optimizers = optimizer.build(recipe.optimizer, self.model)
         self._leading = self.optimizers[-1]
         self.selector: Selector | None = None
         if recipe.selection is not None:
-            self.selector = Selector(recipe, recipe.selection, seed, images, processes, self.device)
+            self.selector = Selector(
+                recipe, recipe.selection, seed, images, processes, self.device, self._compiled
+            )
             self.optimizers += self.selector.optimizers
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._augment = Augmenter(recipe, len(images), seed, self.device)
@@ -105,8 +121,8 @@ class Learner:
 
     @property
     def precision(self) -> str:
-        """The dtype of forward and backward passes, by its name in torch."""
-        return str(self.dtype).removeprefix("torch.")
+        """The dtype of forward and backward passes, by its name in torch, and if they are compiled."""
+        return str(self.dtype).removeprefix("torch.") + ", compiled" * self.compiled
 
     @property
     def result(self) -> nn.Module:
@@ -152,13 +168,18 @@ class Learner:
 
         Raises:
             TrainingError: memory does not suffice; of a single process, the message names a batch that
-                fits.
+                fits. Or the networks cannot be compiled.
         """
-        self._parallel.train()
+        self._forward.train()
         try:
             return self._learn(batch, rate)
         except RuntimeError as error:
             if not device.out_of_memory(error):
+                if self.compiled and _is_of_compiler(error):
+                    raise TrainingError(
+                        f"the steps cannot be compiled here: {_first_line(error)}; install what is "
+                        "missing, such as a C++ compiler, or go on with --no-compile"
+                    ) from error
                 raise
         # Only now, without the exception, the step's own memory is free.
         raise self._too_large(batch.count, batch.epoch)
@@ -205,7 +226,7 @@ class Learner:
         if not self.processes.first:
             torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1 + self.processes.rank))
         with self._autocast():
-            logits = self._parallel(inputs)
+            logits = self._forward(inputs)
             loss = self._objective.loss(logits, targets, inputs)
         # The mean over processes of these is the mean over the global batch, however it was shared.
         self.scaler.scale(loss * self.processes.count / self.selected(batch.count)).backward()
@@ -231,25 +252,15 @@ class Learner:
         inputs = batch.inputs[chosen].contiguous(memory_format=torch.channels_last)
         return inputs, batch.labels[chosen], loss.detach()
 
+    def _compiled(self, network: nn.Module) -> nn.Module:
+        """``network`` as the steps run it, with the same parameters."""
+        if not self.compiled:
+            return network
+        compiled: nn.Module = torch.compile(network, dynamic=False)  # type: ignore[assignment]
+        return compiled
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-    def _count_steps(self) -> int:
-        batch_size = self.recipe.batch_size
-        whole, rest = divmod(len(self.images), batch_size)
-        steps = whole if self.recipe.drop_last or not rest else whole + 1
-        if steps == 0:
-            raise TrainingError(
-                f"{len(self.images)} images are fewer than a batch of "
-                f"{batch_size}: raise --limit or set a smaller batch_size"
-            )
-        smallest = batch_size if steps == whole else rest
-        if smallest < self.processes.count:
-            raise TrainingError(
-                f"{self.processes.count} processes cannot share a batch of {smallest}: start fewer, or "
-                "set another batch_size or drop_last"
-            )
-        return steps
 
     def _too_large(self, count: int, epoch: int) -> TrainingError:
         if self.processes.count > 1:
@@ -302,6 +313,33 @@ class Learner:
                 logits = self.model(inputs)
         logits.sum().backward()
         return sum(kept.values())
+
+
+def count_steps(recipe: Recipe, images: int) -> tuple[int, int]:
+    """The steps of an epoch over so many images, and the images of its smallest batch.
+
+    Raises:
+        TrainingError: there is not a single step.
+    """
+    whole, rest = divmod(images, recipe.batch_size)
+    if rest and not recipe.drop_last:
+        return whole + 1, rest
+    if whole == 0:
+        raise TrainingError(
+            f"{images} images are fewer than a batch of {recipe.batch_size}: raise --limit or set a "
+            "smaller batch_size"
+        )
+    return whole, recipe.batch_size
+
+
+def _is_of_compiler(error: RuntimeError) -> bool:
+    from torch._dynamo.exc import TorchDynamoException  # takes a second, which few runs need
+
+    return isinstance(error, TorchDynamoException)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
 
 
 def mix(*numbers: int) -> int:

@@ -49,6 +49,7 @@ class Run:
         processes: that share the run.
         console: for the progress bar and a line an epoch, in the first process.
         tensorboard: write the epochs' metrics as TensorBoard events too.
+        compiled: whether the steps' networks are; None is as the device has it.
 
     Raises:
         TrainingError: too few images for a batch or for the processes.
@@ -63,6 +64,7 @@ class Run:
         processes: Processes,
         console: Console,
         tensorboard: bool = False,
+        compiled: bool | None = None,
     ) -> None:
         self.folder, self.state, self.processes, self.console = folder, state, processes, console
         self.recipe = state.parsed_recipe()
@@ -76,6 +78,7 @@ class Run:
             train.first(limit),
             processes,
             folder / TEACHER,
+            compiled,
         )
         self.device = self.learner.device
         self.val_images = val.first(limit).to(self.device)

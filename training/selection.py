@@ -6,9 +6,11 @@ there, the small network learns only from what it chooses: what it has not chose
 and chooses again.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from training import optimizer
 from training.data import Images
@@ -27,6 +29,7 @@ class Selector:
         images: the first of them whiten its stem.
         processes: that share each batch.
         device: where the batches lie.
+        compiled: gives a network as the steps run it.
 
     Attributes:
         network, optimizers: with their states, which a run saves and loads.
@@ -40,11 +43,12 @@ class Selector:
         images: Images,
         processes: Processes,
         device: torch.device,
+        compiled: Callable[[nn.Module], nn.Module],
     ) -> None:
         self._share, self._smoothing, self._processes = config.share, recipe.label_smoothing, processes
         network = initial_network(config.model, recipe, seed, images)
         self.network = network.to(device).to(memory_format=torch.channels_last)
-        self._parallel = processes.parallel(self.network)
+        self._forward = compiled(processes.parallel(self.network))
         self.optimizers = optimizer.build(config.optimizer, self.network)
 
     def count(self, images: int) -> int:
@@ -64,8 +68,8 @@ class Selector:
             chosen, and which of ``inputs`` are: int64, ascending; as many as ``count`` says in all
             processes together.
         """
-        self._parallel.train()
-        logits = self._parallel(inputs)
+        self._forward.train()
+        logits = self._forward(inputs)
         losses = F.cross_entropy(
             logits.float(), labels, label_smoothing=self._smoothing, reduction="none"
         )

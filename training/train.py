@@ -17,7 +17,7 @@ from training.checkpoint import Checkpoint, RunFacts
 from training.data import DataSet
 from training.files import held, replacing
 from training.initial import initial_network
-from training.learner import TrainingError
+from training.learner import TrainingError, count_steps
 from training.processes import Processes
 from training.recipe import Recipe
 from training.results import Result
@@ -50,11 +50,13 @@ def create(
         deterministic: a GPU gives the same weights for the same seed, however the run is cut up.
 
     Raises:
-        TrainingError: the folder holds a run, or another process trains in it.
+        TrainingError: fewer images than a batch, or the folder holds a run, or another process trains
+            in it.
         RecipeError: parts of the recipe that do not fit each other.
         CheckpointError: a teacher that cannot be used, or is not finished.
     """
     train_images = data.split(dataset.train, recipe.data.validation)[0].first(limit)
+    count_steps(recipe, len(train_images))
     network = initial_network(recipe.model, recipe, seed, train_images)
     optimizers = optimizer.build(recipe.optimizer, network)
     selector: nn.Module | None = None
@@ -96,6 +98,7 @@ def resume(
     watch: Watch,
     processes: Processes,
     tensorboard: bool = False,
+    compiled: bool | None = None,
 ) -> Checkpoint:
     """Train a created run from its last checkpoint to its end, and evaluate it if it is complete.
 
@@ -121,7 +124,7 @@ def resume(
         if not state.finished or (complete and state.result is None):
             if state.run.get("deterministic"):
                 device.be_deterministic()
-            run = Run(folder, state, dataset, processes, console, tensorboard)
+            run = Run(folder, state, dataset, processes, console, tensorboard, compiled)
             with watch.signals():
                 run.train(watch)
                 if complete:

@@ -1,3 +1,5 @@
+import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,31 @@ def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     network = initial_network(chosen.model, chosen, 0, images)
     with pytest.raises(TrainingError, match=r"process 3 on a machine with 2 GPUs: .*-node 2"):
         Learner(chosen, 0, network, images, Processes(), Path())
+
+
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+
+
+@needs_a_compiler
+def test_compiled_steps_are_the_same_steps() -> None:
+    chosen, images = recipe.load("A1", ["batch_size=32"]), data.load_sample().train
+    losses, networks = [], []
+    for compiled in (False, True):
+        network = initial_network(chosen.model, chosen, 0, images)
+        learner = Learner(chosen, 0, network, images, Processes(), Path(), compiled)
+        assert learner.precision.endswith(", compiled") == compiled
+        batches = itertools.islice(learner.batches(0), 3)
+        losses.append([learner.learn(batch, float)[0].item() for batch in batches])
+        networks.append(learner.result.state_dict())
+    assert losses[1] == pytest.approx(losses[0])
+    assert networks[1].keys() == networks[0].keys()
+    for name, values in networks[0].items():
+        torch.testing.assert_close(networks[1][name], values, rtol=1e-3, atol=1e-4)
+
+
+def test_steps_of_several_processes_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    chosen, images = recipe.load("A1"), data.load_sample().train
+    network = initial_network(chosen.model, chosen, 0, images)
+    with pytest.raises(TrainingError, match="in a single process only: leave out --compile"):
+        Learner(chosen, 0, network, images, Processes(), Path(), compiled=True)

@@ -53,6 +53,33 @@ def test_every_recipe_trains_a_few_steps(name: str, tmp_path: Path, uninterrupte
     assert after == before
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+def test_a_compiled_run_is_resumed_compiled(tmp_path: Path) -> None:
+    compiled = ["A1", "--epochs", "2", "--limit", "64", "--set", "batch_size=16", "--compile", "--out"]
+    assert main(["run", *compiled, str(tmp_path / "whole")]) == 0
+    assert main(["run", *compiled, str(tmp_path / "parts"), "--max-seconds", "1"]) == 75
+    resume = [sys.executable, "-m", "training", "resume", str(tmp_path / "parts"), "--compile"]
+    subprocess.run(resume, check=True)
+    whole, parts = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+    assert [session["precision"] for session in parts.sessions] == ["float32, compiled"] * 2
+    assert all(torch.equal(values, parts.model[name]) for name, values in whole.model.items())
+
+
+def test_what_cannot_be_compiled_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    run = [sys.executable, "-m", "training", "run", "A1", *SMALL, "--compile"]
+    done = subprocess.run(
+        [*run, "--out", str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: the steps cannot be compiled here: InvalidCxxCompiler: ")
+    assert error.endswith("or go on with --no-compile")
+
+
 def test_training_learns(uninterrupted: Path) -> None:
     history = checkpoint.load(uninterrupted / "checkpoint.pt").history
     assert history[-1]["train_loss"] < history[0]["train_loss"] < 2.31
@@ -233,6 +260,7 @@ def test_wrong_arguments_are_one_clear_line(
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
