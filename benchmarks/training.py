@@ -3,9 +3,10 @@
 The plain loop is as the reports wrote theirs: a DataLoader with two workers, torchvision transforms
 image by image, the default memory format, float32 unless the report used mixed precision (on a GPU).
 Both train the recipe's network on its batch size, the job by steps that are compiled on a GPU, as in a
-run; a third measurement is the training job without augmentation. Recipes of ours have no plain loop, and are measured at the size of images that they begin
-with. Measurements take turns in rounds, so that a change of the machine's pace meets all, and each has
-a process of its own: the job's memory settings would serve the plain loop too.
+run; a third measurement is the training job without augmentation. Recipes of ours have no plain loop,
+and are measured at the size of images that they begin with. Measurements take turns in rounds, so that a
+change of the machine's pace meets all, and each has a process of its own: the job's memory settings
+would serve the plain loop too.
 
 ``python -m benchmarks.training`` measures and writes ``benchmarks/training.json``;
 ``--markdown`` prints the table that the README has from that file.
