@@ -267,8 +267,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--compile",
             action=argparse.BooleanOptionalAction,
-            help="compile the steps, which takes a minute for each size of images (default: on a GPU, "
-            "but not with --deterministic or torchrun)",
+            help="compile the steps, which takes g++, Python's headers, and a minute for each size of "
+            "images (default: on a GPU where they are, but not with --deterministic or torchrun)",
         )
 
     finding = commands.add_parser(

@@ -3,7 +3,9 @@
 import ctypes
 import os
 import platform
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import loky
@@ -35,11 +37,18 @@ def precision(amp: str, device: torch.device) -> torch.dtype:
 def compiles(device: torch.device) -> bool:
     """Whether compiled steps are the rule on ``device``.
 
-    On a GPU, whose operations would else wait for the program that starts them one by one; not where
-    runs have to be reproducible, as a compiled step may be another one after a resumption. On a CPU
-    what compiling takes is more than most runs gain by it.
+    On a GPU, whose operations would else wait for the program that starts them one by one, where the
+    tools are here; not where runs have to be reproducible, as a compiled step may be another one after a
+    resumption. On a CPU what compiling takes is more than most runs gain by it.
     """
-    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return device.type == "cuda" and not deterministic and can_compile()
+
+
+def can_compile() -> bool:
+    """Whether what torch compiles with is here: a C++ compiler, and Python's headers."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def describe(device: torch.device) -> str:

@@ -178,7 +178,7 @@ class Learner:
                 if self.compiled and _is_of_compiler(error):
                     raise TrainingError(
                         f"the steps cannot be compiled here: {_first_line(error)}; install what is "
-                        "missing, such as a C++ compiler, or go on with --no-compile"
+                        "missing, such as g++ and Python's headers, or go on with --no-compile"
                     ) from error
                 raise
         # Only now, without the exception, the step's own memory is free.

@@ -1,7 +1,6 @@
 """The benchmark of inference runs; what it measures depends on the machine."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from benchmarks.stored import BenchmarkError, read
 from export import metadata
 from serving.model import Model
 from serving.settings import BUNDLED_MODEL
+from tests.compiler import needs_a_compiler
 from training import data, recipe
 
 SIZES = [1, 2]
@@ -148,7 +148,7 @@ def test_input_and_output_stay_bound_from_batch_to_batch(images: npt.NDArray[np.
         np.testing.assert_allclose(bound(batch), plain(batch), atol=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+@needs_a_compiler
 def test_pytorch_is_compiled(images: npt.NDArray[np.uint8]) -> None:
     logits = []
     for engine in (engines.pytorch("fp32"), engines.pytorch("fp16", compiled=True)):

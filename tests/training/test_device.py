@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tests.compiler import needs_a_compiler
 from training import device, recipe
 
 
@@ -12,3 +13,15 @@ def test_no_more_threads_than_the_quota_has_cores(monkeypatch: pytest.MonkeyPatc
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_a_compiler
+def test_steps_are_compiled_on_a_gpu_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    assert device.compiles(gpu)
+    assert not device.compiles(torch.device("cpu"))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not device.compiles(gpu)
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    assert not device.compiles(gpu)

@@ -1,10 +1,10 @@
 import itertools
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.compiler import needs_a_compiler
 from training import data, recipe
 from training.initial import initial_network
 from training.learner import Learner, TrainingError
@@ -38,9 +38,6 @@ def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     network = initial_network(chosen.model, chosen, 0, images)
     with pytest.raises(TrainingError, match=r"process 3 on a machine with 2 GPUs: .*-node 2"):
         Learner(chosen, 0, network, images, Processes(), Path())
-
-
-needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
 
 
 @needs_a_compiler

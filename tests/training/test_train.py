@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.compiler import needs_a_compiler
 from training import checkpoint, data, recipe, results
 from training.__main__ import main
 from training.evaluate import evaluate
@@ -53,7 +54,7 @@ def test_every_recipe_trains_a_few_steps(name: str, tmp_path: Path, uninterrupte
     assert after == before
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+@needs_a_compiler
 def test_a_compiled_run_is_resumed_compiled(tmp_path: Path) -> None:
     compiled = ["A1", "--epochs", "2", "--limit", "64", "--set", "batch_size=16", "--compile", "--out"]
     assert main(["run", *compiled, str(tmp_path / "whole")]) == 0

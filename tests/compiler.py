@@ -1,0 +1,9 @@
+"""The mark of tests for which torch compiles."""
+
+import pytest
+
+from training import device
+
+needs_a_compiler = pytest.mark.skipif(
+    not device.can_compile(), reason="torch compiles with g++ and Python's headers"
+)
