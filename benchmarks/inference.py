@@ -190,7 +190,7 @@ def engines(precision: str, file: Path) -> list[str]:
     providers = ["cpu", *(other.short_name for other in others(file.read_bytes()))]
     if precision == "fp16":
         found = [f"service:{name}" for name in providers if name in ("cuda", "tensorrt")]
-        return [*found, "bound:cuda", "compiled:fp16"]
+        return [*found, "bound:cuda", "compiled:fp16"] if "cuda" in providers else found
     found = [f"service:{name}" for name in providers]
     if stored.version_of("openvino"):
         found.append("openvino")

@@ -90,11 +90,11 @@ class Learner:
         self.device = device.choose(processes.local_rank)
         device.prepare(recipe, self.device)
         self.dtype = device.precision(recipe.amp, self.device)
-        self.compiled = compiled or False
-        if compiled is None:
-            self.compiled = processes.count == 1 and device.compiles(self.device)
-        elif compiled and processes.count > 1:
+        if compiled and processes.count > 1:
             raise TrainingError("steps are compiled in a single process only: leave out --compile")
+        if compiled is None:
+            compiled = processes.count == 1 and device.compiles(self.device)
+        self.compiled = compiled
         self.images = images.to(self.device)
         self.steps, smallest = count_steps(recipe, len(images))
         if smallest < processes.count:
@@ -176,9 +176,10 @@ class Learner:
         except RuntimeError as error:
             if not device.out_of_memory(error):
                 if self.compiled and _is_of_compiler(error):
+                    reason = str(error).partition("\n")[0]
                     raise TrainingError(
-                        f"the steps cannot be compiled here: {_first_line(error)}; install what is "
-                        "missing, such as g++ and Python's headers, or go on with --no-compile"
+                        f"the steps cannot be compiled here: {reason}; install what is missing, such as "
+                        "g++ and Python's headers, or go on with --no-compile"
                     ) from error
                 raise
         # Only now, without the exception, the step's own memory is free.
@@ -336,10 +337,6 @@ def _is_of_compiler(error: RuntimeError) -> bool:
     from torch._dynamo.exc import TorchDynamoException  # takes a second, which few runs need
 
     return isinstance(error, TorchDynamoException)
-
-
-def _first_line(error: RuntimeError) -> str:
-    return str(error).partition("\n")[0]
 
 
 def mix(*numbers: int) -> int:

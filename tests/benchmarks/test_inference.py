@@ -18,6 +18,7 @@ from benchmarks.server import ROOT
 from benchmarks.stored import BenchmarkError, read
 from export import metadata
 from serving.model import Model
+from serving.providers import obstacle
 from serving.settings import BUNDLED_MODEL
 from tests.compiler import needs_a_compiler
 from training import data, recipe
@@ -112,6 +113,8 @@ def test_a_recipes_network_in_each_precision() -> None:
         assert (model.name, list(model.files)) == ("A1", ["fp32", "fp16", "int8"])
         for precision, file in model.files.items():
             assert Model(file, "cpu", 1).metadata["precision"] == precision
+        if obstacle("cuda"):
+            assert benchmark.engines("fp16", model.files["fp16"]) == []
         operators = {node.op_type for node in onnx.load(model.files["int8"]).graph.node}
         assert {"QuantizeLinear", "DequantizeLinear", "Conv"} <= operators
 
