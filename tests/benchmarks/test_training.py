@@ -54,7 +54,7 @@ def test_figures_become_a_table_without_a_plain_loop_for_a_recipe_of_ours(
     printed = capsys.readouterr().out
     (rates,) = read(benchmark.Figures, Path("training.json")).rates
     assert (rates.plain, rates.ratio) == ([], None)
-    assert re.search(r"\| small.toml \| 100 \| \w+ \| [\d,]+ \|  \|  \| [\d,]+ \| \d+ % \|", printed)
+    assert re.search(r"\| small\.toml \| 100 \| \w+ \| [\d,]+ \|  \|  \| [\d,]+ \| \d+ % \|", printed)
 
     assert benchmark.main(["--markdown", "--figures", "training.json"]) == 0
     assert capsys.readouterr().out == printed
