@@ -22,7 +22,7 @@ serve: .venv/.serve  ## start the service with the bundled model (PORT=3000)
 	.venv/bin/bentoml serve --port $(PORT)
 
 test: lint  ## run ruff, the type checker and all tests
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.dev  ## run ruff and the type checker
 	.venv/bin/ruff check

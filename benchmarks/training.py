@@ -198,17 +198,8 @@ Loop = Callable[[Recipe, data.DataSet], Iterator[int]]
 
 
 def measure(loop: Loop, recipe: Recipe, seconds: float) -> float:
-    """Images per second of a loop's steps on the data set, after a warm-up.
-
-    Raises:
-        BenchmarkError: too few images for a batch.
-        DataError: no data set.
-    """
-    dataset = data.load()
-    images = len(data.split(dataset.train, recipe.data.validation)[0])
-    if images < recipe.batch_size:
-        raise BenchmarkError(f"{images} images are fewer than a batch of {recipe.batch_size}")
-    steps = loop(recipe, dataset)
+    """Images per second of a loop's steps on the data set, after a warm-up."""
+    steps = loop(recipe, data.load())
     _pace(steps, WARM_UP * seconds, 1)
     return _pace(steps, seconds, LEAST_STEPS)
 
@@ -240,13 +231,16 @@ def _apart(loop: Loop, recipe: Recipe, seconds: float) -> float:
             raise BenchmarkError("a measurement was killed, perhaps for want of memory") from error
 
 
-def compare(name: str, chosen: Recipe, seconds: float, rounds: int) -> Rates:
+def compare(name: str, chosen: Recipe, dataset: data.DataSet, seconds: float, rounds: int) -> Rates:
     """Measure the recipe ``chosen``, called ``name``, in ``rounds`` of ``seconds`` a measurement.
 
     Raises:
-        BenchmarkError: too few images for a batch, or too little memory.
-        DataError: no data set.
+        BenchmarkError: ``dataset``, which each process loads for itself, has too few images for a batch;
+            or too little memory.
     """
+    images = len(data.split(dataset.train, chosen.data.validation)[0])
+    if images < chosen.batch_size:
+        raise BenchmarkError(f"{images} images are fewer than a batch of {chosen.batch_size}")
     paces: dict[Loop, list[float]] = {job: [], job_without_augmentation: []}
     if chosen.report is not None:
         paces[plain] = []
@@ -305,11 +299,11 @@ def _measure(options: argparse.Namespace) -> Iterator[Figures]:
     if options.rounds < 1 or options.seconds <= 0:
         raise BenchmarkError("--rounds has to be at least 1, and --seconds above 0")
     chosen = {name: recipe.load(name) for name in options.recipes}
-    data.load()  # if it has to be downloaded, then now
+    dataset = data.load()  # if it has to be downloaded, then now
     begun = stored.begin(PACKAGES)
     rates: list[Rates] = []
     for name, part in chosen.items():
-        rates.append(compare(name, part, options.seconds, options.rounds))
+        rates.append(compare(name, part, dataset, options.seconds, options.rounds))
         print(f"{name}: {median(rates[-1].job):,.0f} images/s", file=sys.stderr)
         yield Figures(**begun, n=options.rounds, seconds=options.seconds, rates=rates)
 

@@ -1,11 +1,27 @@
-"""One `bentoml serve` process for the session."""
+"""Tests that share the cores, and one `bentoml serve` process for the session."""
 
+import os
 from collections.abc import Iterator
 
 import httpx
+import loky
 import pytest
 
 from tests.serving.server import serving
+
+CORES: int = loky.cpu_count()
+MOST_WORKERS = 4  # more take more memory than they gain time
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Before torch comes in, here and in the processes that tests start: more threads would only wait for
+    # those of the other workers.
+    threads = max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """The workers of `--numprocesses auto`."""
+    return min(MOST_WORKERS, CORES)
 
 
 @pytest.fixture(scope="session")

@@ -165,8 +165,8 @@ def test_who_does_not_take_the_answers_is_hung_up_on(strict_url: str) -> None:
 def test_who_floods_with_connections_pushes_out_the_own_ones(
     tmp_path: Path, images: npt.NDArray[np.uint8]
 ) -> None:
-    half = post("/classify", 100_000)
-    begins = [b"", b"GET /", half + b"x", post("/classify", 0) + half]
+    half, whole = post("/classify", 100_000), post("/classify", 0)
+    begins = [b"", b"GET /", half + b"x", whole + half]
     with (
         serving(
             tmp_path,
@@ -187,6 +187,8 @@ def test_who_floods_with_connections_pushes_out_the_own_ones(
         for begin in begins * 10:
             flood.append(stack.enter_context(connected(url)))
             flood[-1].sendall(begin)
+            if begin.startswith(whole):  # from whose answer on the next request is waited for
+                assert flood[-1].recv(65536)
         assert httpx.get(f"{url}/healthz").status_code == 200
         for connection in flood[:-6]:
             with suppress(ConnectionResetError):

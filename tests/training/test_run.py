@@ -240,12 +240,13 @@ def test_out_of_memory_in_the_evaluation_is_named(
     block = "model.block={kind='bottleneck', reduction=8, groups=1}"
     settings = ["data.validation=0.98", "augment=[]", "batch_size=20", "model.widths=[64,8,8]", block]
     process = start(
-        *("run", "B2", "--epochs", "1", "--out", str(tmp_path / "run"), "--set", *settings),
+        *("run", "B2", "--epochs", "1", "--limit", "8000", "--out", str(tmp_path / "run")),
+        *("--set", *settings),
         before=scarce,
     )
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "error: out of memory in the evaluation of 19600 images on cpu: make room, and" in errors
+    assert "error: out of memory in the evaluation of 8000 images on cpu: make room, and" in errors
     assert main(["resume", str(tmp_path / "run")]) == 0
 
 
