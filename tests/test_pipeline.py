@@ -24,7 +24,8 @@ def test_from_recipe_to_submission(tmp_path: Path) -> None:
     run, model_file = tmp_path / "run", tmp_path / "model.onnx"
     # A recipe with a few more steps than 500 images have in ours, so that something is learned.
     settings = ["batch_size=50", "epochs=10", "optimizer.bias_lr=2.65", "optimizer.head_lr=33.5",
-                "optimizer.lr=0.05", "resolution=[{from_epoch = 0, size = 16}]"]  # fmt: skip
+                "optimizer.lr=0.05", "resolution=[{from_epoch = 0, size = 16}]",
+                "model.widths=[32,64,128]"]  # fmt: skip
     (tmp_path / "small.toml").write_text(recipe.load("fast", settings).to_toml())
     command("training", "run", str(tmp_path / "small.toml"), "--out", str(run))
     command("export", "write", str(run / "checkpoint.pt"), str(model_file))
