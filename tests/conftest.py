@@ -10,7 +10,7 @@ import pytest
 from tests.serving.server import serving
 
 CORES: int = loky.cpu_count()
-MOST_WORKERS = 4  # more take more memory than they gain time
+MOST_WORKERS = 4  # each takes memory for torch, and for the servers that it starts
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Before torch comes in, here and in the processes that tests start: more threads would only wait for
