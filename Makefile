@@ -21,6 +21,7 @@ help:  ## show this help
 serve: .venv/.serve  ## start the service with the bundled model (PORT=3000)
 	.venv/bin/bentoml serve --port $(PORT)
 
+# Files whole and in order: a worker then makes the fixtures of a package once.
 test: lint  ## run ruff, the type checker and all tests
 	.venv/bin/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 

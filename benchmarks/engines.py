@@ -122,7 +122,7 @@ def pytorch(precision: str, compiled: bool = False) -> Engine:
         from training.evaluate import Classifier
         from training.model import build
 
-        torch.set_num_threads(min(torch.get_num_threads(), loky.cpu_count()))
+        device.limit_threads()
         place = device.choose()
         parsed = recipes.load(variant.recipe).model_copy(update={"views": variant.views})
         classifier: torch.nn.Module = Classifier(build(parsed.model), parsed).eval().to(place)

@@ -62,21 +62,28 @@ def describe(device: torch.device) -> str:
 def prepare(recipe: Recipe, device: torch.device) -> None:
     """Set the process up for fast training on ``device``.
 
-    On a CPU there are no more threads than a container's quota has cores for, as they would only take
-    time from each other. With glibc large activations would be mapped and unmapped anew in every step,
-    and much of the time would go into page faults; so freed memory stays in the heap.
+    On a CPU with glibc large activations would be mapped and unmapped anew in every step, and much of
+    the time would go into page faults; so freed memory stays in the heap.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for nccl, which else takes the first one in every process
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.backends.cudnn.benchmark = not (recipe.resolution or deterministic)
         return
-    torch.set_num_threads(min(torch.get_num_threads(), loky.cpu_count()))
+    limit_threads()
     if libc := _glibc():
         mmap_max, trim_threshold, top_pad = -4, -1, -2  # M_* of malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 256 * 2**20)
+
+
+def limit_threads() -> None:
+    """Have no more threads than a container's quota has cores for.
+
+    They would only take time from each other.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), loky.cpu_count()))
 
 
 def be_deterministic() -> None:
