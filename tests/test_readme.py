@@ -3,13 +3,14 @@
 import json
 import re
 import subprocess
+from pathlib import Path
 
 import onnx
 import pytest
 from httpx import Client
 
 from benchmarks import inference, serving, soak, training
-from benchmarks.stored import read
+from benchmarks.stored import FOLDER, read
 from export.parity import LIMITS, percent
 from serving.errors import RequestError
 from serving.settings import BUNDLED_MODEL, PREFIX, Settings
@@ -81,8 +82,9 @@ def test_pace_of_training_is_the_table_of_the_benchmark() -> None:
     assert training.markdown(read(training.Figures)) in README
 
 
-def test_pace_of_inference_is_the_tables_of_the_benchmark() -> None:
-    assert inference.markdown(read(inference.Figures)) in README
+@pytest.mark.parametrize("file", [inference.Figures.file(), FOLDER / "inference-avx2.json"])
+def test_pace_of_inference_is_the_tables_of_the_benchmark(file: Path) -> None:
+    assert inference.markdown(read(inference.Figures, file)) in README
 
 
 def test_pace_of_serving_is_the_table_of_the_benchmark() -> None:

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from export.provider import CPU
 from tests.export.conftest import Train
 from training import data
 
+Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
 
 @pytest.fixture(scope="module")
 def pixels() -> NDArray[np.uint8]:
@@ -20,8 +24,9 @@ def pixels() -> NDArray[np.uint8]:
     return pixels
 
 
-def logits(ensemble: Ensemble, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return CPU.logits(graph.build(ensemble).SerializeToString(), pixels)
+def exported(ensemble: Ensemble) -> Run:
+    """What the ensemble's graph computes."""
+    return partial(CPU.logits, graph.build(ensemble).SerializeToString())
 
 
 def test_probabilities_of_members_are_averaged(
@@ -30,7 +35,7 @@ def test_probabilities_of_members_are_averaged(
     members = [load(path, None) for path in (train("A1"), train("fast"), trained)]
     with torch.no_grad():
         each = [part.classifier().eval()(torch.from_numpy(pixels)).softmax(1) for part in members]
-    together = logits(Ensemble([part.classifier() for part in members]), pixels)
+    together = exported(Ensemble([part.classifier() for part in members]))(pixels)
     expected = torch.stack(each).mean(0).numpy()
     np.testing.assert_allclose(np.exp(together), expected, rtol=1e-4, atol=1e-6)
     assert not np.allclose(np.exp(together), each[2].numpy(), atol=1e-2)
@@ -38,38 +43,36 @@ def test_probabilities_of_members_are_averaged(
 
 def test_temperature_divides_the_logits(trained: Path, pixels: NDArray[np.uint8]) -> None:
     member = load(trained, None)
-    cold, warm = (logits(Ensemble([member.classifier()], t), pixels) for t in (1.0, 2.5))
+    cold, warm = (exported(Ensemble([member.classifier()], t))(pixels) for t in (1.0, 2.5))
     np.testing.assert_allclose(warm * 2.5, cold, rtol=1e-4, atol=1e-5)
 
 
 def test_views_average_the_image_and_its_mirror_image(trained: Path, pixels: NDArray[np.uint8]) -> None:
     mirrored: NDArray[np.uint8] = np.ascontiguousarray(pixels[:, :, ::-1])
-    averaged = Ensemble([load(trained, None).classifier()])  # its views are flip
-    np.testing.assert_allclose(
-        logits(averaged, mirrored), logits(averaged, pixels), rtol=1e-4, atol=1e-5
-    )
-    single = Ensemble([load(trained, "none").classifier()])
-    both = [logits(single, view) for view in (pixels, mirrored)]
-    np.testing.assert_allclose(logits(averaged, pixels), (both[0] + both[1]) / 2, rtol=1e-4, atol=1e-5)
+    averaged = exported(Ensemble([load(trained, None).classifier()]))  # its views are flip
+    np.testing.assert_allclose(averaged(mirrored), averaged(pixels), rtol=1e-4, atol=1e-5)
+    single = exported(Ensemble([load(trained, "none").classifier()]))
+    both = [single(view) for view in (pixels, mirrored)]
+    np.testing.assert_allclose(averaged(pixels), (both[0] + both[1]) / 2, rtol=1e-4, atol=1e-5)
     assert not np.allclose(both[0], both[1], atol=1e-2)
 
 
 def test_shifted_views_weigh_half(trained: Path, pixels: NDArray[np.uint8]) -> None:
-    member = load(trained, "flip_shift")
-    averaged, single = Ensemble([member.classifier()]), Ensemble([load(trained, "none").classifier()])
+    averaged = exported(Ensemble([load(trained, "flip_shift").classifier()]))
+    single = exported(Ensemble([load(trained, "none").classifier()]))
     padded: NDArray[np.uint8] = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     expected = np.zeros((len(pixels), 10), np.float32)
     for view, share in ((pixels, 0.25), (padded[:, :32, :32], 0.125), (padded[:, 2:, 2:], 0.125)):
         for seen in (view, view[:, :, ::-1]):
-            expected += share * logits(single, np.ascontiguousarray(seen))
-    np.testing.assert_allclose(logits(averaged, pixels), expected, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(expected, logits(single, pixels), atol=1e-2)
+            expected += share * single(np.ascontiguousarray(seen))
+    np.testing.assert_allclose(averaged(pixels), expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(expected, single(pixels), atol=1e-2)
 
 
 def test_any_batch_size_gives_the_same_logits(trained: Path, pixels: NDArray[np.uint8]) -> None:
-    model = graph.build(Ensemble([load(trained, None).classifier()])).SerializeToString()
-    one_by_one = np.concatenate([CPU.logits(model, pixels[i : i + 1]) for i in range(7)])
-    np.testing.assert_allclose(CPU.logits(model, pixels[:7]), one_by_one, rtol=1e-4, atol=1e-5)
+    run = exported(Ensemble([load(trained, None).classifier()]))
+    one_by_one = np.concatenate([run(pixels[i : i + 1]) for i in range(7)])
+    np.testing.assert_allclose(run(pixels[:7]), one_by_one, rtol=1e-4, atol=1e-5)
 
 
 def test_rounded_is_half_within_the_rounding_of_sums(trained: Path, pixels: NDArray[np.uint8]) -> None:
