@@ -7,6 +7,7 @@ import asyncio
 import atexit
 import contextlib
 import functools
+import gc
 import logging
 import os
 import tempfile
@@ -274,6 +275,10 @@ class Classifier:
 
         self.metrics = metrics
         metrics.forget_the_dead()
+        # A full garbage collection looks at every object, and all requests wait meanwhile: a tenth of a
+        # second where cores are slow. Those of the libraries stay for good, so it need not look at them.
+        gc.collect()
+        gc.freeze()
         try:
             self.deployment = deploy(SETTINGS, metrics)
         except StartError as refusal:
