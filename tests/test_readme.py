@@ -87,8 +87,9 @@ def test_pace_of_inference_is_the_tables_of_the_benchmark(file: Path) -> None:
     assert inference.markdown(read(inference.Figures, file)) in README
 
 
-def test_pace_of_serving_is_the_table_of_the_benchmark() -> None:
-    assert serving.markdown(read(serving.Figures)) in README
+@pytest.mark.parametrize("file", [serving.Figures.file(), FOLDER / "serving-a1.json"])
+def test_pace_of_serving_is_the_table_of_the_benchmark(file: Path) -> None:
+    assert serving.markdown(read(serving.Figures, file)) in README
 
 
 def test_soak_is_the_table_of_its_figures() -> None:
