@@ -1,6 +1,7 @@
 """Tests that share the cores, and one `bentoml serve` process for the session."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import httpx
@@ -17,6 +18,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # those of the other workers.
     threads = max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ["OMP_NUM_THREADS"] = str(threads)
+
+# Who is started in the background of a script ignores Ctrl-C, and so do the processes that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers() -> int:
