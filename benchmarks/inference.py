@@ -9,7 +9,8 @@ process's start to the CSV, beside the engine's part of it. Measurements take tu
 change of the machine's pace meets all, and each has a process of its own.
 
 ``python -m benchmarks.inference`` measures and writes ``benchmarks/inference.json``;
-``--markdown`` prints the tables that the README has from that file.
+``--markdown`` prints the tables that the README has from that file. Those in ``inference-avx2.json`` are
+of ``--models accurate --seconds 2`` on another machine.
 """
 
 import argparse

@@ -6,7 +6,8 @@ Servers run one after the other on the same cores as their client: the service, 
 service's engine and its int8 file, which shows what is engine and what is server.
 
 ``python -m benchmarks.serving`` measures, writes ``benchmarks/serving.json`` and each load's raw figures
-to ``benchmarks/results/serving.jsonl``; ``--markdown`` prints the README's tables from the former.
+to ``benchmarks/results/serving.jsonl``; ``--markdown`` prints the README's tables from the former. Those
+of the servers by themselves, ``serving-a1``, are of ``--network A1``.
 """
 
 import argparse

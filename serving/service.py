@@ -276,7 +276,8 @@ class Classifier:
         self.metrics = metrics
         metrics.forget_the_dead()
         # A full garbage collection looks at every object, and all requests wait meanwhile: a tenth of a
-        # second where cores are slow. Those of the libraries stay for good, so it need not look at them.
+        # second where cores are slow. Those of the libraries stay for good, so it need not look at them;
+        # the model, which comes after this, may be replaced.
         gc.collect()
         gc.freeze()
         try:

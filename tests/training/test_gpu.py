@@ -61,13 +61,14 @@ class PretendedGPU(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        place = torch.device(kwargs.get("device") or "cpu")
-        if place != CUDA and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        places = {tensor.device for tensor in tensors}
+        if kwargs.get("device") is not None:
+            places.add(kwargs["device"])
+        if CUDA not in places and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return func(*args, **kwargs)
-        if func in COPIES and self.hurries:
-            places = {tensor.device for tensor in tensors} | ({place} if "device" in kwargs else set())
-            if len(places) > 1 and not (kwargs.get("non_blocking") or args[2:] == (True,)):
-                raise Waited(f"{func} between {' and '.join(sorted(map(str, places)))}")
+        waits = len(places) > 1 and not (kwargs.get("non_blocking") or args[2:] == (True,))
+        if func in COPIES and self.hurries and waits:
+            raise Waited(f"{func} between {' and '.join(sorted(map(str, places)))}")
         if func in WITHOUT_FORM:
             assert {tensor.device for tensor in tensors} == {CUDA}
             return None
