@@ -25,8 +25,12 @@ def uniform(generator: Generator, *shape: int) -> Array:
 
 
 def beside(images: Tensor, parameters: Array) -> Tensor:
-    """``parameters`` as a tensor on the device of ``images``; the copy does not wait for the device."""
-    return torch.from_numpy(parameters).to(images.device, non_blocking=True)
+    """``parameters`` as a tensor on the device of ``images``.
+
+    The copy does not wait for a GPU, as one from pageable memory might.
+    """
+    tensor = torch.from_numpy(parameters)
+    return (tensor.pin_memory() if images.is_cuda else tensor).to(images.device, non_blocking=True)
 
 
 def by_group(

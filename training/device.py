@@ -11,8 +11,6 @@ from pathlib import Path
 import loky
 import torch
 
-from training.recipe import Recipe
-
 
 def choose(index: int = 0) -> torch.device:
     """The CUDA GPU of this ``index``, or the CPU where there is none."""
@@ -32,6 +30,13 @@ def precision(amp: str, device: torch.device) -> torch.dtype:
     abilities = torch.cpu.get_capabilities()
     native = abilities.get("amx_bf16") or abilities.get("avx512_bf16")
     return torch.bfloat16 if native else torch.float32
+
+
+def rounds_to_tf32(device: torch.device) -> bool:
+    """Whether float32 convolutions on ``device`` round what they multiply to TF32, torch's default."""
+    if device.type != "cuda" or not torch.backends.cudnn.allow_tf32:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def compiles(device: torch.device) -> bool:
@@ -59,7 +64,7 @@ def describe(device: torch.device) -> str:
     return processor
 
 
-def prepare(recipe: Recipe, device: torch.device) -> None:
+def prepare(device: torch.device) -> None:
     """Set the process up for fast training on ``device``.
 
     On a CPU with glibc large activations would be mapped and unmapped anew in every step, and much of
@@ -68,7 +73,7 @@ def prepare(recipe: Recipe, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for nccl, which else takes the first one in every process
         deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.backends.cudnn.benchmark = not (recipe.resolution or deterministic)
+        torch.backends.cudnn.benchmark = not deterministic
         return
     limit_threads()
     if libc := _glibc():

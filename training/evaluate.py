@@ -79,7 +79,8 @@ class Evaluation:
 def logits(classifier: nn.Module, pixels: Tensor, batch_size: int = AT_ONCE) -> Tensor:
     """Logits, float32 [N, 10], of ``pixels``, uint8 [N, 32, 32, 3], in evaluation mode."""
     classifier.eval()
-    return torch.cat([classifier(batch) for batch in pixels.split(batch_size)])
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return torch.cat([classifier(batch) for batch in pixels.split(batch_size)])
 
 
 def at_once(views: Views) -> int:

@@ -3,9 +3,12 @@
 All that is random in a step is seeded from (seed, epoch, step), whatever came before.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,13 +17,19 @@ from torch import Tensor, nn
 from training import device, optimizer
 from training.augment import Augmenter
 from training.average import Average
+from training.capture import Captured
 from training.data import Images
 from training.objective import Objective
 from training.processes import Processes
 from training.recipe import Recipe
 from training.selection import Selector
 
+T = TypeVar("T")
+
 AHEAD = 512  # images: smaller batches are augmented several at a time, as small calls cost as much
+
+# Steps that a GPU may be behind: enough that it never waits, and few enough that a run ends in time.
+BEHIND = 8
 
 
 class TrainingError(RuntimeError):
@@ -55,8 +64,8 @@ class Learner:
         images: the training images.
         processes: that share each batch.
         teacher: the checkpoint to distil from, where the recipe does.
-        compiled: whether torch compiles the steps' networks, in a single process; None is as the device
-            has it.
+        compiled: whether torch compiles the steps' networks, in a single process, and on a GPU captures
+            the steps; None is as the device has it.
 
     Attributes:
         steps: in an epoch.
@@ -88,7 +97,7 @@ class Learner:
                 f"start one process a GPU, torchrun --nproc-per-node {gpus}"
             )
         self.device = device.choose(processes.local_rank)
-        device.prepare(recipe, self.device)
+        device.prepare(self.device)
         self.dtype = device.precision(recipe.amp, self.device)
         if compiled and processes.count > 1:
             raise TrainingError("steps are compiled in a single process only: leave out --compile")
@@ -118,11 +127,22 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._augment = Augmenter(recipe, len(images), seed, self.device)
         self._objective = Objective(recipe, teacher, self.device)
+        # How images are mixed is drawn on the host, which a captured step has no part in.
+        self._captured: Captured | None = None
+        if compiled and self.device.type == "cuda" and recipe.mixing is None:
+            self._captured = Captured(self._step_of_graph)
+        self._rates = [torch.zeros((), device=self.device) for _ in self._groups()]
+        self._behind: deque[torch.cuda.Event] = deque()
 
     @property
     def precision(self) -> str:
         """The dtype of forward and backward passes, by its name in torch, and if they are compiled."""
-        return str(self.dtype).removeprefix("torch.") + ", compiled" * self.compiled
+        rounded = self.dtype == torch.float32 and device.rounds_to_tf32(self.device)
+        return (
+            str(self.dtype).removeprefix("torch.")
+            + " (TF32 in convolutions)" * rounded
+            + ", compiled" * self.compiled
+        )
 
     @property
     def result(self) -> nn.Module:
@@ -159,40 +179,50 @@ class Learner:
                 if batch.step >= first:
                     yield batch
 
+    def compile(self, epochs: Iterable[int]) -> None:
+        """Compile what the steps of ``epochs`` need, which takes minutes, if they are compiled at all.
+
+        Raises:
+            TrainingError: as ``learn``.
+        """
+        if not self.compiled:
+            return
+        networks = [self.model] + ([self.selector.network] if self.selector is not None else [])
+        buffers = [buffer for network in networks for buffer in network.buffers()]
+        kept = [buffer.clone() for buffer in buffers]
+        self._forward.train()
+        rest = len(self.images) % self.recipe.batch_size
+        counts = [self.recipe.batch_size] + [rest] * (rest > 0 and not self.recipe.drop_last)
+        for size in sorted({self._augment.image_size(epoch) for epoch in epochs}):
+            for count in counts:
+                self._explain(partial(self._rehearse, size, count), count, 0)
+        for buffer, value in zip(buffers, kept, strict=True):
+            buffer.copy_(value)
+
     def learn(self, batch: Batch, rate: Callable[[float], float]) -> tuple[Tensor, Tensor]:
         """Make one step; ``rate`` gives the learning rate from the recipe's.
 
         Returns:
             The sum of the losses of the images in this process's share that it learns from, and how many
-            of them were classified correctly; scalars on the device.
+            of them were classified correctly; scalars on the device, which the next step may overwrite.
 
         Raises:
             TrainingError: memory does not suffice; of a single process, the message names a batch that
                 fits. Or the networks cannot be compiled.
         """
         self._forward.train()
-        try:
-            return self._learn(batch, rate)
-        except RuntimeError as error:
-            if not device.out_of_memory(error):
-                if self.compiled and _is_of_compiler(error):
-                    reason = str(error).partition("\n")[0]
-                    raise TrainingError(
-                        f"the steps cannot be compiled here: {reason}; install what is missing, such as "
-                        "g++ and Python's headers, or go on with --no-compile"
-                    ) from error
-                raise
-        # Only now, without the exception, the step's own memory is free.
-        raise self._too_large(batch.count, batch.epoch)
+        for group in self._groups():
+            group["lr"] = rate(group["base_lr"])
+        found = self._explain(lambda: self._step(batch), batch.count, batch.epoch)
+        if self.average is not None:
+            self.average.update(self.model, batch.epoch * self.steps + batch.step)
+        if self.device.type == "cuda":
+            self._wait_for_earlier_steps()
+        return found
 
     def _augmented(self, places: Sequence[Tensor], epoch: int, start: int) -> list[Batch]:
         """Batches of images in these ``places``, of which the first is of step ``start``."""
-        try:
-            return self._augment_all(places, epoch, start)
-        except RuntimeError as error:
-            if not device.out_of_memory(error):
-                raise
-        raise self._too_large(len(places[0]), epoch)
+        return self._explain(lambda: self._augment_all(places, epoch, start), len(places[0]), epoch)
 
     def _augment_all(self, places: Sequence[Tensor], epoch: int, start: int) -> list[Batch]:
         # The augmentation is drawn for the global batches, so it is the same however they are shared.
@@ -216,42 +246,99 @@ class Learner:
             for number in range(len(places))
         ]
 
-    def _learn(self, batch: Batch, rate: Callable[[float], float]) -> tuple[Tensor, Tensor]:
+    def _rehearse(self, size: int, count: int) -> None:
+        """A step's computation of gradients, with ``count`` black images of this ``size``."""
+        black = torch.zeros(count, 3, size, size, device=self.device)
+        inputs = black.contiguous(memory_format=torch.channels_last)
+        self._gradients(*self._select(inputs, self.images.labels[:count], count), count)
         for part in self.optimizers:
-            for group in part.param_groups:
-                group["lr"] = rate(group["base_lr"])
-        inputs, labels, selection_loss = self._select(batch)
+            part.zero_grad()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.optimizers for group in part.param_groups]
+
+    def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        numbers, rank = (self.seed, batch.epoch, batch.step), self.processes.rank
+        if self._captured is not None:
+            for group, on_device in zip(self._groups(), self._rates, strict=True):
+                on_device.fill_(group["lr"])
+            torch.manual_seed(mix(*numbers, 1))
+            loss, correct = self._captured(batch.inputs, batch.labels)
+            return loss, correct
+        torch.manual_seed(mix(*numbers, 1, 1 + rank))
+        inputs, labels, selection_loss = self._select(batch.inputs, batch.labels, batch.count)
         # Whether and by which share a batch is mixed is the same in all processes; dropout is not.
-        torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1))
+        torch.manual_seed(mix(*numbers, 1))
         inputs, targets = self._objective.mix(inputs, labels, batch.epoch)
         if not self.processes.first:
-            torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1 + self.processes.rank))
+            torch.manual_seed(mix(*numbers, 1 + rank))
+        found = self._gradients(inputs, labels, selection_loss, batch.count, targets)
+        self._optimize()
+        return found
+
+    def _step_of_graph(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A step whose rates are read on the GPU, and that takes all else from there as well."""
+        found = self._gradients(*self._select(inputs, labels, len(labels)), len(labels))
+        groups = self._groups()
+        rates = [group["lr"] for group in groups]
+        capturing = torch.cuda.is_current_stream_capturing()
+        for group, on_device in zip(groups, self._rates, strict=True):
+            group["lr"] = on_device
+            if "capturable" in group:
+                group["capturable"] = capturing
+        self._optimize()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+            if "capturable" in group:
+                group["capturable"] = False
+        return found
+
+    def _select(
+        self, inputs: Tensor, labels: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """What to learn from of a batch, and a selector's loss, whose gradients are computed."""
+        if self.selector is None:
+            return inputs, labels, 0.0
+        with self._autocast():
+            loss, chosen = self.selector.select(inputs, labels, count)
+        self.scaler.scale(loss).backward()
+        inputs = inputs[chosen].contiguous(memory_format=torch.channels_last)
+        return inputs, labels[chosen], loss.detach()
+
+    def _gradients(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        selection_loss: Tensor | float,
+        count: int,
+        targets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of a batch of ``count`` images; gives what ``learn`` does.
+
+        ``targets`` are those of mixed images; else the labels are.
+        """
         with self._autocast():
             logits = self._forward(inputs)
-            loss = self._objective.loss(logits, targets, inputs)
+            loss = self._objective.loss(logits, labels if targets is None else targets, inputs)
         # The mean over processes of these is the mean over the global batch, however it was shared.
-        self.scaler.scale(loss * self.processes.count / self.selected(batch.count)).backward()
+        self.scaler.scale(loss * self.processes.count / self.selected(count)).backward()
+        correct = (logits.detach().argmax(1) == labels).sum()
+        # A selector that has diverged chooses anything; 0 times its loss is then not finite.
+        return loss.detach().double() + 0 * selection_loss, correct
+
+    def _optimize(self) -> None:
         for part in self.optimizers:
             with self._autocast():  # Muon's matrix products need no more precision
                 self.scaler.step(part)
             part.zero_grad()
         self.scaler.update()
-        if self.average is not None:
-            self.average.update(self.model, batch.epoch * self.steps + batch.step)
-        correct = (logits.detach().argmax(1) == labels).sum()
-        # A selector that has diverged chooses anything; 0 times its loss is then not finite.
-        return loss.detach().double() + 0 * selection_loss, correct
 
-    def _select(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | float]:
-        """The inputs and labels to learn from, and a selector's loss, whose gradients are computed."""
-        if self.selector is None:
-            return batch.inputs, batch.labels, 0.0
-        torch.manual_seed(mix(self.seed, batch.epoch, batch.step, 1, 1 + self.processes.rank))
-        with self._autocast():
-            loss, chosen = self.selector.select(batch.inputs, batch.labels, batch.count)
-        self.scaler.scale(loss).backward()
-        inputs = batch.inputs[chosen].contiguous(memory_format=torch.channels_last)
-        return inputs, batch.labels[chosen], loss.detach()
+    def _wait_for_earlier_steps(self) -> None:
+        event = torch.cuda.Event()
+        event.record()
+        self._behind.append(event)
+        if len(self._behind) > BEHIND:
+            self._behind.popleft().synchronize()
 
     def _compiled(self, network: nn.Module) -> nn.Module:
         """``network`` as the steps run it, with the same parameters."""
@@ -262,6 +349,22 @@ class Learner:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def _explain(self, what: Callable[[], T], count: int, epoch: int) -> T:
+        """The result of ``what``, with steps of ``count`` images; its errors say what to do."""
+        try:
+            return what()
+        except RuntimeError as error:
+            if not device.out_of_memory(error):
+                if self.compiled and _is_of_compiler(error):
+                    reason = str(error).partition("\n")[0]
+                    raise TrainingError(
+                        f"the steps cannot be compiled here: {reason}; install what is missing, such as "
+                        "g++ and Python's headers, or go on with --no-compile"
+                    ) from error
+                raise
+        # Only now, without the exception, the step's own memory is free.
+        raise self._too_large(count, epoch)
 
     def _too_large(self, count: int, epoch: int) -> TrainingError:
         if self.processes.count > 1:
@@ -309,7 +412,7 @@ class Learner:
         inputs = self._augment.apply(self.images.pixels[:size], drawn, epoch)
         hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
         with hooks:
-            inputs, *_ = self._select(Batch(epoch, 0, size, inputs, self.images.labels[:size]))
+            inputs, *_ = self._select(inputs, self.images.labels[:size], size)
             with self._autocast():
                 logits = self.model(inputs)
         logits.sum().backward()

@@ -31,32 +31,42 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
+            # Filters of one shape together: on a GPU each operation of a small one costs as much.
+            alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
-                direction = parameter.grad.add(momentum, alpha=group["momentum"])
-                update = orthogonalise(direction.flatten(1)).view_as(parameter)
-                parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                parameter.add_(update, alpha=-group["lr"])
+                if parameter.grad is not None:
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            for parameters in alike.values():
+                self._update(parameters, group["lr"], group["momentum"])
+
+    def _update(self, parameters: list[Tensor], lr: float | Tensor, share: float) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_mul_(momenta, share)
+        torch._foreach_add_(momenta, gradients)
+        directions = torch._foreach_add(gradients, momenta, alpha=share)
+        updates = orthogonalise(torch.stack([each.flatten(1) for each in directions])) * lr
+        norms = torch._foreach_norm(parameters)
+        for parameter, norm, update in zip(parameters, norms, updates, strict=True):
+            parameter.mul_(len(parameter) ** 0.5 / norm).sub_(update.view_as(parameter))
 
 
-def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
-    """The matrix [M, N] with its singular values brought near 1 by Newton-Schulz steps.
+def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
+    """Matrices [B, M, N] with their singular values brought near 1 by Newton-Schulz steps.
 
     The quintic's coefficients, from the Muon post, are steepest at zero and leave the values within
     about 0.5 to 1.5.
     """
-    x: Tensor = matrix / (matrix.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+    x: Tensor = matrices / (torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
 
 
 def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimizer]:

@@ -123,6 +123,9 @@ class Run:
             f"images, {model.parameter_count(self.learner.model):,} parameters, "
             f"{self.learner.precision} on {device.describe(self.device)}{shared}"
         )
+        if self.learner.compiled:  # before the clock of the run starts
+            with self.console.status("compiling the steps"):
+                self.learner.compile(range(self.state.epoch, self.recipe.epochs))
         columns = (
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),

@@ -7,6 +7,7 @@ devices. Kernels do not run, so this shows neither results nor speed.
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -111,7 +112,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(device, "choose", lambda index=0: CUDA)
+    monkeypatch.setattr(torch.cuda, "Event", mock.Mock)
     monkeypatch.setattr(nn.Module, "to", _moved)
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: tensor.device == CUDA))
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(Tensor, "backward", _backward)
     with PretendedGPU() as mode:
         yield mode

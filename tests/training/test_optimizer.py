@@ -10,7 +10,7 @@ from training import model, optimizer, recipe
 
 def test_orthogonalise_brings_singular_values_near_one() -> None:
     torch.manual_seed(0)
-    for shape in ((64, 200), (200, 64)):
+    for shape in ((2, 64, 200), (2, 200, 64)):
         matrix = torch.randn(shape)
         result = optimizer.orthogonalise(matrix, steps=5)
         values = torch.linalg.svdvals(result)
