@@ -70,12 +70,12 @@ def prepare(device: torch.device) -> None:
     On a CPU with glibc large activations would be mapped and unmapped anew in every step, and much of
     the time would go into page faults; so freed memory stays in the heap.
     """
+    limit_threads()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for nccl, which else takes the first one in every process
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.backends.cudnn.benchmark = not deterministic
         return
-    limit_threads()
     if libc := _glibc():
         mmap_max, trim_threshold, top_pad = -4, -1, -2  # M_* of malloc.h
         libc.mallopt(mmap_max, 0)

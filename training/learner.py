@@ -115,7 +115,8 @@ class Learner:
         self.average: Average | None = None
         if recipe.averaging is not None:
             self.average = Average(self.model, recipe.averaging.decay)
-        self._forward = self._compiled(processes.parallel(self.model))
+        self._network = processes.parallel(self.model)
+        self._forward = self._compiled(self._network)
         self.optimizers = optimizer.build(recipe.optimizer, self.model)
         self._leading = self.optimizers[-1]
         self.selector: Selector | None = None
@@ -190,12 +191,9 @@ class Learner:
         networks = [self.model] + ([self.selector.network] if self.selector is not None else [])
         buffers = [buffer for network in networks for buffer in network.buffers()]
         kept = [buffer.clone() for buffer in buffers]
-        self._forward.train()
-        rest = len(self.images) % self.recipe.batch_size
-        counts = [self.recipe.batch_size] + [rest] * (rest > 0 and not self.recipe.drop_last)
+        self._network.train()
         for size in sorted({self._augment.image_size(epoch) for epoch in epochs}):
-            for count in counts:
-                self._explain(partial(self._rehearse, size, count), count, 0)
+            self._explain(partial(self._rehearse, size), self.recipe.batch_size, 0)
         for buffer, value in zip(buffers, kept, strict=True):
             buffer.copy_(value)
 
@@ -210,7 +208,7 @@ class Learner:
             TrainingError: memory does not suffice; of a single process, the message names a batch that
                 fits. Or the networks cannot be compiled.
         """
-        self._forward.train()
+        self._network.train()
         for group in self._groups():
             group["lr"] = rate(group["base_lr"])
         found = self._explain(lambda: self._step(batch), batch.count, batch.epoch)
@@ -246,8 +244,9 @@ class Learner:
             for number in range(len(places))
         ]
 
-    def _rehearse(self, size: int, count: int) -> None:
-        """A step's computation of gradients, with ``count`` black images of this ``size``."""
+    def _rehearse(self, size: int) -> None:
+        """A step's computation of gradients, with a batch of black images of this ``size``."""
+        count = self.recipe.batch_size
         black = torch.zeros(count, 3, size, size, device=self.device)
         inputs = black.contiguous(memory_format=torch.channels_last)
         self._gradients(*self._select(inputs, self.images.labels[:count], count), count)
@@ -317,8 +316,10 @@ class Learner:
 
         ``targets`` are those of mixed images; else the labels are.
         """
+        # The smaller batch at an epoch's end is not worth what it takes to compile for it.
+        forward = self._forward if count == self.recipe.batch_size else self._network
         with self._autocast():
-            logits = self._forward(inputs)
+            logits = forward(inputs)
             loss = self._objective.loss(logits, labels if targets is None else targets, inputs)
         # The mean over processes of these is the mean over the global batch, however it was shared.
         self.scaler.scale(loss * self.processes.count / self.selected(count)).backward()

@@ -73,7 +73,7 @@ def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimi
     """The optimizers of a recipe for ``model``: one, or Muon and the SGD beside it.
 
     On a GPU they are torch's fused ones: the gradient scaler of fp16 makes any other wait in every step
-    for the device to say whether there was an infinite gradient.
+    for the device to say whether there was an infinite gradient, and they can read their rate there.
 
     Raises:
         RecipeError: Muon for a network that has more than filters, biases and one head.
@@ -102,7 +102,7 @@ def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimi
                 torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
             ]
         case recipe.Muon():
-            optimizers = _muon_and_sgd(config, model, trained)
+            optimizers = _muon_and_sgd(config, model, trained, fused)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -122,7 +122,7 @@ def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 
 
 def _muon_and_sgd(
-    config: recipe.Muon, model: nn.Module, trained: list[nn.Parameter]
+    config: recipe.Muon, model: nn.Module, trained: list[nn.Parameter], fused: bool
 ) -> list[torch.optim.Optimizer]:
     if not isinstance(model, WhitenedResNet):
         raise recipe.RecipeError("optimizer muon: its rates are defined for a whitened_resnet only")
@@ -135,6 +135,8 @@ def _muon_and_sgd(
     for group in groups:
         group["weight_decay"] = config.weight_decay / group["lr"]
     return [
-        torch.optim.SGD(groups, lr=config.bias_lr, momentum=config.sgd_momentum, nesterov=True),
+        torch.optim.SGD(
+            groups, lr=config.bias_lr, momentum=config.sgd_momentum, nesterov=True, fused=fused
+        ),
         Muon([p for p in trained if p.ndim == 4], config.lr, config.momentum),
     ]

@@ -66,9 +66,8 @@ def test_captured_steps_are_the_same_steps(name: str) -> None:
         )
         networks.append(learner.result.state_dict())
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
-    for part, values in networks[0].items():
-        if values.is_floating_point():
-            assert (networks[1][part] - values).norm() < 0.05 * values.norm(), part
+    eager, captured = (torch.cat([v.flatten().float() for v in each.values()]) for each in networks)
+    assert (captured - eager).norm() < 0.01 * eager.norm()
 
 
 def test_a_step_on_a_gpu_is_one_on_the_cpu() -> None:
