@@ -257,23 +257,30 @@ class Learner:
         return [group for part in self.optimizers for group in part.param_groups]
 
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        numbers, rank = (self.seed, batch.epoch, batch.step), self.processes.rank
+        rank = self.processes.rank
         if self._captured is not None:
             for group, on_device in zip(self._groups(), self._rates, strict=True):
                 on_device.fill_(group["lr"])
-            torch.manual_seed(mix(*numbers, 1))
+            self._seed(batch, 1)
             loss, correct = self._captured(batch.inputs, batch.labels)
             return loss, correct
-        torch.manual_seed(mix(*numbers, 1, 1 + rank))
+        self._seed(batch, 1, 1 + rank)
         inputs, labels, selection_loss = self._select(batch.inputs, batch.labels, batch.count)
         # Whether and by which share a batch is mixed is the same in all processes; dropout is not.
-        torch.manual_seed(mix(*numbers, 1))
+        self._seed(batch, 1)
         inputs, targets = self._objective.mix(inputs, labels, batch.epoch)
         if not self.processes.first:
-            torch.manual_seed(mix(*numbers, 1 + rank))
+            self._seed(batch, 1 + rank)
         found = self._gradients(inputs, labels, selection_loss, batch.count, targets)
         self._optimize()
         return found
+
+    def _seed(self, batch: Batch, *more: int) -> None:
+        number = mix(self.seed, batch.epoch, batch.step, *more)
+        # torch.manual_seed would note where it was called from, for longer than a small step takes.
+        torch.default_generator.manual_seed(number)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number)
 
     def _step_of_graph(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A step whose rates are read on the GPU, and that takes all else from there as well."""

@@ -223,8 +223,8 @@ class WhitenedResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(F.gelu(self.stem(x)))
-        # Not amax: its gradient looks for the maximum again, which compiled code, rounding elsewhere, may
-        # not find; it then divides by zero.
+        # Not amax: its gradient looks for the maximum again, which compiled code, that rounds elsewhere,
+        # may not find; it then divides by zero.
         x = F.max_pool2d(x, x.shape[2:]).flatten(1)
         logits: Tensor = self.head(x) / self.head.in_features
         return logits
