@@ -10,7 +10,8 @@ change of the machine's pace meets all, and each has a process of its own.
 
 ``python -m benchmarks.inference`` measures and writes ``benchmarks/inference.json``;
 ``--markdown`` prints the tables that the README has from that file. Those in ``inference-avx2.json`` are
-of ``--models accurate --seconds 2`` on another machine.
+of ``--models accurate --seconds 2`` on another machine, that in ``inference-h200.json`` of
+``--models accurate --seconds 0.5 --rounds 1`` with the engines that a GPU runs, without submissions.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from export import graph, metadata, quantize
 from export.ensemble import Ensemble, half
 from export.provider import others
 from serving.providers import obstacle
-from serving.settings import BUNDLED_MODEL
+from serving.settings import BUNDLED_MODEL, ProviderName
 from training import data, recipe
 from training.__main__ import markdown_table
 from training.evaluate import Classifier
@@ -235,7 +236,8 @@ def plan_submissions(
     turns: Sequence[tuple[Variant, Rates]], rows: int
 ) -> list[tuple[Variant, Submissions]]:
     """The first model's files with the provider that the service would take, none measured yet."""
-    engine = "service:cpu" if obstacle("openvino") else "service:openvino"
+    preferred: tuple[ProviderName, ...] = ("cuda", "openvino", "cpu")
+    engine = "service:" + next(name for name in preferred if not obstacle(name))
     first = turns[0][1].model
     return [
         (
@@ -257,7 +259,7 @@ def plan_submissions(
 def measure_submissions(turns: Sequence[tuple[Variant, Submissions]]) -> None:
     """Add a round: ``python -m serving submit`` on a pickle of images, and the engine alone."""
     pixels = data.load_sample().test.pixels.numpy()
-    rows = turns[0][1].rows
+    rows = turns[0][1].rows if turns else 0
     content = {b"data": np.resize(pixels, (rows, *pixels.shape[1:])), b"ids": np.arange(rows)}
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "test.pkl"
@@ -291,11 +293,15 @@ def _submit(file: Path, model_file: Path, provider: str) -> float:
 
 def markdown(figures: Figures) -> str:
     """The figures as Markdown tables, each with what it says, and where they are from."""
+    compared = any((rates.engine, rates.precision) == REFERENCE for rates in figures.rates)
+    ratios = ", and in brackets as multiples of plain ONNX Runtime" * compared
     of_engines = (
-        "Images per second by batch size, and in brackets as multiples of plain ONNX Runtime: medians "
-        f"of n={figures.n} measurements of {figures.seconds:g} s that took turns, each in a process of "
-        "its own, whose peak memory (RSS) is the last column."
+        f"Images per second by batch size{ratios}: medians of n={figures.n} measurements of "
+        f"{figures.seconds:g} s that took turns, each in a process of its own, whose peak memory (RSS) "
+        "is the last column."
     )
+    if not figures.submissions:
+        return f"{_engines_table(figures)}\n\n{textwrap.fill(f'{of_engines} {figures.place}', 120)}"
     of_submissions = (
         "`python -m serving submit`, from the process's start to the CSV; its engine alone (warm, in "
         f"batches of {SUBMISSION_BATCH}); float32 PyTorch alone (in batches of {PYTORCH_BATCH}); "
@@ -356,7 +362,9 @@ def _measure(options: argparse.Namespace) -> Iterator[Figures]:
         raise BenchmarkError("--rounds and --rows have to be at least 1, and --seconds above 0")
     begun = stored.begin(PACKAGES)
     with built(options.models, options.precisions) as models:
-        turns = plan(models)
+        turns = [turn for turn in plan(models) if turn[1].engine in options.engines]
+        if not turns:
+            raise BenchmarkError(f"none of these engines runs here: {', '.join(options.engines)}")
         submissions = plan_submissions(turns, options.rows)
         for n in range(1, options.rounds + 1):
             measure(turns, options.seconds)
@@ -390,6 +398,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=["int8", "fp16"],
         default=precisions,
         help="beside fp32; fp16 is for CUDA (default: those for this machine)",
+    )
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        choices=NAMES,
+        default=list(NAMES),
+        metavar="ENGINE",
+        help="those to measure, and submissions only if the service's is among them; of %(choices)s "
+        "(default: all that run here)",
     )
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="of each batch size (default: %(default)s)"

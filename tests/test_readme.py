@@ -70,9 +70,46 @@ def test_unfinished_run_is_as_its_page_has_it() -> None:
     assert f"<b>{accuracy}</b> val accuracy" in page
 
 
+def test_runs_on_a_gpu_are_as_told() -> None:
+    rows = [row for row in results.read() if row.precision.endswith(", compiled")]
+    fast = [row for row in rows if row.recipe == "fast"]
+    seconds, accuracies = (
+        f"{', '.join(each[:2])} and {each[2]}"
+        for each in (
+            [f"{row.seconds:.1f}" for row in fast],
+            [percent(row.accuracy).removesuffix(" %") for row in fast],
+        )
+    )
+    text = README.replace("\n", " ")
+    assert f"`fast` took {seconds} s for {accuracies} % (seeds 0 to 2)" in text
+    longer = [row for row in rows if row.recipe == "accurate"]
+    summary = results.summary(longer, longer[0].recipe_digest)
+    assert f"100 epochs of the present form on a GPU gave {summary[:-1]}; " in text
+    assert f"`accurate` took {max(row.seconds for row in longer):g} s at most" in text
+    lines = (FOLDER / "results" / "A3-h200.jsonl").read_text().splitlines()
+    assert f"got through {len(lines)} of its" in text
+    assert f"epochs, in {json.loads(lines[-1])['seconds']:g} s" in text
+
+
+def test_layouts_of_a_gpu_are_as_told() -> None:
+    content = json.loads((FOLDER / "results" / "cuda-layout.json").read_text())
+    half = [part["images_per_second"] for part in content["rates"] if part["precision"] == "fp16"]
+    first, last, _ = ([f"{rate:,}" for rate in rates[1:]] for rates in half)
+    text = README.replace("\n", " ")
+    assert (
+        f"fp16 gave {last[0]} images/s in batches of 128, rather than {first[0]}, and {last[1]} rather "
+        f"than {first[1]} in batches of 512" in text
+    )
+
+
 def test_suggested_rate_is_that_of_the_plot() -> None:
     suggested = re.search(r"Here it suggests (\S+), a\nthird of that \(\[plot\]\((.+?)\)", README)
     assert suggested
+    others = re.findall(
+        r"suggested learning rate (\S+)", (FOLDER / "results" / "A3-lr-h200.txt").read_text()
+    )
+    shown = ", ".join(f"{float(rate):.4g}" for rate in others[:2]) + f" and {float(others[2]):.4g}"
+    assert f"Seeds 1 to 3 suggest {shown} on a GPU" in README.replace("\n", " ")
     plot = (ROOT / suggested[2]).read_text(encoding="utf-8")
     assert f"<!-- suggestion {suggested[1]} -->" in plot
     assert "<!-- recipe 0.1122 -->" in plot
@@ -82,12 +119,12 @@ def test_pace_of_training_is_the_table_of_the_benchmark() -> None:
     assert training.markdown(read(training.Figures)) in README
 
 
-@pytest.mark.parametrize("file", [inference.Figures.file(), FOLDER / "inference-avx2.json"])
+@pytest.mark.parametrize("file", [inference.Figures.file(), *FOLDER.glob("inference-*.json")])
 def test_pace_of_inference_is_the_tables_of_the_benchmark(file: Path) -> None:
     assert inference.markdown(read(inference.Figures, file)) in README
 
 
-@pytest.mark.parametrize("file", [serving.Figures.file(), FOLDER / "serving-a1.json"])
+@pytest.mark.parametrize("file", [serving.Figures.file(), *FOLDER.glob("serving-*.json")])
 def test_pace_of_serving_is_the_table_of_the_benchmark(file: Path) -> None:
     assert serving.markdown(read(serving.Figures, file)) in README
 

@@ -107,6 +107,22 @@ def test_tables_have_medians_and_their_ratios() -> None:
     assert "medians of n=3 measurements of 2 s" in tables
     assert "Python 3.11, onnxruntime 1; commit 0123456789ab, 2026-01-02." in tables.replace("\n", " ")
 
+    alone = figures.model_copy(update={"rates": figures.rates[1:], "submissions": []})
+    (table, text) = benchmark.markdown(alone).split("\n\n")
+    assert "| B1 | service, CPU provider | fp32 | 150 | 150 | 100 |" in table
+    assert text.startswith("Images per second by batch size: medians of n=3 ")
+    assert "commit 0123456789ab" in text.replace("\n", " ")
+
+
+def test_engines_can_be_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "inference.json"
+    chosen = ["--models", "A1", "--precisions", "int8", "--engines", "onnxruntime"]
+    small = ["--seconds", "0.01", "--rounds", "1", "--figures", str(path)]
+    assert benchmark.main([*chosen, *small]) == 0
+    figures = read(benchmark.Figures, path)
+    assert [(rates.engine, rates.precision) for rates in figures.rates] == [("onnxruntime", "fp32")]
+    assert figures.submissions == []
+
 
 def test_a_recipes_network_in_each_precision() -> None:
     with benchmark.built(["A1"], ["int8", "fp16"]) as (model,):
@@ -176,6 +192,11 @@ def test_a_submission_is_run_in_its_batches() -> None:
     ("arguments", "message"),
     [
         (["--models", "A9"], "no recipe 'A9'"),
+        pytest.param(
+            ["--models", "A1", "--engines", "bound:cuda"],
+            "none of these engines runs here: bound:cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it runs here"),
+        ),
         (["--rounds", "0"], "--rounds and --rows have to be at least 1"),
         (["--markdown", "--figures", "nowhere.json"], "no figures at nowhere.json"),
     ],
