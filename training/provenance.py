@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from datetime import UTC, datetime
+from typing import NotRequired
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from training.results import RESULTS
 class Session(TypedDict):
     """One stretch of a run, from a start or resumption to the next; ``step`` is where it took up.
 
-    ``device`` and ``precision`` are those of the training, ``processes`` how many shared it.
+    ``device`` and ``precision`` are those of the training, ``processes`` how many shared it;
+    ``compile_seconds``, where its steps were compiled, are not among the run's seconds.
     """
 
     started: str
@@ -30,6 +32,7 @@ class Session(TypedDict):
     torchvision: str
     numpy: str
     commit: str
+    compile_seconds: NotRequired[float]
 
 
 def session(epoch: int, step: int, device: str, precision: str, processes: int) -> Session:

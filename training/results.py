@@ -25,7 +25,8 @@ class Result(BaseModel):
 
     ``recipe_digest`` tells the results of a recipe from those of an earlier form of it.
     ``accuracy`` uses the recipe's views; ``single_view_accuracy`` the image alone. ``seconds``
-    covers training and ``val`` evaluation, not the imports, the loading of data or the final test.
+    covers training and ``val`` evaluation, not the imports, the loading of data, the compilation of
+    steps or the final test.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -123,9 +123,8 @@ class Run:
             f"images, {model.parameter_count(self.learner.model):,} parameters, "
             f"{self.learner.precision} on {device.describe(self.device)}{shared}"
         )
-        if self.learner.compiled:  # before the clock of the run starts
-            with self.console.status("compiling the steps"):
-                self.learner.compile(range(self.state.epoch, self.recipe.epochs))
+        if self.learner.compiled:
+            self._compile()
         columns = (
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -180,6 +179,13 @@ class Run:
         )
         self.state.result = result.model_dump()
         self._save()
+
+    def _compile(self) -> None:
+        """Before the clock of the run starts; what it takes depends on what was compiled here before."""
+        began = time.monotonic()
+        with self.console.status("compiling the steps"):
+            self.learner.compile(range(self.state.epoch, self.recipe.epochs))
+        self.state.sessions[-1]["compile_seconds"] = round(time.monotonic() - began, 1)
 
     def _epoch(self, watch: Watch, progress: Progress) -> None:
         """Train an epoch from the state's step on, then evaluate it on the ``val`` images."""

@@ -63,6 +63,7 @@ def test_a_compiled_run_is_resumed_compiled(tmp_path: Path) -> None:
     subprocess.run(resume, check=True)
     whole, parts = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
     assert [session["precision"] for session in parts.sessions] == ["float32, compiled"] * 2
+    assert all("compile_seconds" in session for session in parts.sessions)
     assert all(torch.equal(values, parts.model[name]) for name, values in whole.model.items())
 
 
