@@ -186,7 +186,7 @@ class Learner:
         Raises:
             TrainingError: as ``learn``.
         """
-        if not self.compiled:
+        if not self.compiled or len(self.images) < self.recipe.batch_size:
             return
         networks = [self.model] + ([self.selector.network] if self.selector is not None else [])
         buffers = [buffer for network in networks for buffer in network.buffers()]
@@ -285,18 +285,8 @@ class Learner:
     def _step_of_graph(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A step whose rates are read on the GPU, and that takes all else from there as well."""
         found = self._gradients(*self._select(inputs, labels, len(labels)), len(labels))
-        groups = self._groups()
-        rates = [group["lr"] for group in groups]
-        capturing = torch.cuda.is_current_stream_capturing()
-        for group, on_device in zip(groups, self._rates, strict=True):
-            group["lr"] = on_device
-            if "capturable" in group:
-                group["capturable"] = capturing
-        self._optimize()
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
-            if "capturable" in group:
-                group["capturable"] = False
+        with optimizer.reading_rates(self._groups(), self._rates):
+            self._optimize()
         return found
 
     def _select(

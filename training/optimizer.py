@@ -1,6 +1,7 @@
 """Optimizers of the recipes; each parameter group keeps its recipe's rate as ``base_lr``."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,6 +108,24 @@ def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimi
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return optimizers
+
+
+@contextmanager
+def reading_rates(groups: Sequence[dict[str, Any]], rates: Sequence[Tensor]) -> Iterator[None]:
+    """Steps whose ``groups`` read their rates from these scalars on a GPU, as those of a graph must."""
+    kept = [group["lr"] for group in groups]
+    capturing = torch.cuda.is_current_stream_capturing()
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+        if "capturable" in group:  # Adam's, which refuses or warns where this is not as it is
+            group["capturable"] = capturing
+    try:
+        yield
+    finally:
+        for group, lr in zip(groups, kept, strict=True):
+            group["lr"] = lr
+            if "capturable" in group:
+                group["capturable"] = False
 
 
 def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

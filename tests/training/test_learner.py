@@ -64,6 +64,17 @@ def test_compiled_steps_are_the_same_steps(name: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(networks[1][part], values, rtol=1e-3, atol=0.01 if half else 1e-4)
 
 
+@needs_a_compiler
+def test_nothing_is_compiled_for_a_batch_that_never_is_whole() -> None:
+    chosen, images = recipe.load("A1"), data.load_sample().train.first(50)
+    network = initial_network(chosen.model, chosen, 0, images)
+    learner = Learner(chosen, 0, network, images, Processes(), Path(), compiled=True)
+    learner.compile(range(1))
+    (batch,) = learner.batches(0)
+    loss, _ = learner.learn(batch, float)
+    assert loss.item() / 50 == pytest.approx(2.3, abs=0.1)
+
+
 def test_steps_of_several_processes_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     chosen, images = recipe.load("A1"), data.load_sample().train

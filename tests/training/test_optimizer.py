@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -70,6 +71,34 @@ def test_a_state_from_another_device_does_not_say_whether_to_fuse() -> None:
     assert group["fused"]
     assert group["lr"] == 0.1
     assert torch.equal(fused.state[parameter]["momentum_buffer"], torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["A3", "B1", "E1", "fast"])
+def test_steps_read_their_rates_from_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU, on the CPU: what a graph captures is this step."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    loaded = recipe.load(
+        name, ["model.widths=[8,8,8]", "model.depths=[1,1,1]"] if name == "fast" else []
+    )
+    torch.manual_seed(0)
+    network = model.build(loaded.model) if name == "fast" else nn.Linear(7, 5)
+    other = copy.deepcopy(network)
+    for each, from_tensors in ((network, False), (other, True)):
+        optimizers = optimizer.build(loaded.optimizer, each)
+        groups = [group for part in optimizers for group in part.param_groups]
+        rates = [torch.tensor(group["lr"] / 2) for group in groups]
+        for group in groups:
+            group["lr"] /= 1 if from_tensors else 2
+        for step in range(3):
+            for parameter in each.parameters():
+                parameter.grad = torch.full_like(parameter, 0.1 * (step + 1))
+            with optimizer.reading_rates(groups, rates) if from_tensors else nullcontext():
+                for part in optimizers:
+                    part.step()
+        assert all(isinstance(group["lr"], float) for group in groups)
+        assert not any(group.get("capturable") for group in groups)
+    for parameter, same in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter, same)
 
 
 def test_muon_refuses_networks_without_rates_of_their_own() -> None:
