@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from training import device, optimizer
 from training.augment import Augmenter
 from training.average import Average
+from training.batch import beside
 from training.capture import Captured
 from training.data import Images
 from training.objective import Objective
@@ -235,7 +236,7 @@ class Learner:
             )
             indices = indices[rows]
             drawn = [{name: values[rows] for name, values in part.items()} for part in drawn]
-        own = indices.to(self.device, non_blocking=True)
+        own = beside(self.images.pixels, indices.numpy())
         sizes = [share.stop - share.start for share in shares]
         inputs = self._augment.apply(self.images.pixels[own], drawn, epoch).split(sizes)
         labels = self.images.labels[own].split(sizes)

@@ -116,10 +116,10 @@ def test_out_of_memory_in_one_process_ends_all(tmp_path: Path) -> None:
         "from training.__main__ import main\n"
         "from training.learner import Learner\n"
         "from training.processes import Processes\n"
-        "def learn(self, *arguments):\n"
+        "def step(self, *arguments):\n"
         "    raise torch.OutOfMemoryError('out of memory')\n"
         "if Processes().rank == 1:\n"
-        "    Learner._learn = learn\n"
+        "    Learner._step = step\n"
         "sys.exit(main())\n"
     )
     arguments = ["run", "C1", "--out", str(out), "--limit", "50", "--epochs", "1", "--set"]
