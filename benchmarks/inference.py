@@ -259,7 +259,7 @@ def plan_submissions(
 def measure_submissions(turns: Sequence[tuple[Variant, Submissions]]) -> None:
     """Add a round: ``python -m serving submit`` on a pickle of images, and the engine alone."""
     pixels = data.load_sample().test.pixels.numpy()
-    rows = turns[0][1].rows if turns else 0
+    rows = turns[0][1].rows
     content = {b"data": np.resize(pixels, (rows, *pixels.shape[1:])), b"ids": np.arange(rows)}
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "test.pkl"
@@ -368,7 +368,8 @@ def _measure(options: argparse.Namespace) -> Iterator[Figures]:
         submissions = plan_submissions(turns, options.rows)
         for n in range(1, options.rounds + 1):
             measure(turns, options.seconds)
-            measure_submissions(submissions)
+            if submissions:
+                measure_submissions(submissions)
             yield Figures(
                 **begun,
                 n=n,

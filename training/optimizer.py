@@ -113,7 +113,7 @@ def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimi
 @contextmanager
 def reading_rates(groups: Sequence[dict[str, Any]], rates: Sequence[Tensor]) -> Iterator[None]:
     """Steps whose ``groups`` read their rates from these scalars on a GPU, as those of a graph must."""
-    kept = [group["lr"] for group in groups]
+    kept = [dict(group) for group in groups]
     capturing = torch.cuda.is_current_stream_capturing()
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
@@ -122,10 +122,8 @@ def reading_rates(groups: Sequence[dict[str, Any]], rates: Sequence[Tensor]) -> 
     try:
         yield
     finally:
-        for group, lr in zip(groups, kept, strict=True):
-            group["lr"] = lr
-            if "capturable" in group:
-                group["capturable"] = False
+        for group, before in zip(groups, kept, strict=True):
+            group.update(before)
 
 
 def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
