@@ -131,6 +131,7 @@ def plain(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
         shuffle=True,
         num_workers=2,
         drop_last=True,
+        multiprocessing_context="fork",  # a script's on Linux; a pool's processes have another
     )
     place = device.choose()
     dtype = plain_precision(recipe, place)
@@ -224,7 +225,9 @@ def _synchronise() -> None:
 
 def _apart(loop: Loop, recipe: Recipe, seconds: float) -> float:
     """As ``measure``, in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([Learner.__module__])  # once, as what it imports takes seconds
+    with ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(measure, loop, recipe, seconds).result()
         except BrokenProcessPool as error:
