@@ -10,7 +10,6 @@ from rich.table import Table
 
 from training import STARTED, checkpoint, data, range_test, recipe, results, train
 from training.checkpoint import Checkpoint, CheckpointError
-from training.initial import initial_network
 from training.learner import Learner, TrainingError
 from training.model import build, parameter_count
 from training.processes import Processes
@@ -100,15 +99,11 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     out = options.out or Path("runs") / f"{name}-lr.png"
     range_test.file_format(out)  # before the steps, which may take long
     train_images, _ = data.split(data.load().train, chosen.data.validation)
-    network = initial_network(chosen.model, chosen, options.seed, train_images)
-    teacher = Path(chosen.distillation.teacher if chosen.distillation else "")
-    learner = Learner(chosen, options.seed, network, train_images, Processes(), teacher)
+    # A hundred steps are not worth what it takes to compile them.
+    learner = Learner(chosen, options.seed, train_images, Processes(), compiled=False)
     own = learner.lr
-    measured = []
-    for point in track(
-        range_test.measure(learner, tried), total=len(tried), console=console, transient=True
-    ):
-        measured.append(point)
+    points = range_test.measure(learner, tried)
+    measured = list(track(points, total=len(tried), console=console, transient=True))
     suggestion = range_test.suggest(measured)
     out.parent.mkdir(parents=True, exist_ok=True)
     title = f"Learning-rate range test of {name}: batches of {chosen.batch_size}"

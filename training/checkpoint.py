@@ -60,7 +60,7 @@ class Checkpoint(BaseModel):
         model: the network's state.
         average: that of its moving average, where the recipe keeps one.
         selector: that of the small network that selects, where the recipe has one.
-        optimizers: the optimizers' states, the small network's after the others.
+        optimizers: the optimizers' states, the small network's after the others; none before a run.
         scaler: the gradient scaler's state, empty without fp16.
         epoch: epochs done.
         step: steps done in the current epoch.

@@ -20,12 +20,16 @@ from training.average import Average
 from training.batch import beside
 from training.capture import Captured
 from training.data import Images
+from training.initial import initial_network
+from training.memory import largest_fitting
 from training.objective import Objective
 from training.processes import Processes
 from training.recipe import Recipe
 from training.selection import Selector
 
 T = TypeVar("T")
+
+Forward = Callable[[Tensor, int], Tensor]
 
 AHEAD = 512  # images: smaller batches are augmented several at a time, as small calls cost as much
 
@@ -60,23 +64,24 @@ class Learner:
 
     Args:
         recipe: what to do.
-        seed: of the order of the images and of all that is random in a step.
-        network: with its initial weights; it is moved to the device.
+        seed: of the weights, of the order of the images and of all that is random in a step.
         images: the training images.
         processes: that share each batch.
-        teacher: the checkpoint to distil from, where the recipe does.
+        teacher: the checkpoint to distil from; None is the recipe's, where it has one.
         compiled: whether torch compiles the steps' networks, in a single process, and on a GPU captures
             the steps; None is as the device has it.
 
     Attributes:
         steps: in an epoch.
-        model: the network that is trained; ``average`` follows it, where the recipe has one.
+        model: the network that is trained, with its initial weights; ``average`` follows it, where the
+            recipe has one.
         selector: chooses the images of each batch that it learns from, where the recipe has one.
         optimizers, scaler: with their states, which a run saves and loads; the selector's come last.
 
     Raises:
         TrainingError: too few images for a batch, or for the processes, or too few GPUs for them; or
             the steps of several are to be compiled.
+        RecipeError: the network does not take the images, or does not fit into memory.
         CheckpointError: a teacher that cannot be used.
     """
 
@@ -84,10 +89,9 @@ class Learner:
         self,
         recipe: Recipe,
         seed: int,
-        network: nn.Module,
         images: Images,
         processes: Processes,
-        teacher: Path,
+        teacher: Path | None = None,
         compiled: bool | None = None,
     ) -> None:
         self.recipe, self.seed, self.processes = recipe, seed, processes
@@ -112,26 +116,26 @@ class Learner:
                 f"{processes.count} processes cannot share a batch of {smallest}: start fewer, or set "
                 "another batch_size or drop_last"
             )
+        network = initial_network(recipe.model, recipe, seed, images)
         self.model = network.to(self.device).to(memory_format=torch.channels_last)
         self.average: Average | None = None
         if recipe.averaging is not None:
             self.average = Average(self.model, recipe.averaging.decay)
         self._network = processes.parallel(self.model)
-        self._forward = self._compiled(self._network)
+        self._forward = self._as_stepped(self._network)
         self.optimizers = optimizer.build(recipe.optimizer, self.model)
         self._leading = self.optimizers[-1]
         self.selector: Selector | None = None
         if recipe.selection is not None:
             self.selector = Selector(
-                recipe, recipe.selection, seed, images, processes, self.device, self._compiled
+                recipe, recipe.selection, seed, images, processes, self.device, self._as_stepped
             )
             self.optimizers += self.selector.optimizers
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._augment = Augmenter(recipe, len(images), seed, self.device)
         self._objective = Objective(recipe, teacher, self.device)
-        # How images are mixed is drawn on the host, which a captured step has no part in.
         self._captured: Captured | None = None
-        if compiled and self.device.type == "cuda" and recipe.mixing is None:
+        if compiled and self._can_be_captured():
             self._captured = Captured(self._step_of_graph)
         self._rates = [torch.zeros((), device=self.device) for _ in self._groups()]
         self._behind: deque[torch.cuda.Event] = deque()
@@ -163,7 +167,7 @@ class Learner:
 
     def order(self, epoch: int) -> list[Tensor]:
         """The batches of an epoch: places of the images, int64 on the host."""
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         order = torch.randperm(len(self.images), generator=generator)
         return list(order.split(self.recipe.batch_size)[: self.steps])
 
@@ -181,20 +185,23 @@ class Learner:
                 if batch.step >= first:
                     yield batch
 
-    def compile(self, epochs: Iterable[int]) -> None:
-        """Compile what the steps of ``epochs`` need, which takes minutes, if they are compiled at all.
+    def sizes_to_compile(self, epochs: Iterable[int]) -> list[int]:
+        """The sizes of images, in pixels, that the steps of ``epochs`` have to be compiled for."""
+        if not self.compiled or len(self.images) < self.recipe.batch_size:
+            return []
+        return sorted({self._augment.image_size(epoch) for epoch in epochs})
+
+    def compile(self, size: int) -> None:
+        """Compile what steps with images of this ``size`` need, which may take more than a minute.
 
         Raises:
             TrainingError: as ``learn``.
         """
-        if not self.compiled or len(self.images) < self.recipe.batch_size:
-            return
         networks = [self.model] + ([self.selector.network] if self.selector is not None else [])
         buffers = [buffer for network in networks for buffer in network.buffers()]
         kept = [buffer.clone() for buffer in buffers]
         self._network.train()
-        for size in sorted({self._augment.image_size(epoch) for epoch in epochs}):
-            self._explain(partial(self._rehearse, size), self.recipe.batch_size, 0)
+        self._explain(partial(self._rehearse, size), self.recipe.batch_size, 0)
         for buffer, value in zip(buffers, kept, strict=True):
             buffer.copy_(value)
 
@@ -225,7 +232,7 @@ class Learner:
 
     def _augment_all(self, places: Sequence[Tensor], epoch: int, start: int) -> list[Batch]:
         # The augmentation is drawn for the global batches, so it is the same however they are shared.
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch, start))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, start))
         indices = torch.cat(list(places))
         drawn = self._augment.draw(indices, epoch, generator)
         shares = [self.processes.rows(len(part)) for part in places]
@@ -277,7 +284,7 @@ class Learner:
         return found
 
     def _seed(self, batch: Batch, *more: int) -> None:
-        number = mix(self.seed, batch.epoch, batch.step, *more)
+        number = seed_of(self.seed, batch.epoch, batch.step, *more)
         # torch.manual_seed would note where it was called from, for longer than a small step takes.
         torch.default_generator.manual_seed(number)
         if self.device.type == "cuda":
@@ -314,10 +321,8 @@ class Learner:
 
         ``targets`` are those of mixed images; else the labels are.
         """
-        # The smaller batch at an epoch's end is not worth what it takes to compile for it.
-        forward = self._forward if count == self.recipe.batch_size else self._network
         with self._autocast():
-            logits = forward(inputs)
+            logits = self._forward(inputs, count)
             loss = self._objective.loss(logits, labels if targets is None else targets, inputs)
         # The mean over processes of these is the mean over the global batch, however it was shared.
         self.scaler.scale(loss * self.processes.count / self.selected(count)).backward()
@@ -339,12 +344,22 @@ class Learner:
         if len(self._behind) > BEHIND:
             self._behind.popleft().synchronize()
 
-    def _compiled(self, network: nn.Module) -> nn.Module:
-        """``network`` as the steps run it, with the same parameters."""
-        if not self.compiled:
-            return network
-        compiled: nn.Module = torch.compile(network, dynamic=False)  # type: ignore[assignment]
-        return compiled
+    def _as_stepped(self, network: nn.Module) -> Forward:
+        """``network`` as the steps run it, on inputs of a batch of so many images."""
+        compiled = torch.compile(network, dynamic=False) if self.compiled else network
+        whole = self.recipe.batch_size
+        # The smaller batch at an epoch's end is not worth what it takes to compile for it.
+        return lambda inputs, count: (compiled if count == whole else network)(inputs)
+
+    def _can_be_captured(self) -> bool:
+        """Whether a step takes all that it needs from the GPU, and the host nothing from the step.
+
+        How images are mixed is drawn on the host. The scaler of fp16 asks there whether a gradient of an
+        optimizer that is not fused, as Muon is not, was infinite.
+        """
+        scaled_back = all(part.defaults.get("fused") for part in self.optimizers)
+        asked = self.scaler.is_enabled() and not scaled_back
+        return self.device.type == "cuda" and self.recipe.mixing is None and not asked
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -370,52 +385,19 @@ class Learner:
             # The search would run BatchNorm, which waits for the others; they are still in their step.
             size = count // 2
             advice = f"try --set batch_size={size}, with a learning rate to match, or more processes"
-        elif size := self._fitting(count, epoch):
+        elif size := largest_fitting(count, partial(self._try, epoch), self.device):
             advice = f"{size} would fit: --set batch_size={size}, with a learning rate to match"
         else:
             advice = "not even one image fits; this network needs another device"
         return TrainingError(f"out of memory with a batch of {count} on {self.device}: {advice}")
 
-    def _fitting(self, batch: int, epoch: int) -> int:
-        """The largest halving of ``batch`` whose gradients can be computed; 0 where none can.
-
-        From the smallest on, and each only where more than it should take is free: with a CPU's memory
-        used up, oneDNN may call code that it had no room for, which ends the process.
-        """
-        fitting, needed = 0, 0
-        for size in (batch >> halvings for halvings in range(batch.bit_length() - 1, 0, -1)):
-            device.release_memory(self.device)
-            try:
-                torch.empty(needed, dtype=torch.uint8, device=self.device)
-                device.release_memory(self.device)
-                needed = 3 * self._compute_gradients(size, epoch)  # the next size is twice this one
-            except RuntimeError as error:
-                if not device.out_of_memory(error):
-                    raise
-                break
-            fitting = size
-            for part in self.optimizers:
-                part.zero_grad()
-        return fitting
-
-    def _compute_gradients(self, size: int, epoch: int) -> int:
-        """Compute the gradients of a batch of this ``size``; the bytes that were kept for them."""
-        kept: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        drawn = self._augment.draw(torch.arange(size), epoch, torch.Generator())
-        inputs = self._augment.apply(self.images.pixels[:size], drawn, epoch)
-        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-        with hooks:
-            inputs, *_ = self._select(inputs, self.images.labels[:size], size)
-            with self._autocast():
-                logits = self.model(inputs)
-        logits.sum().backward()
-        return sum(kept.values())
+    def _try(self, epoch: int, count: int) -> None:
+        """Compute the gradients of a batch of ``count`` images, and drop them."""
+        drawn = self._augment.draw(torch.arange(count), epoch, torch.Generator())
+        inputs = self._augment.apply(self.images.pixels[:count], drawn, epoch)
+        self._gradients(*self._select(inputs, self.images.labels[:count], count), count)
+        for part in self.optimizers:
+            part.zero_grad()
 
 
 def count_steps(recipe: Recipe, images: int) -> tuple[int, int]:
@@ -441,7 +423,7 @@ def _is_of_compiler(error: RuntimeError) -> bool:
     return isinstance(error, TorchDynamoException)
 
 
-def mix(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
     """A seed from several numbers, none of them negative.
 
     Combinations of as many numbers have seeds of their own; but a SeedSequence takes no notice of zeros

@@ -17,14 +17,14 @@ class Objective:
 
     Args:
         recipe: gives label smoothing, mixing and distillation.
-        teacher: the checkpoint to distil from, where the recipe does.
+        teacher: the checkpoint to distil from; None is the recipe's, where it has one.
         device: where the batches lie.
 
     Raises:
         CheckpointError: a teacher that cannot be used, or is not finished.
     """
 
-    def __init__(self, recipe: Recipe, teacher: Path, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, teacher: Path | None, device: torch.device) -> None:
         self._smoothing = recipe.label_smoothing
         self._mix: tuple[Mixing, nn.Module] | None = None
         if recipe.mixing is not None:
@@ -32,7 +32,8 @@ class Objective:
             self._mix = recipe.mixing, kind(alpha=recipe.mixing.alpha, num_classes=len(CLASSES))
         self._teacher: Teacher | None = None
         if recipe.distillation is not None:
-            self._teacher = Teacher(recipe.distillation, teacher, recipe.data).to(device)
+            path = teacher or Path(recipe.distillation.teacher)
+            self._teacher = Teacher(recipe.distillation, path, recipe.data).to(device)
 
     def mix(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """The images, float [N, 3, H, W], and targets of a step, from torch's global generator.

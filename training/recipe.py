@@ -432,6 +432,15 @@ class Recipe(Part):
             )
         if self.schedule.kind == "plateau" and self.data.validation == 0:
             raise ValueError("schedule: plateau needs held-out images: data.validation above 0")
+        networks = [("", self.model, self.optimizer)]
+        if self.selection is not None:
+            networks.append(("selection.", self.selection.model, self.selection.optimizer))
+        for place, model, optimizer in networks:
+            if optimizer.kind == "muon" and model.kind != "whitened_resnet":
+                raise ValueError(
+                    f"{place}optimizer: the rates of muon are defined for a whitened_resnet only, and "
+                    f"{place}model is a {model.kind}"
+                )
         several_rates = self.optimizer.kind == "muon" or self.selection is not None
         if self.schedule.kind == "shifted_warmup_cosine" and several_rates:
             raise ValueError("schedule: shifted_warmup_cosine is defined for one learning rate")

@@ -74,7 +74,6 @@ class Run:
         self.learner = Learner(
             self.recipe,
             self.seed,
-            state.network_with(state.model),
             train.first(limit),
             processes,
             folder / TEACHER,
@@ -83,17 +82,13 @@ class Run:
         self.device = self.learner.device
         self.val_images = val.first(limit).to(self.device)
         self.test_images = dataset.test.first(limit)
+        state.load_into(self.learner.model, state.model)
         if self.learner.average is not None:
             state.load_into(self.learner.average.network, state.average or state.model)
         if self.learner.selector is not None:
             state.load_into(self.learner.selector.network, state.selector or {})
-        try:
-            for part, part_state in zip(self.learner.optimizers, state.optimizers, strict=True):
-                optimizer.load(part, part_state)
-        except ValueError as error:
-            raise CheckpointError(
-                f"the optimizers do not fit recipe {state.recipe_name}: {error}"
-            ) from error
+        if state.sessions:
+            self._load_optimizers()
         if state.scaler:
             self.learner.scaler.load_state_dict(state.scaler)
 
@@ -123,8 +118,8 @@ class Run:
             f"images, {model.parameter_count(self.learner.model):,} parameters, "
             f"{self.learner.precision} on {device.describe(self.device)}{shared}"
         )
-        if self.learner.compiled:
-            self._compile()
+        if sizes := self.learner.sizes_to_compile(range(self.state.epoch, self.recipe.epochs)):
+            self._compile(sizes, watch)
         columns = (
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -180,11 +175,26 @@ class Run:
         self.state.result = result.model_dump()
         self._save()
 
-    def _compile(self) -> None:
+    def _load_optimizers(self) -> None:
+        state = self.state
+        try:
+            for part, part_state in zip(self.learner.optimizers, state.optimizers, strict=True):
+                optimizer.load(part, part_state)
+        except ValueError as error:
+            raise CheckpointError(
+                f"the optimizers do not fit recipe {state.recipe_name}: {error}"
+            ) from error
+
+    def _compile(self, sizes: list[int], watch: Watch) -> None:
         """Before the clock of the run starts; what it takes depends on what was compiled here before."""
-        began = time.monotonic()
+        began, spent = time.monotonic(), 0.0
         with self.console.status("compiling the steps"):
-            self.learner.compile(range(self.state.epoch, self.recipe.epochs))
+            for size in sizes:
+                if reason := watch.reason(self._needed(spent)):
+                    raise Stopped(reason)
+                before = time.monotonic()
+                self.learner.compile(size)
+                spent = time.monotonic() - before
         self.state.sessions[-1]["compile_seconds"] = round(time.monotonic() - began, 1)
 
     def _epoch(self, watch: Watch, progress: Progress) -> None:
@@ -254,6 +264,8 @@ class Run:
         state.epoch, state.step, state.loss_sum, state.correct = state.epoch + 1, 0, 0.0, 0
         if self.processes.highest(int(ended or time.monotonic() - self._saved > SAVE_SECONDS)):
             self._save()
+        elif self.processes.first:
+            self._write_history()
         self._report(metrics)
 
     def _evaluate(
@@ -334,10 +346,9 @@ class Run:
         self._save_seconds = self._saved - began
 
     def _report(self, metrics: dict[str, float]) -> None:
-        """Tell of an epoch: on the console, in the metrics file, to TensorBoard."""
+        """Tell of an epoch, on the console and to TensorBoard."""
         if not self.processes.first:
             return
-        self._write_history()
         if self.events is not None:
             for key in metrics.keys() - {"epoch"}:
                 self.events.add_scalar(key, metrics[key], metrics["epoch"])

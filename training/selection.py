@@ -29,7 +29,7 @@ class Selector:
         images: the first of them whiten its stem.
         processes: that share each batch.
         device: where the batches lie.
-        compiled: gives a network as the steps run it.
+        as_stepped: gives a network as the steps run it, on inputs of a batch of so many images.
 
     Attributes:
         network, optimizers: with their states, which a run saves and loads.
@@ -43,12 +43,13 @@ class Selector:
         images: Images,
         processes: Processes,
         device: torch.device,
-        compiled: Callable[[nn.Module], nn.Module],
+        as_stepped: Callable[[nn.Module], Callable[[Tensor, int], Tensor]],
     ) -> None:
         self._share, self._smoothing, self._processes = config.share, recipe.label_smoothing, processes
         network = initial_network(config.model, recipe, seed, images)
         self.network = network.to(device).to(memory_format=torch.channels_last)
-        self._forward = compiled(processes.parallel(self.network))
+        self._network = processes.parallel(self.network)
+        self._forward = as_stepped(self._network)
         self.optimizers = optimizer.build(config.optimizer, self.network)
 
     def count(self, images: int) -> int:
@@ -68,8 +69,8 @@ class Selector:
             chosen, and which of ``inputs`` are: int64, ascending; as many as ``count`` says in all
             processes together.
         """
-        self._forward.train()
-        logits = self._forward(inputs)
+        self._network.train()
+        logits = self._forward(inputs, images)
         losses = F.cross_entropy(
             logits.float(), labels, label_smoothing=self._smoothing, reduction="none"
         )

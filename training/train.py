@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from training import checkpoint as checkpoints
-from training import data, device, model, optimizer, provenance, results
+from training import data, device, model, provenance, results
 from training.checkpoint import Checkpoint, RunFacts
 from training.data import DataSet
 from training.files import held, replacing
@@ -58,11 +58,9 @@ def create(
     train_images = data.split(dataset.train, recipe.data.validation)[0].first(limit)
     count_steps(recipe, len(train_images))
     network = initial_network(recipe.model, recipe, seed, train_images)
-    optimizers = optimizer.build(recipe.optimizer, network)
     selector: nn.Module | None = None
     if recipe.selection is not None:
         selector = initial_network(recipe.selection.model, recipe, seed, train_images)
-        optimizers += optimizer.build(recipe.selection.optimizer, selector)
     state = Checkpoint(
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         recipe_name=name,
@@ -78,7 +76,7 @@ def create(
         model=network.state_dict(),
         average=network.state_dict() if recipe.averaging is not None else None,
         selector=selector.state_dict() if selector is not None else None,
-        optimizers=[part.state_dict() for part in optimizers],
+        optimizers=[],
         scaler={},
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typing_extensions import override
 
 from training import data, recipe
 from training.__main__ import main
+from training.watch import Watch
 
 SGD = "optimizer={kind='sgd', lr=0.05, momentum=0.9, nesterov=false, weight_decay=0.0}"
 
@@ -15,6 +17,19 @@ def selection(model: str, share: float) -> str:
     """The override that lets the network of the recipe ``model`` select, and learn by SGD."""
     network = ", ".join(f"{key}={json.dumps(value)}" for key, value in recipe.load(model).model)
     return f"selection={{share={share}, model={{{network}}}, {SGD}}}"
+
+
+class Limited(Watch):
+    """Has a reason to stop, as by a signal, once it was asked so many ``times``."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    @override
+    def reason(self, needed: float) -> int:
+        self.left -= 1
+        return 15 * (self.left < 0)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 from training import data, device, recipe
 from training.evaluate import predict
-from training.initial import initial_network
 from training.learner import Learner
 from training.processes import Processes
 
@@ -127,10 +126,8 @@ def test_a_step_waits_for_nothing_and_stays_on_the_device(
 ) -> None:
     chosen = recipe.load(name, [f"batch_size={BATCH}"])
     images = data.load_sample().train.first(IMAGES)
-    network = initial_network(chosen.model, chosen, 0, images)
-    learner = Learner(
-        chosen, 0, network, images, Processes(), uninterrupted / "checkpoint.pt", compiled=False
-    )
+    teacher = uninterrupted / "checkpoint.pt"
+    learner = Learner(chosen, 0, images, Processes(), teacher, compiled=False)
     gpu.hurries = True
     for epoch in {0, *(part.from_epoch for part in chosen.resolution), chosen.epochs - 1}:
         for batch in learner.batches(epoch):

@@ -1,12 +1,10 @@
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.compiler import needs_a_compiler
 from training import data, device, recipe
-from training.initial import initial_network
 from training.learner import Learner, TrainingError
 from training.processes import Processes
 
@@ -15,8 +13,7 @@ from training.processes import Processes
 def test_batches_are_the_same_from_whatever_step_on(size: int) -> None:
     chosen = recipe.load("E1", [f"batch_size={size}", "model.widths=[16,16,16]"])
     images = data.load_sample().train
-    network = initial_network(chosen.model, chosen, 0, images)
-    learner = Learner(chosen, 3, network, images, Processes(), Path())
+    learner = Learner(chosen, 3, images, Processes())
     all_of_them = list(learner.batches(1))
     assert [batch.step for batch in all_of_them] == list(range(learner.steps))
     assert [batch.count for batch in all_of_them] == [len(part) for part in learner.order(1)]
@@ -35,9 +32,8 @@ def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     for variable, value in (("WORLD_SIZE", "3"), ("RANK", "2"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(variable, value)
     chosen, images = recipe.load("A1"), data.load_sample().train
-    network = initial_network(chosen.model, chosen, 0, images)
     with pytest.raises(TrainingError, match=r"process 3 on a machine with 2 GPUs: .*-node 2"):
-        Learner(chosen, 0, network, images, Processes(), Path())
+        Learner(chosen, 0, images, Processes())
 
 
 @needs_a_compiler
@@ -52,8 +48,7 @@ def test_compiled_steps_are_the_same_steps(name: str, monkeypatch: pytest.Monkey
     rate = (0.001 if half else 1.0).__mul__  # the sooner a rate is high, the more does rounding matter
     losses, networks = [], []
     for compiled in (False, True):
-        network = initial_network(chosen.model, chosen, 0, images)
-        learner = Learner(chosen, 0, network, images, Processes(), Path(), compiled)
+        learner = Learner(chosen, 0, images, Processes(), compiled=compiled)
         assert learner.precision.endswith(", compiled") == compiled
         batches = itertools.islice(learner.batches(0), 3)
         losses.append([learner.learn(batch, rate)[0].item() for batch in batches])
@@ -67,9 +62,8 @@ def test_compiled_steps_are_the_same_steps(name: str, monkeypatch: pytest.Monkey
 @needs_a_compiler
 def test_nothing_is_compiled_for_a_batch_that_never_is_whole() -> None:
     chosen, images = recipe.load("A1"), data.load_sample().train.first(50)
-    network = initial_network(chosen.model, chosen, 0, images)
-    learner = Learner(chosen, 0, network, images, Processes(), Path(), compiled=True)
-    learner.compile(range(1))
+    learner = Learner(chosen, 0, images, Processes(), compiled=True)
+    assert learner.sizes_to_compile([0]) == []
     (batch,) = learner.batches(0)
     loss, _ = learner.learn(batch, float)
     assert loss.item() / 50 == pytest.approx(2.3, abs=0.1)
@@ -78,6 +72,5 @@ def test_nothing_is_compiled_for_a_batch_that_never_is_whole() -> None:
 def test_steps_of_several_processes_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     chosen, images = recipe.load("A1"), data.load_sample().train
-    network = initial_network(chosen.model, chosen, 0, images)
     with pytest.raises(TrainingError, match="in a single process only: leave out --compile"):
-        Learner(chosen, 0, network, images, Processes(), Path(), compiled=True)
+        Learner(chosen, 0, images, Processes(), compiled=True)

@@ -10,7 +10,6 @@ from tests.training.conftest import selection
 from training import data, range_test, recipe
 from training.__main__ import main
 from training.data import DataSet, Images
-from training.initial import initial_network
 from training.learner import Learner, TrainingError
 from training.processes import Processes
 from training.range_test import Measurement
@@ -60,8 +59,7 @@ def test_loss_that_never_falls_is_an_error() -> None:
 def test_groups_keep_their_ratio() -> None:
     fast = recipe.load("fast", ["batch_size=20"])
     images = data.load_sample().train.first(40)
-    network = initial_network(fast.model, fast, 0, images)
-    learner = Learner(fast, 0, network, images, Processes(), Path())
+    learner = Learner(fast, 0, images, Processes())
     assert isinstance(fast.optimizer, recipe.Muon)
     whole = (fast.optimizer.bias_lr, fast.optimizer.head_lr, fast.optimizer.lr)
     # More steps than an epoch has; ``optimizer.lr`` is 0.12.
@@ -93,8 +91,7 @@ def test_only_training_images_count(
 def test_losses_are_means_over_the_images_that_a_step_learns_from() -> None:
     chosen = recipe.load("A1", ["batch_size=20", selection("A1", 0.25)])
     images = data.load_sample().train
-    network = initial_network(chosen.model, chosen, 0, images)
-    learner = Learner(chosen, 0, network, images, Processes(), Path("none"))
+    learner = Learner(chosen, 0, images, Processes())
     (first,) = range_test.measure(learner, [1e-5])
     assert math.log(10) < first.loss < 1.1 * math.log(10)  # the hardest images lose a bit more
 

@@ -105,6 +105,12 @@ REPORTS = {
 }
 
 
+MUON = (
+    "{kind = 'muon', lr = 0.1, momentum = 0.6, bias_lr = 1.0, head_lr = 1.0, sgd_momentum = 0.9, "
+    "weight_decay = 0.0}"
+)
+
+
 @pytest.mark.parametrize("name", REPORTED)
 def test_recipes_are_what_the_reports_say(name: str) -> None:
     def text(part: recipe.Part) -> str:
@@ -208,6 +214,12 @@ def test_overrides_are_typed_and_validated() -> None:
         ("data.mean.x=2", "the recipe has no 'x' there"),
         ("epochs.x=2", "epochs has no keys"),
         ("model.kind=basic_cnn", "unknown key model.blocks"),
+        (f"optimizer={MUON}", "optimizer: the rates of muon are defined for a whitened_resnet only"),
+        (
+            f"selection={{share = 0.5, model = {{kind = 'basic_cnn'}}, optimizer = {MUON}}}",
+            "selection.optimizer: the rates of muon are defined for a whitened_resnet only, and "
+            "selection.model is a basic_cnn",
+        ),
     ],
 )
 def test_wrong_override_names_the_key(override: str, message: str) -> None:

@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from typing_extensions import override
 
-from tests.training.conftest import SGD, selection
+from tests.training.conftest import SGD, Limited, selection
 from training import checkpoint, data, recipe, train
 from training.checkpoint import CheckpointError
 from training.initial import initial_network
@@ -20,8 +19,7 @@ SELECTING = [SGD, "epochs=2", "batch_size=64", "label_smoothing=0.1", selection(
 
 def learner(settings: list[str]) -> Learner:
     chosen, images = recipe.load("A1", settings), data.load_sample().train
-    network = initial_network(chosen.model, chosen, 5, images)
-    return Learner(chosen, 0, network, images, Processes(), Path())
+    return Learner(chosen, 0, images, Processes())
 
 
 def test_the_hardest_are_chosen_and_learned_from() -> None:
@@ -56,19 +54,6 @@ def test_a_share_is_of_whole_images_and_one_at_least() -> None:
     selector = learner(SELECTING).selector
     assert selector is not None
     assert [selector.count(images) for images in (1, 2, 6, 64, 1000)] == [1, 1, 2, 16, 250]
-
-
-class Limited(Watch):
-    """Asks to stop after some steps; a signal's number, as if one had come."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.left = steps
-
-    @override
-    def reason(self, needed: float) -> int:
-        self.left -= 1
-        return 15 * (self.left < 0)
 
 
 def test_resumed_run_selects_as_an_uninterrupted_one(tmp_path: Path) -> None:

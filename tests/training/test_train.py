@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.compiler import needs_a_compiler
-from training import checkpoint, data, recipe, results
+from tests.training.conftest import Limited
+from training import checkpoint, data, recipe, results, train
 from training.__main__ import main
 from training.evaluate import evaluate
 from training.files import held
 from training.model import CLASSES, build
+from training.processes import Processes
+from training.watch import Stopped, Watch
 
 SMALL = ["--epochs", "1", "--limit", "12", "--set", "batch_size=4"]
 
@@ -56,12 +60,22 @@ def test_every_recipe_trains_a_few_steps(name: str, tmp_path: Path, uninterrupte
 
 @needs_a_compiler
 def test_a_compiled_run_is_resumed_compiled(tmp_path: Path) -> None:
-    compiled = ["A1", "--epochs", "2", "--limit", "64", "--set", "batch_size=16", "--compile", "--out"]
-    assert main(["run", *compiled, str(tmp_path / "whole")]) == 0
-    assert main(["run", *compiled, str(tmp_path / "parts"), "--max-seconds", "1"]) == 75
-    resume = [sys.executable, "-m", "training", "resume", str(tmp_path / "parts"), "--compile"]
-    subprocess.run(resume, check=True)
-    whole, parts = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+    chosen, dataset = recipe.load("A1", ["epochs=2", "batch_size=16"]), data.load_sample()
+    folders = [tmp_path / name for name in ("whole", "parts")]
+    for folder in folders:
+        train.create(folder, chosen, "A1", 0, dataset, limit=64)
+
+    def resume(folder: Path, watch: Watch) -> None:
+        train.resume(folder, dataset, Console(quiet=True), watch, Processes(), compiled=True)
+
+    resume(folders[0], Watch())
+    for asked, sessions in ((0, 0), (4, 1)):  # before it compiles, and after some steps
+        with pytest.raises(Stopped):
+            resume(folders[1], Limited(asked))
+        assert len(checkpoint.load(folders[1] / "checkpoint.pt").sessions) == sessions
+    command = [sys.executable, "-m", "training", "resume", str(folders[1]), "--compile"]
+    subprocess.run(command, check=True)
+    whole, parts = (checkpoint.load(folder / "checkpoint.pt") for folder in folders)
     assert [session["precision"] for session in parts.sessions] == ["float32, compiled"] * 2
     assert all("compile_seconds" in session for session in parts.sessions)
     assert all(torch.equal(values, parts.model[name]) for name, values in whole.model.items())
