@@ -6,7 +6,7 @@ Servers run one after the other on the same cores as their client: the service, 
 service's engine and its int8 file, which shows what is engine and what is server.
 
 ``python -m benchmarks.serving`` measures, writes ``benchmarks/serving.json`` and each load's raw figures
-to ``benchmarks/results/serving.jsonl``; ``--markdown`` prints the README's tables from the former. Those
+to ``results/serving.jsonl`` beside it; ``--markdown`` prints the README's tables from the former. Those
 of the servers by themselves, ``serving-a1``, are of ``--network A1``.
 """
 
@@ -41,7 +41,6 @@ from benchmarks.stored import BenchmarkError
 from training.__main__ import markdown_table
 from training.files import replacing
 
-RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
 NETWORK = "B1"
 CONNECTIONS = (1, 8, 32, 128)
 BATCH = 64  # images of a request to /classify_batch
@@ -333,6 +332,7 @@ def _measure(options: argparse.Namespace) -> Iterator[Figures]:
     chosen = [server for server in servers if server.name not in skipped]
     if not chosen:
         raise BenchmarkError("none of the servers is installed")
+    raw = options.figures.parent / "results" / f"{options.figures.stem}.jsonl"
     measured = Measured(
         {server.label: {count: [] for count in options.connections} for server in chosen}
     )
@@ -340,8 +340,8 @@ def _measure(options: argparse.Namespace) -> Iterator[Figures]:
         for number in range(options.rounds):
             for server in track(chosen, f"round {number + 1}", console=CONSOLE):
                 measure(server, model.files[server.precision], number, options.seconds, measured)
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(options.results) as file:
+            raw.parent.mkdir(exist_ok=True)
+            with replacing(raw) as file:
                 file.writelines(f"{json.dumps(line)}\n".encode() for line in measured.raw)
             yield Figures(
                 **begun,
@@ -367,7 +367,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", default=NETWORK, metavar="RECIPE", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a load (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     return parser
 
 
