@@ -305,7 +305,7 @@ def markdown(figures: Figures) -> str:
     of_submissions = (
         "`python -m serving submit`, from the process's start to the CSV; its engine alone (warm, in "
         f"batches of {SUBMISSION_BATCH}); float32 PyTorch alone (in batches of {PYTORCH_BATCH}); "
-        f"*ratio* is that of PyTorch's time, reckoned from the table above, to submit's. Both tables: "
+        f"*ratio* is that of PyTorch's time, computed from the table above, to submit's. Both tables: "
         f"{figures.place}"
     )
     tables = (_engines_table(figures), of_engines, _submissions_table(figures), of_submissions)

@@ -302,13 +302,16 @@ def _multiples(figures: Figures) -> str:
         peers = {label: rate for label, rate in rates.items() if how in label}
         if peers:
             best = max(peers, key=peers.__getitem__)
-            times = " and ".join(
-                f"{rate / peers[best]:.1f} ({precision})" for precision, rate in ours.items()
-            )
             name, _, precision = best.partition(f", {how}, ")
-            parts.append(f"{times} times as many as the best {told} ({name}, {precision})")
+            times = " and ".join(
+                f"{rate / peers[best]:.1f} ({own})"
+                for own, rate in ours.items()
+                if own == precision or how == DOCUMENTED  # the same engine runs the same file
+            )
+            if times:
+                parts.append(f"{times} times as many as the best {told} ({name}, {precision})")
     told = "; ".join(parts)
-    return f"With {BUSY} connections the service answers {told}." if ours and parts else ""
+    return f"With {BUSY} connections the service answers {told}." if parts else ""
 
 
 def _median(loads: Sequence[Load], field: str) -> float:

@@ -338,7 +338,7 @@ def markdown(figures: Figures) -> str:
     text = (
         f"{figures.n:,} requests of {figures.clients} clients in {figures.seconds / 60:g} minutes, by "
         f"status; *{LEFT}* are those of clients that left while they sent. {wrong} had another status "
-        f"than they should. The server's processes took {first:,.0f} MiB (RSS) at the begin, "
+        f"than they should. The server's processes took {first:,.0f} MiB (RSS) at the start, "
         f"{figures.warm[0]:,.0f} MiB after {begin:g} minutes and {last:,.0f} MiB at the end, "
         f"{figures.worker:,.0f} MiB of which are the worker's; a line "
         f"through the time after {begin:g} minutes rises by {figures.slope:.2f} MiB per minute. They "

@@ -113,7 +113,7 @@ def test_the_service_is_told_as_multiples_of_the_best_peers() -> None:
     told = benchmark.markdown(figures).replace("\n", " ")
     assert (
         "With 32 connections the service answers 5.0 (int8) and 0.8 (fp32) times as many as the best "
-        "peer as documented (FastAPI, fp32); 1.2 (int8) and 0.2 (fp32) times as many as the best with "
+        "peer as documented (FastAPI, fp32); 1.2 (int8) times as many as the best with "
         "our engine (BentoML, batchable, int8)."
     ) in told
 

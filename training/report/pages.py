@@ -254,7 +254,7 @@ def _series(history: Sequence[dict[str, Any]], key: str, colour: int) -> charts.
 
 
 def _durations(history: Sequence[dict[str, Any]]) -> list[float]:
-    """The seconds of each epoch; a history counts them from the run's begin."""
+    """The seconds of each epoch; a history counts them from the run's start."""
     ends = [line["seconds"] for line in history]
     return [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
 
