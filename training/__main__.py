@@ -233,6 +233,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="for trials: train and validate on the first N images only",
     )
+    run.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU too: the same seed, bitwise the same weights, resumed or not; slower",
+    )
     _add_overrides(run)
 
     resume = commands.add_parser(
@@ -241,18 +246,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Go on with an interrupted run, here or wherever its folder was copied to.",
     )
     resume.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    run.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="on a GPU too: the same seed, bitwise the same weights, resumed or not; slower",
-    )
     for command in (run, resume):
         command.add_argument(
             "--max-seconds",
             type=_count,
             metavar="N",
-            help="stop within N seconds, or after the first step, with a checkpoint to resume from; the "
-            "exit code is then 75 (torchrun's is 1)",
+            help="stop within N seconds, with a checkpoint to resume from; the exit code is then 75 "
+            "(torchrun's is 1). To compile, and the first step, may take longer",
         )
         command.add_argument(
             "--tensorboard",
