@@ -1,6 +1,6 @@
 """What runs a model in the benchmark of inference: each measurement is a process of this module.
 
-``python -m benchmarks.engines ENGINE --file FILE --recipe RECIPE --views VIEWS`` prints a line of JSON.
+``python -m benchmarks.engines ENGINE --file FILE`` prints a line of JSON.
 Imports are inside the functions: what an engine does not need would count as its memory and, with its
 threads and allocators, change its pace.
 """
@@ -145,7 +145,7 @@ def pytorch(precision: str, compiled: bool = False) -> Engine:
 
 # By name; the parts after a colon are the provider of the service, or the precision in PyTorch.
 ENGINES: dict[str, Engine] = {
-    **{f"service:{name}": serving(name) for name in ("cpu", "openvino", "cuda", "tensorrt")},
+    **{f"service:{name}": serving(name) for name in ("auto", "cpu", "openvino", "cuda", "tensorrt")},
     "bound:cuda": bound("cuda", "cuda"),
     "onnxruntime": onnxruntime,
     "openvino": openvino,
@@ -198,8 +198,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("--file", type=Path, required=True, help="a model file")
-    parser.add_argument("--recipe", required=True, help="of the same network, for PyTorch")
-    parser.add_argument("--views", required=True, help="that the file averages, for PyTorch")
+    parser.add_argument("--recipe", default="", help="of the same network, for PyTorch")
+    parser.add_argument("--views", default="none", help="that the file averages, for PyTorch")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[])
     parser.add_argument("--seconds", type=float, default=1.0, help="a batch size")
     parser.add_argument("--rows", type=int, help="instead: seconds for a submission of as many images")

@@ -59,6 +59,7 @@ PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino"
 CONSOLE = Console(stderr=True)
 REFERENCE = ("onnxruntime", "fp32")  # what the ratios are to
 NAMES = {
+    "service:auto": "service, its own choice",
     "service:cpu": "service, CPU provider",
     "service:openvino": "service, OpenVINO provider",
     "service:cuda": "service, CUDA provider",

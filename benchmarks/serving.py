@@ -34,7 +34,7 @@ from rich.progress import track
 from benchmarks import stored
 from benchmarks.inference import built
 from benchmarks.load import requests
-from benchmarks.peers import net
+from benchmarks.peers.model import ENGINE, MODEL
 from benchmarks.server import ROOT, family, memory
 from benchmarks.server import running as started
 from benchmarks.stored import BenchmarkError
@@ -158,7 +158,7 @@ def running(server: Server, file: Path) -> Iterator[tuple[str, psutil.Process, f
         found = httpx.post(f"{url}/classify", content=body, headers=headers, timeout=30)
         return found.status_code == 200
 
-    settings = {net.MODEL: str(file), net.ENGINE: server.engine, "SERVING_MODEL": str(file)}
+    settings = {MODEL: str(file), ENGINE: server.engine, "SERVING_MODEL": str(file)}
     began = time.perf_counter()
     with started(server.label, server.command, settings, answers) as (url, process):
         yield f"{url}/classify", process, time.perf_counter() - began
@@ -207,13 +207,9 @@ def _loaded(
 
 def _engine_alone(file: Path, seconds: float) -> float:
     """Images per second of the service's engine in batches of ``BATCH``, in a process of its own."""
-    code = (
-        "import sys, loky; from pathlib import Path; from serving.engine import Engine; "
-        "from benchmarks.engines import measure; "
-        "run = Engine(Path(sys.argv[1]), 'auto', loky.cpu_count()).run; "
-        "print(measure(run, int(sys.argv[2]), float(sys.argv[3])))"
-    )
-    return float(_output([sys.executable, "-c", code, str(file), str(BATCH), str(seconds)]))
+    engine = [sys.executable, "-m", "benchmarks.engines", "service:auto", "--file", str(file)]
+    found = _output([*engine, "--batch-sizes", str(BATCH), "--seconds", str(seconds)])
+    return float(json.loads(found)["rates"][str(BATCH)])
 
 
 @dataclass

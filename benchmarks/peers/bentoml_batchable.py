@@ -6,15 +6,15 @@ import bentoml
 import numpy as np
 from PIL.Image import Image
 
-from benchmarks.peers import net
+from benchmarks.peers import model
 
 
 @bentoml.service
-class Net:
+class Model:
     """Runs batches."""
 
     def __init__(self) -> None:
-        self.run = net.load()
+        self.run = model.load()
 
     @bentoml.api(batchable=True, max_batch_size=32, max_latency_ms=1000)
     def logits(self, images: np.ndarray) -> np.ndarray:
@@ -26,10 +26,10 @@ class Net:
 class Classifier:
     """Classifies an image."""
 
-    net = bentoml.depends(Net)
+    model = bentoml.depends(Model)
 
     @bentoml.api
     async def classify(self, image: Image) -> dict[str, Any]:
         """Classify one image."""
-        logits = await self.net.to_async.logits(net.pixels(image)[np.newaxis])
-        return net.answer(logits[0])
+        logits = await self.model.to_async.logits(model.pixels(image)[np.newaxis])
+        return model.answer(logits[0])

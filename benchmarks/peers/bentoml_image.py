@@ -6,7 +6,7 @@ import bentoml
 import numpy as np
 from PIL.Image import Image
 
-from benchmarks.peers import net
+from benchmarks.peers import model
 
 
 @bentoml.service
@@ -14,9 +14,9 @@ class Classifier:
     """Classifies an image."""
 
     def __init__(self) -> None:
-        self.run = net.load()
+        self.run = model.load()
 
     @bentoml.api
     def classify(self, image: Image) -> dict[str, Any]:
         """Classify one image."""
-        return net.answer(self.run(net.pixels(image)[np.newaxis])[0])
+        return model.answer(self.run(model.pixels(image)[np.newaxis])[0])

@@ -8,17 +8,17 @@ import uvicorn
 from fastapi import FastAPI, UploadFile
 from PIL import Image
 
-from benchmarks.peers import net
+from benchmarks.peers import model
 
 app = FastAPI()
-run = net.load()
+run = model.load()
 
 
 @app.post("/classify")
 def classify(image: UploadFile) -> dict[str, Any]:
     """Classify one image."""
-    images = net.pixels(Image.open(image.file))[np.newaxis]
-    return net.answer(run(images)[0])
+    images = model.pixels(Image.open(image.file))[np.newaxis]
+    return model.answer(run(images)[0])
 
 
 if __name__ == "__main__":

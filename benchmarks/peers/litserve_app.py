@@ -9,7 +9,7 @@ from fastapi import Request
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.peers import net
+from benchmarks.peers import model
 
 Pixels = NDArray[np.uint8]
 Logits = NDArray[np.float32]
@@ -20,11 +20,11 @@ class Classifier(litserve.LitAPI):
 
     def setup(self, device: str) -> None:
         """Load the model, in a worker."""
-        self.run = net.load()
+        self.run = model.load()
 
     def decode_request(self, request: Request) -> Pixels:
         """The pixels of a form's image."""
-        return net.pixels(Image.open(request["image"].file))  # LitServe hands over the form
+        return model.pixels(Image.open(request["image"].file))  # LitServe hands over the form
 
     def batch(self, inputs: list[Pixels]) -> Pixels:
         """One array of several."""
@@ -40,7 +40,7 @@ class Classifier(litserve.LitAPI):
 
     def encode_response(self, output: Logits) -> dict[str, Any]:
         """The answer of a request."""
-        return net.answer(output)
+        return model.answer(output)
 
 
 if __name__ == "__main__":

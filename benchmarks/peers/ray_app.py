@@ -10,7 +10,7 @@ from PIL import Image
 from ray import serve
 from starlette.requests import Request
 
-from benchmarks.peers import net
+from benchmarks.peers import model
 
 
 @serve.deployment(max_ongoing_requests=256)
@@ -18,7 +18,7 @@ class Classifier:
     """Classifies an image."""
 
     def __init__(self) -> None:
-        self.run = net.load()
+        self.run = model.load()
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
     async def logits(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
@@ -30,8 +30,8 @@ class Classifier:
         async with request.form() as form:
             image = form["image"]
             assert not isinstance(image, str)
-            pixels = net.pixels(Image.open(image.file))
-        return net.answer(await self.logits(pixels))
+            pixels = model.pixels(Image.open(image.file))
+        return model.answer(await self.logits(pixels))
 
 
 if __name__ == "__main__":
