@@ -34,10 +34,16 @@ DRAFT_SIDE = 4 * SIDE
 REDUCING_GAP = 3
 BAND_PIXELS = 2**20
 
-# One large image at a time is in memory, however many threads decode.
+# One large image at a time is in memory, however many threads decode. A camera's JPEG never is, as it is
+# decoded row by row, at the draft's size.
 LARGE_PIXELS = 4_000_000
 LARGE = threading.Lock()
 WEBP_COPIES = 4  # that Pillow's decoder of WebP has of the pixels
+
+# JPEG: how a scan begins, with the first byte of the length that it can have; and how those frames begin
+# that are progressive or lossless.
+SCAN = b"\xff\xda\0"
+WHOLE = re.compile(rb"\xff[\xc2\xc3\xc6\xc7\xca\xcb\xce\xcf]")
 
 # What a small PNG is: by its header, and by its bytes too, since a few can stand for a long text.
 SMALL_SIDE = 64
@@ -48,7 +54,7 @@ PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 # that was read before: how a format's files begin, what is counted in them, its name, and how many of it
 # are more than any camera or program writes.
 REPEATABLE = (
-    (b"\xff\xd8", b"\xff\xda\0", "scans", 100),  # JPEG: start-of-scan with the length that it can have
+    (b"\xff\xd8", SCAN, "scans", 100),
     (b"\xff\xd8", b"Exif\0\0", "Exif segments", 100),
     (b"\xff\xd8", b"8BIM", "Photoshop resources", 1000),
     (b"\x89PNG", b"iCCP", "colour profiles", 10),
@@ -119,6 +125,8 @@ def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
                     f"the limit is {limit} pixels in all."
                 )
             image.draft(image.mode, (DRAFT_SIDE, DRAFT_SIDE))
+            if _is_read_by_rows(image, content):
+                pixels = image.width * image.height
             with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
                 image.load()
                 return np.array(_upright(_square(image), image), dtype=np.uint8)
@@ -143,6 +151,19 @@ def is_small(content: bytes) -> bool:
         return False
     width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
     return max(width, height) <= SMALL_SIDE
+
+
+def _is_read_by_rows(image: Image.Image, content: bytes) -> bool:
+    """Whether an image is a JPEG of which the decoder keeps some rows, not all of its coefficients.
+
+    It keeps them where an image comes in several scans. So the file must not have anything that could be
+    the beginning of a scan of some of the layers only, or of a frame that is made of such scans.
+    """
+    layers = getattr(image, "layers", 0)  # of a JPEG
+    if not layers or WHOLE.search(content):
+        return False
+    of_all = bytes([*SCAN, 6 + 2 * layers, layers])
+    return content.count(of_all) == content.count(SCAN)
 
 
 def _check_repetition(content: bytes) -> None:

@@ -1,7 +1,9 @@
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from serving.errors import ImageError, TooLargeError
-from serving.images import SMALL_BYTES, decode, is_small
+from serving.images import LARGE, SMALL_BYTES, decode, is_small
 from tests.serving.corpus.make import many_pieces, many_scans, png_of
 from tests.serving.samples import encoded
 
@@ -49,6 +51,31 @@ def test_photograph_of_an_object_shrinks_back_to_it(images: npt.NDArray[np.uint8
     large = np.asarray(Image.fromarray(images[0]).resize((768, 768), Image.Resampling.BICUBIC))
     small = decode(encoded(large, "JPEG", quality=95), LIMIT)
     assert np.abs(small.astype(int) - images[0].astype(int)).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "waits"),
+    [
+        ({}, (b"", b""), False),
+        ({"subsampling": 0}, (b"", b""), False),
+        ({"progressive": True}, (b"", b""), True),
+        # A scan of one layer of three, as of a file that has the others in scans of their own.
+        ({}, (b"\xff\xda\0\x0c\x03", b"\xff\xda\0\x08\x01"), True),
+        # What a decoder may take for the beginning of another scan.
+        ({}, (b"\xff\xdb", b"\xff\xfe\0\x06\xff\xda\0\x08\xff\xdb"), True),
+    ],
+)
+def test_a_large_image_waits_where_all_of_it_is_kept_in_memory(
+    options: dict[str, Any], change: tuple[bytes, bytes], waits: bool
+) -> None:
+    content = saved(plain((255, 0, 0), (2500, 2000)), "JPEG", **options).replace(*change, 1)
+    with ThreadPoolExecutor(1) as pool:
+        with LARGE:
+            decoding = pool.submit(decode, content, 10**7)
+            finished, _ = wait([decoding], timeout=0.5 if waits else 60)
+        assert bool(finished) != waits
+        if not any(change):
+            assert (decoding.result() == [254, 0, 0]).all()
 
 
 def test_wide_image_is_cropped_in_the_middle() -> None:
