@@ -11,6 +11,9 @@ GPU ?= 0
 SECONDS ?= 120
 FIGURES ?= runs/figures
 
+# BentoML would tell its makers of each start.
+export BENTOML_DO_NOT_TRACK := True
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help serve test lint train export bench soak fuzz image

@@ -89,12 +89,14 @@ async def _receive(request: Request, max_files: int, parts: list[Part]) -> None:
         raise RequestError("The multipart form cannot be read: its Content-Type has no boundary.")
     # File names are not used, and some come in other encodings than UTF-8: any bytes are Latin-1.
     delimiter = (boundary[1] or boundary[2]).encode("latin-1")
+    files = 0
     with PushMultipartParser(delimiter, header_charset="latin-1") as parser:
         async for chunk in request.stream():
             for event in parser.parse(chunk) if chunk else ():
                 if isinstance(event, MultipartSegment):
                     parts.append(Part(event))
-                    _check_count(parts, max_files)
+                    files += parts[-1].is_file
+                    _check_count(files, len(parts) - files, max_files)
                 elif event:
                     part = parts[-1]
                     await part.write(event)
@@ -107,11 +109,10 @@ async def _receive(request: Request, max_files: int, parts: list[Part]) -> None:
         part.file.seek(0)
 
 
-def _check_count(parts: list[Part], max_files: int) -> None:
-    files = sum(part.is_file for part in parts)
+def _check_count(files: int, texts: int, max_files: int) -> None:
     if files > max_files:
         if max_files == 1:
             raise FieldError("The form has several files; right would be one.")
         raise TooLargeError(f"The form has too many files; the limit is {max_files}.")
-    if len(parts) - files > MAX_TEXTS:
+    if texts > MAX_TEXTS:
         raise RequestError(f"The form has more than {MAX_TEXTS} fields that hold text.")

@@ -48,6 +48,7 @@ WHOLE = re.compile(rb"\xff[\xc2\xc3\xc6\xc7\xca\xcb\xce\xcf]")
 # What a small PNG is: by its header, and by its bytes too, since a few can stand for a long text.
 SMALL_SIDE = 64
 SMALL_BYTES = 4 * 1024
+PNG_DEPTH = 24  # where a PNG has its bits for each channel
 PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 # What a few bytes of a file can ask for again and again, each time for work on the whole image or on all
@@ -129,6 +130,7 @@ def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
                 pixels = image.width * image.height
             with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
                 image.load()
+                _scale_colour_key(image, content)
                 return np.array(_upright(_square(image), image), dtype=np.uint8)
     except (ImageError, TooLargeError):
         raise
@@ -173,6 +175,19 @@ def _check_repetition(content: bytes) -> None:
             raise ImageError(f"The image has more than {most} {name}; save it anew, without them.")
 
 
+def _scale_colour_key(image: Image.Image, content: bytes) -> None:
+    """Bring a PNG's transparent colour to the 8 bits that its pixels have after decoding.
+
+    Pillow leaves it as the file has it. Of 16-bit colours, whose low bytes are gone, all with its high
+    bytes are then transparent.
+    """
+    key, depth = image.info.get("transparency"), content[PNG_DEPTH] if image.format == "PNG" else 8
+    if image.mode == "L" and isinstance(key, int):
+        image.info["transparency"] = key * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value >> (depth - 8) for value in key)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: transparency over white, 16-bit grey scaled to 8 bits."""
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -212,7 +227,12 @@ def _square(image: Image.Image) -> Image.Image:
 
 def _upright(square: Image.Image, image: Image.Image) -> Image.Image:
     """Turn the `square` of an image as the image's EXIF orientation says."""
-    orientation = image.getexif().get(Base.Orientation, 1)
+    try:
+        orientation = image.getexif().get(Base.Orientation, 1)
+    except ImageError:
+        raise
+    except Exception:  # of what is no EXIF Pillow raises nearly anything; the pixels are good
+        return square
     if orientation != 1:
         square.getexif()[Base.Orientation] = orientation
         ImageOps.exif_transpose(square, in_place=True)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.responses import JSONResponse, Response
 
 from serving.errors import FieldError, NotFoundError, RequestError, TooLargeError
@@ -41,6 +41,10 @@ Image = Annotated[list[Row], Field(fail_fast=True, min_length=32, max_length=32)
 Images = Annotated[list[Image], Field(fail_fast=True)]
 
 
+# Clients that send their structures whole have null where there is nothing.
+OrNothing = BeforeValidator(lambda value: {} if value is None else value)
+
+
 class InputParameters(BaseModel):
     """Of an input: how many bytes it has after the JSON, if its data is there."""
 
@@ -53,7 +57,7 @@ class Input(BaseModel):
     name: str
     shape: Annotated[list[int], Field(fail_fast=True, max_length=8)]
     datatype: str
-    parameters: InputParameters = InputParameters()
+    parameters: Annotated[InputParameters, OrNothing] = InputParameters()
     data: Values | Images | None = None
 
 
@@ -68,7 +72,7 @@ class Output(BaseModel):
     """A tensor that is wanted."""
 
     name: str
-    parameters: OutputParameters = OutputParameters()
+    parameters: Annotated[OutputParameters, OrNothing] = OutputParameters()
 
 
 class Parameters(BaseModel):
@@ -81,9 +85,9 @@ class InferenceRequest(BaseModel):
     """The JSON of a request; what it has besides is ignored, as the protocol wants it."""
 
     id: str | None = None
-    parameters: Parameters = Parameters()
+    parameters: Annotated[Parameters, OrNothing] = Parameters()
     inputs: Annotated[list[Input], Field(fail_fast=True, max_length=MAX_TENSORS)]
-    outputs: Annotated[list[Output], Field(fail_fast=True, max_length=MAX_TENSORS)] = []
+    outputs: Annotated[list[Output], Field(fail_fast=True, max_length=MAX_TENSORS)] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
         )
     if tensor.shape[0] > max_images:
         raise TooLargeError(f"There are {tensor.shape[0]} images; the limit is {max_images}.")
-    _check_outputs(request.outputs)
+    _check_outputs(request.outputs or [])
     outputs = request.outputs or [Output(name=name) for name in OUTPUTS]
     for output in outputs:
         if output.parameters.binary_data is None:

@@ -43,7 +43,7 @@ ROUTES = frozenset(
     {"/", "/classify", "/classify_batch", "/submission", "/model", "/docs.json", "/metrics"}
     | {"/healthz", "/livez", "/readyz"}
 )
-OTHER = "other"
+PROTOCOL, INFER, OTHER = "/v2", "/v2/infer", "other"
 
 requests = Counter("cifar10_requests", "Requests answered", ["route", "status"])
 request_seconds = Histogram(
@@ -73,8 +73,13 @@ under_way = Gauge(
 swaps = Counter(
     "cifar10_model_swaps", "New model files that came while serving, by what became of them", ["outcome"]
 )
+# At 0 from the start, as a rate does not see a series' first step: of swaps, and of answers for which
+# somebody is paged.
 for outcome in ("done", "refused"):
     swaps.labels(outcome)
+for name in (*ROUTES, PROTOCOL, INFER, OTHER):
+    for status in ("200", "500", "503", "504"):
+        requests.labels(name, status)
 
 
 def forget_the_dead() -> None:
@@ -127,5 +132,5 @@ def route(path: str) -> str:
     if path in ROUTES:
         return path
     if is_protocol(path):
-        return "/v2/infer" if path.endswith("/infer") else "/v2"
+        return INFER if path.endswith("/infer") else PROTOCOL
     return OTHER

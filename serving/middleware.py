@@ -35,6 +35,12 @@ logger = logging.getLogger("serving")
 Header = tuple[bytes, bytes]
 
 HIDDEN_HEADERS = frozenset({b"server", b"x-bentoml-request-id"})  # what runs here is nobody's business
+# BentoML's page at / would load a tracker's script, which could read what is tried out there.
+PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+)
+# Of which BentoML would write a traceback into the log.
+FOR_BENTOML = "application/vnd.bentoml+pickle"
 FREE_BYTES = 64 * 1024  # of a body; up to here a request is not refused for the size of others
 GONE = 499  # as nginx has it: the client left before the answer
 
@@ -73,8 +79,13 @@ class Observed:
             nonlocal status, bytes_out
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": self._completed(message["headers"], identity)}
-            else:
+                completed = self._completed(message["headers"], identity)
+                # A client that waits to be asked for the body, and is refused, may send it or the next
+                # request; nothing tells them apart.
+                if status >= 400 and not bytes_in and "expect" in headers:
+                    completed.append((b"connection", b"close"))
+                message = {**message, "headers": completed}
+            elif scope["method"] != "HEAD":  # to which uvicorn sends no body
                 bytes_out += len(message.get("body", b""))
             await send(message)
 
@@ -100,6 +111,8 @@ class Observed:
     def _completed(self, headers: Iterable[Header], identity: str) -> list[Header]:
         completed = [header for header in headers if header[0] not in HIDDEN_HEADERS]
         completed += [(REQUEST_ID.encode(), identity.encode()), (b"x-content-type-options", b"nosniff")]
+        if any(name == b"content-type" and value.startswith(b"text/html") for name, value in completed):
+            completed.append((b"content-security-policy", PAGE_POLICY.encode()))
         if self.drain.stopping:
             completed.append((b"connection", b"close"))
         return completed
@@ -231,12 +244,15 @@ class Reception:
             return
         too_large = TooLargeError(f"The body is too large; the limit is {self.max_bytes} bytes.")
         headers = Headers(scope=scope)
-        encoding = headers.get("content-encoding", "identity")
-        if encoding.strip().lower() != "identity":
-            raise MediaTypeError(
-                f"The body has the Content-Encoding {encoding[:100]!r}; right would be none: images are "
-                "compressed already."
-            )
+        for name, right in (("content-encoding", "identity"), ("transfer-encoding", "chunked")):
+            codings = ",".join(headers.getlist(name))
+            if {coding.strip().lower() for coding in codings.split(",")} - {right, ""}:
+                raise MediaTypeError(
+                    f"The body has the {name.title()} {codings[:100]!r}; right would be none, as images "
+                    "are compressed already."
+                )
+        if headers.get("content-type", "").partition(";")[0].strip() == FOR_BENTOML:
+            raise MediaTypeError(f"The Content-Type is {FOR_BENTOML!r}, which no endpoint reads.")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self.max_bytes:
             raise too_large

@@ -171,10 +171,12 @@ async def get_v2_live(classifier: "Classifier", request: Request) -> JSONRespons
 @answering
 async def get_v2_ready(classifier: "Classifier", request: Request) -> JSONResponse:
     """Whether requests are taken: of the server, or of a model by its name."""
+    named = {}
     if "name" in request.path_params:
         inference_protocol.check_named(classifier.model, request.path_params)
+        named = {"name": classifier.model.name}
     await classifier.__is_ready__()
-    return JSONResponse({"ready": True})
+    return JSONResponse({**named, "ready": True})
 
 
 @page

@@ -1,6 +1,7 @@
 """Settings from `SERVING_*` environment variables, validated in one place."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,11 @@ PREFIX = "SERVING_"
 # The variables by which a server's workers share their figures, and the last model file that passed.
 METRICS_FOLDER = "CIFAR10_METRICS_FOLDER"
 KEPT_MODEL = "CIFAR10_KEPT_MODEL"
+
+# What Kubernetes sets in all pods of a namespace for a Service there, such as one named `serving-api`.
+SERVICE_LINK = re.compile(
+    r"_SERVICE_(HOST|PORT(_\w+)?)=|_PORT(_\d+_(TCP|UDP|SCTP))?=\w+://|_(TCP|UDP|SCTP)_\w+="
+)
 
 # Found beside the package, not in the working directory: a built Bento starts from anywhere.
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "default.onnx"
@@ -137,7 +143,7 @@ class Settings(BaseModel):
         values = {
             name.removeprefix(PREFIX).lower(): value.strip()
             for name, value in environment.items()
-            if name.startswith(PREFIX)
+            if name.startswith(PREFIX) and not SERVICE_LINK.search(f"{name}={value}")
         }
         try:
             return cls.model_validate(values)

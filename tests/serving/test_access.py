@@ -107,6 +107,22 @@ def test_headers_tell_little(client: httpx.Client, path: str) -> None:
     assert told <= {"date", "x-request-id", "x-content-type-options"}
 
 
+def test_the_page_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
+    answer = client.get("/", headers={b"X-API-Key": KEY.encode()})
+    assert answer.headers["content-type"].startswith("text/html")
+    rules = dict(rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; "))
+    assert rules["default-src"] == "'self'"
+    assert "script-src" not in rules
+
+
+def test_a_client_s_mistake_is_no_traceback_in_the_log(server: Server) -> None:
+    headers = {b"X-API-Key": KEY.encode(), b"Content-Type": b"application/vnd.bentoml+pickle"}
+    for path in ("/classify", "/submission", "/nothing"):
+        answer = httpx.post(f"{server.url}{path}", content=b"x", headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_each_request_is_a_line_of_json(server: Server) -> None:
     body = encoded(np.zeros((40, 30, 3), np.uint8))
     answer = httpx.post(
@@ -121,7 +137,7 @@ def test_each_request_is_a_line_of_json(server: Server) -> None:
     )
     assert answer.status_code == 200
     httpx.get(f"{server.url}/no%0athing%22", headers={"X-Request-Id": "yours"})
-    httpx.get(f"{server.url}/healthz", headers={"X-Request-Id": "last"})
+    httpx.head(f"{server.url}/healthz", headers={"X-Request-Id": "last"})
     lines = [json.loads(line) for line in server.log.read_text().splitlines() if line[:1] == "{"]
     found = {line["request_id"]: line for line in lines}
     mine, yours = found["mine"], found["yours"]
@@ -138,5 +154,6 @@ def test_each_request_is_a_line_of_json(server: Server) -> None:
         "bytes_in": len(body),
         "bytes_out": len(answer.content),
     }
+    assert found["last"]["bytes_out"] == 0
     assert (yours["route"], yours["path"], yours["status"]) == ("other", '/no\nthing"', 401)
     assert "trace_id" not in yours

@@ -118,6 +118,16 @@ def test_a_slow_body_is_answered_as_shown(strict_url: str) -> None:
     assert_as_shown("slow_body", strict_url)
 
 
+def test_who_asks_first_and_is_refused_is_told_that_the_connection_closes(strict_url: str) -> None:
+    """What it sends next could be the body or another request."""
+    head = post("/classify", 5000, "text/plain").removesuffix(b"\r\n") + b"Expect: 100-continue\r\n\r\n"
+    with connected(strict_url) as connection:
+        connection.sendall(head)
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 415 ")
+    assert b"\r\nconnection: close\r\n" in answer.lower()
+
+
 def test_who_sends_on_after_a_refusal_can_read_it(strict_url: str) -> None:
     """As often as it takes for the server to read the body's end in pieces of all sizes."""
     body = bytes(8_000_000)

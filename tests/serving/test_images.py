@@ -165,6 +165,40 @@ def test_modes(content: bytes, expected: tuple[int, int, int]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("depth", "colour", "values"),
+    [
+        *((1, "grey", (1, 0)), (2, "grey", (1, 2)), (4, "grey", (5, 9)), (8, "grey", (200, 99))),
+        *((8, "RGB", (200, 99)), (16, "RGB", (0x1234, 0x3412))),
+    ],
+)
+def test_a_transparent_colour_is_laid_over_white_at_any_depth(
+    depth: int, colour: str, values: tuple[int, int]
+) -> None:
+    """In the upper half it is the transparent one, in the lower another."""
+    channels = 3 if colour == "RGB" else 1
+    rows = []
+    for value in values:
+        bits = f"{value:0{depth}b}" * (32 * channels)
+        rows += [b"\0" + int(bits, 2).to_bytes(len(bits) // 8)] * 16
+    content = png_of(
+        (b"IHDR", struct.pack(">IIBBBBB", 32, 32, depth, 2 if channels == 3 else 0, 0, 0, 0)),
+        (b"tRNS", struct.pack(">H", values[0]) * channels),
+        (b"IDAT", zlib.compress(b"".join(rows))),
+        (b"IEND", b""),
+    )
+    pixels = decode(content, LIMIT)
+    assert (pixels[:16] == 255).all()
+    assert (pixels[16:] == (values[1] >> 8 if depth == 16 else values[1] * 255 // (2**depth - 1))).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"garbage!", b"II*\0", b"II+\0\x08\0\0\0"])
+def test_what_is_no_exif_leaves_an_image_upright(kind: str, exif: bytes) -> None:
+    content = saved(plain((0, 0, 200), (32, 48)), kind, exif=b"Exif\0\0" * (kind != "PNG") + exif)
+    np.testing.assert_allclose(decode(content, LIMIT)[0, 0].astype(int), (0, 0, 200), atol=3)
+
+
 def test_transparent_16_bit_grey_is_laid_over_white() -> None:
     grey = np.full((32, 32), 0x3333, np.uint16)
     grey[:16] += 1

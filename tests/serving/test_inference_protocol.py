@@ -39,12 +39,14 @@ def infer(client: httpx.Client, model: Model) -> str:
     return f"/v2/models/{model.name}/infer"
 
 
-def test_client_reads_health_and_metadata(triton: Any, model: Model) -> None:
+def test_client_reads_health_and_metadata(triton: Any, client: httpx.Client, model: Model) -> None:
     assert triton.is_server_live()
     assert triton.is_server_ready()
     assert triton.is_model_ready(model.name)
     assert triton.is_model_ready(model.name, model.version)
     assert not triton.is_model_ready("other")
+    ready = client.get(f"/v2/models/{model.name}/ready").json()
+    assert ready == {"name": model.name, "ready": True}
     server = triton.get_server_metadata()
     assert (server["name"], server["version"]) == ("cifar10", model.version)
     assert "binary_tensor_data" in server["extensions"]
@@ -124,6 +126,16 @@ def test_json_data_is_nested_or_flat(
         np.reshape(logits["data"], logits["shape"]), model.logits(images[:2]), rtol=1e-4, atol=1e-4
     )
     assert answer["id"] == "7"
+
+
+def test_null_is_as_nothing(client: httpx.Client, model: Model, images: Pixels) -> None:
+    nothing = {"id": None, "parameters": None, "outputs": None}
+    body = request(images[:1], parameters=None) | nothing
+    path, wanted = infer(client, model), {"outputs": [{"name": "logits", "parameters": None}]}
+    both = client.post(path, json=body).json()["outputs"]
+    assert [part["name"] for part in both] == ["logits", "probabilities"]
+    (logits,) = client.post(path, json=body | wanted).json()["outputs"]
+    assert logits["shape"] == [1, 10]
 
 
 WRONG: list[tuple[dict[str, Any], int, str]] = [

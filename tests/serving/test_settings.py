@@ -40,6 +40,23 @@ def test_unknown_variable_is_named() -> None:
         Settings.from_environment({"SERVING_MAX_ROW": "7"})
 
 
+@pytest.mark.parametrize("service", ["SERVING", "SERVING_API", "SERVING_MODEL"])
+def test_links_to_services_of_kubernetes_are_no_settings(service: str) -> None:
+    links = {
+        f"{service}_SERVICE_HOST": "10.0.0.1",
+        f"{service}_SERVICE_PORT": "80",
+        f"{service}_SERVICE_PORT_HTTP": "80",
+        f"{service}_PORT": "tcp://10.0.0.1:80",
+        f"{service}_PORT_80_TCP": "tcp://10.0.0.1:80",
+        f"{service}_PORT_80_TCP_PROTO": "tcp",
+        f"{service}_PORT_80_TCP_PORT": "80",
+        f"{service}_PORT_80_TCP_ADDR": "10.0.0.1",
+    }
+    assert Settings.from_environment(links) == Settings()
+    with pytest.raises(SettingsError, match="SERVING_PORT is not a setting"):
+        Settings.from_environment({"SERVING_PORT": "8080"})
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
