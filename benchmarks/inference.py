@@ -45,11 +45,11 @@ from export.provider import others
 from serving.providers import obstacle
 from serving.settings import BUNDLED_MODEL, ProviderName
 from training import data, recipe
-from training.__main__ import markdown_table
 from training.evaluate import Classifier
 from training.initial import initial_network
 from training.model import CLASSES
 from training.recipe import Recipe, Views
+from training.tables import markdown_table
 
 BATCH_SIZES = (1, 8, 32, 128, 512)
 PYTORCH_BATCH = 128

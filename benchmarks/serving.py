@@ -38,8 +38,8 @@ from benchmarks.peers.model import ENGINE, MODEL
 from benchmarks.server import ROOT, family, memory
 from benchmarks.server import running as started
 from benchmarks.stored import BenchmarkError
-from training.__main__ import markdown_table
 from training.files import replacing
+from training.tables import markdown_table
 
 NETWORK = "B1"
 CONNECTIONS = (1, 8, 32, 128)

@@ -40,7 +40,7 @@ from benchmarks.server import ROOT, family, memory, running
 from benchmarks.stored import BenchmarkError
 from serving.settings import BUNDLED_MODEL
 from training import data
-from training.__main__ import markdown_table
+from training.tables import markdown_table
 
 CORPUS = ROOT / "tests" / "serving" / "corpus"
 PACKAGES = ("bentoml", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "starlette", "uvicorn")

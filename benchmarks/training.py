@@ -34,12 +34,12 @@ from torchvision import transforms
 from benchmarks import stored
 from benchmarks.stored import BenchmarkError
 from training import data, device, model, optimizer, recipe
-from training.__main__ import markdown_table
 from training.capture import WARM_UPS
 from training.data import Images
 from training.learner import Learner
 from training.processes import Processes
 from training.recipe import Recipe
+from training.tables import markdown_table
 
 PACKAGES = ("torch", "torchvision")
 OURS = ("fast", "accurate")

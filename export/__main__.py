@@ -12,16 +12,16 @@ from rich.table import Column, Table
 from export import graph, parity, reliability
 from export.graph import GraphError
 from export.metadata import Description
-from export.parity import ELSEWHERE, LIMITS, Finding, ParityError, percent
+from export.parity import ELSEWHERE, LIMITS, Finding, ParityError
 from export.temperature import TemperatureError
 from export.verify import verify
 from export.write import PRECISIONS, Written, make_place, write
 from serving.errors import ProviderError
 from training.checkpoint import CheckpointError
 from training.data import DataError
-from training.learner import TrainingError
-from training.range_test import file_format
+from training.plots import PlotError, file_format
 from training.recipe import RecipeError, Views
+from training.tables import percent
 
 ALL = "all"
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _verify(options, console)
     except (
-        *(CheckpointError, RecipeError, DataError, TemperatureError, TrainingError),
+        *(CheckpointError, RecipeError, DataError, TemperatureError, PlotError),
         *(GraphError, ParityError, ProviderError, OSError),
     ) as error:
         errors.print(f"error: {error}")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from training import data
 from training.data import Images
+from training.tables import percent
 
 PYTORCH = "PyTorch"
 
@@ -106,11 +107,6 @@ class Parity:
                 f"the model file on {self.provider} differs from {self.reference} on {self.images} test "
                 f"images: {figures}"
             )
-
-
-def percent(fraction: float) -> str:
-    """A fraction as a percent with two decimals."""
-    return f"{100 * fraction:.2f} %"
 
 
 def test_images() -> tuple[Images, str]:

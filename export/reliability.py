@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from training.files import replacing
-from training.range_test import file_format
+from training import plots
+from training.tables import percent
 
 BINS = 15
 
@@ -52,18 +51,16 @@ def plot(curves: Mapping[str, Bins], title: str, path: Path) -> None:
     """Draw accuracy over confidence, a named curve for each, into a PNG, SVG or PDF file.
 
     Raises:
-        TrainingError: the file is to be something else.
+        PlotError: the file is to be something else.
     """
-    kind = file_format(path)
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#444444", linestyle=":", label="as sure as right")
     for (name, bins), color in zip(curves.items(), ("#9aa5b1", "#1f6feb"), strict=False):
         filled = bins.share > 0
-        label = f"{name}: error {100 * bins.error:.2f} %"
+        label = f"{name}: error {percent(bins.error)}"
         axes.plot(bins.confidence[filled], bins.accuracy[filled], "o-", color=color, label=label)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability", ylabel="fraction right", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
-    with matplotlib.rc_context({"svg.hashsalt": "reliability"}), replacing(path) as file:
-        figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    plots.save(figure, path)

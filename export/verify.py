@@ -13,10 +13,11 @@ from export import graph, member, metadata, parity, reliability
 from export.ensemble import ROUNDED, Ensemble, rounded
 from export.graph import GraphError
 from export.metadata import Description
-from export.parity import ELSEWHERE, LIMITS, PYTORCH, Finding, Parity, ParityError, percent
+from export.parity import ELSEWHERE, LIMITS, PYTORCH, Finding, Parity, ParityError
 from export.provider import BATCH, CPU, others
 from training.data import ROOT_VARIABLE
 from training.evaluate import logits
+from training.tables import percent
 
 # The error moves more than the accuracy does: an image near the edge of a bin falls into the next one.
 ECE_MARGIN = 0.005

@@ -10,13 +10,13 @@ from httpx import Client
 
 from benchmarks import inference, serving, soak, training
 from benchmarks.stored import FOLDER, read
-from export.parity import LIMITS, percent
+from export.parity import LIMITS
 from serving.errors import RequestError
 from serving.settings import BUNDLED_MODEL, PREFIX, Settings
 from tests.serving.server import ROOT
 from tests.transcripts import assert_as_shown, transcripts
 from training import results
-from training.__main__ import markdown_table, table_rows
+from training.tables import markdown_table, percent, table_rows
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIGURES = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")

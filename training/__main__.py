@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from training import STARTED, checkpoint, data, range_test, recipe, results, train
+from training import STARTED, checkpoint, data, plots, range_test, recipe, results, train
 from training.checkpoint import Checkpoint, CheckpointError
 from training.learner import Learner, TrainingError
-from training.model import build, parameter_count
 from training.processes import Processes
 from training.report import pages
 from training.run import CHECKPOINT
+from training.tables import markdown_table, percent, table_rows
 from training.watch import Stopped, Watch
 
 
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
             return _train(options, processes, watch, console, errors)
     except (
         *(recipe.RecipeError, data.DataError, CheckpointError, TrainingError),
-        *(pages.ReportError, results.ResultsError, OSError),
+        *(plots.PlotError, pages.ReportError, results.ResultsError, OSError),
     ) as error:
         errors.print(f"error: {error}", markup=False)
         return 1
@@ -97,7 +97,7 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     tried = range_test.rates(options.low, options.high, options.steps)
     name = Path(options.recipe).stem
     out = options.out or Path("runs") / f"{name}-lr.png"
-    range_test.file_format(out)  # before the steps, which may take long
+    plots.file_format(out)  # before the steps, which may take long
     train_images, _ = data.split(data.load().train, chosen.data.validation)
     # A hundred steps are not worth what it takes to compile them.
     learner = Learner(chosen, options.seed, train_images, Processes(), compiled=False)
@@ -144,19 +144,15 @@ def _outcome(state: Checkpoint, folder: Path) -> str:
     end = f"after {state.seconds:.0f} s; {folder / CHECKPOINT}"
     if state.result is not None:
         result = results.Result.model_validate(state.result)
-        single = "" if result.views == "none" else f", {_percent(result.single_view_accuracy)} without"
+        single = "" if result.views == "none" else f", {percent(result.single_view_accuracy)} without"
         return (
-            f"test accuracy {_percent(result.accuracy)} (views: {result.views}{single}) on "
+            f"test accuracy {percent(result.accuracy)} (views: {result.views}{single}) on "
             f"{result.test_images} images {end}"
         )
     val = state.history[-1].get("val_accuracy")
     if val is None:
         return f"trial without held-out images, so of unknown accuracy (--set data.validation=0.1) {end}"
-    return f"val accuracy {_percent(val)}, a trial: the test images were left alone; {end}"
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
+    return f"val accuracy {percent(val)}, a trial: the test images were left alone; {end}"
 
 
 def _free_folder(folder: Path) -> Path:
@@ -177,32 +173,6 @@ def _list(console: Console, markdown: bool) -> None:
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
-
-
-def table_rows() -> list[list[str]]:
-    """The registry as rows of texts, a header first: each recipe, its report and what we reached."""
-    reached = results.read()
-    rows = [["recipe", "report", "parameters", "reported", "reached on test"]]
-    for name in recipe.names():
-        chosen = recipe.load(name)
-        report = chosen.report
-        rows.append(
-            [
-                name,
-                report.system if report else "ours",
-                f"{parameter_count(build(chosen.model)):,}",
-                f"{100 * report.accuracy:.2f} % ({report.measured})" if report else "",
-                results.summary(reached, chosen.digest()),
-            ]
-        )
-    return rows
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows of texts, the first a header, as a Markdown table; the README holds this one."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + " --- |" * len(rows[0]))
-    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from training.files import replacing
+from training import plots
 from training.learner import Learner, TrainingError
 
 SMOOTHING = 0.98  # of the average of the losses, whose beginning is corrected for
@@ -96,10 +95,10 @@ def suggest(measured: list[Measurement]) -> float:
 
 
 def plot(measured: list[Measurement], suggestion: float, own: float, title: str, path: Path) -> None:
-    """Draw the losses over the rates, in the format of ``file_format``.
+    """Draw the losses over the rates, into a PNG, SVG or PDF file.
 
     Raises:
-        TrainingError: a file that is none of these.
+        PlotError: the file is to be something else.
     """
     tried = [point.rate for point in measured]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -115,18 +114,4 @@ def plot(measured: list[Measurement], suggestion: float, own: float, title: str,
     axes.set_ylim(min(smooth) - margin, max(smooth) + margin)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    kind = file_format(path)
-    with matplotlib.rc_context({"svg.hashsalt": "range test"}), replacing(path) as file:
-        figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-
-
-def file_format(path: Path) -> str:
-    """The format of a plot: PNG, SVG or PDF by the file's ending, and PNG without one.
-
-    Raises:
-        TrainingError: another ending.
-    """
-    kind = path.suffix.removeprefix(".") or "png"
-    if kind not in ("png", "svg", "pdf"):
-        raise TrainingError(f"{path}: a plot is a .png, .svg or .pdf file")
-    return kind
+    plots.save(figure, path)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from export import reliability
-from training.learner import TrainingError
+from training.plots import PlotError
 
 
 def logits(confidence: float, count: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
@@ -37,5 +37,5 @@ def test_plot_is_the_kind_of_file_that_its_name_says(tmp_path: Path) -> None:
     for name, start in (("plot.png", b"\x89PNG"), ("plot.svg", b"<?xml"), ("plot.pdf", b"%PDF")):
         reliability.plot({"before": bins, "after": bins}, "title", tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
-    with pytest.raises(TrainingError, match=r"plot\.txt"):
+    with pytest.raises(PlotError, match=r"plot\.txt"):
         reliability.plot({"before": bins}, "title", tmp_path / "plot.txt")

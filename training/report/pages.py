@@ -27,6 +27,7 @@ from training.recipe import Model, Recipe
 from training.report import charts, layers, pictures
 from training.report.predictions import Predictions, predict
 from training.run import CHECKPOINT
+from training.tables import percent
 
 PAGE = "report.html"
 COMPARISON = "comparison.html"
@@ -202,7 +203,7 @@ def _render(template: str, **values: Any) -> str:
         "duration": _duration,
         "megabytes": lambda number: f"{number / 1e6:.2f} MB",
         "model": _model,
-        "percent": _percent,
+        "percent": percent,
     }
     return environment.get_template(template).render(values)
 
@@ -221,13 +222,13 @@ def _curves(entry: Entry) -> dict[str, Markup]:
         accuracy = _series(history, f"{name}_accuracy", colour)
         loss = _series(history, f"{name}_loss", colour)
         if accuracy.values:
-            accuracies.append(replace(accuracy, label=f"{name} {_percent(accuracy.values[-1])}"))
+            accuracies.append(replace(accuracy, label=f"{name} {percent(accuracy.values[-1])}"))
             losses.append(replace(loss, label=f"{name} {loss.values[-1]:.3f}"))
     if (value := entry.test_accuracy) is not None:
-        label = f"test {_percent(value)}"
+        label = f"test {percent(value)}"
         accuracies.append(charts.Series(label, [history[-1]["epoch"]], [value], TEST))
     if (claim := entry.recipe.report) is not None:
-        label = f"reported {_percent(claim.accuracy)}"
+        label = f"reported {percent(claim.accuracy)}"
         ends = [history[0]["epoch"], history[-1]["epoch"]]
         accuracies.append(charts.Series(label, ends, [claim.accuracy] * 2, REPORTED, faint=True))
     changes = [
@@ -327,10 +328,6 @@ def _text(name: str, value: Any) -> str:
         case dict():
             return ", ".join(f"{key} {_text(key, item)}" for key, item in value.items())
     return _moment(value) if name in ("date", "started") else str(value)
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
 
 
 def _duration(seconds: float) -> str:
