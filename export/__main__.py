@@ -9,10 +9,10 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Column, Table
 
-from export import graph, parity, reliability
+from export import graph, reliability
 from export.graph import GraphError
 from export.metadata import Description
-from export.parity import ELSEWHERE, LIMITS, Finding, ParityError
+from export.parity import ELSEWHERE, LIMITS, Finding, Parity, ParityError
 from export.temperature import TemperatureError
 from export.verify import verify
 from export.write import PRECISIONS, Written, make_place, write
@@ -199,7 +199,7 @@ def _change(before: float, after: float) -> str:
     return percent(after) if before == after else f"{percent(before)} before, {percent(after)} after"
 
 
-def _add_parity(table: Table, report: parity.Parity, findings: list[Finding]) -> None:
+def _add_parity(table: Table, report: Parity, findings: list[Finding]) -> None:
     table.add_section()
     sides = (side.removesuffix("ExecutionProvider") for side in (report.provider, report.reference))
     table.add_row(" against ".join(sides))

@@ -5,12 +5,6 @@ import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import onnxruntime
-from numpy.typing import NDArray
-
-from training import data
-from training.data import Images
 from training.tables import percent
 
 PYTORCH = "PyTorch"
@@ -107,41 +101,3 @@ class Parity:
                 f"the model file on {self.provider} differs from {self.reference} on {self.images} test "
                 f"images: {figures}"
             )
-
-
-def test_images() -> tuple[Images, str]:
-    """The test images and their source: the data set where it is present, else the sample."""
-    dataset = data.load() if data.present() else data.load_sample()
-    return dataset.test, dataset.source
-
-
-def accuracy(logits: NDArray[np.float32], images: Images) -> float:
-    """The fraction of ``images`` that ``logits``, float32 [N, 10], get right."""
-    return _right(logits, images) / len(images)
-
-
-def compare(
-    expected: NDArray[np.float32],
-    actual: NDArray[np.float32],
-    images: Images,
-    source: str,
-    reference: str,
-    provider: str,
-) -> Parity:
-    """Measure how far ``actual`` logits, float32 [N, 10], of ``images`` are from ``expected`` ones."""
-    return Parity(
-        reference=reference,
-        images=len(images),
-        source=source,
-        max_scaled_difference=float(np.abs(actual - expected).max() / np.abs(expected).max()),
-        top1_agreement=float((actual.argmax(1) == expected.argmax(1)).mean()),
-        accuracy=accuracy(actual, images),
-        # A difference of counts: that of two fractions could lie beyond a limit that it is at.
-        accuracy_loss=(_right(expected, images) - _right(actual, images)) / len(images),
-        provider=provider,
-        onnxruntime=onnxruntime.__version__,
-    )
-
-
-def _right(logits: NDArray[np.float32], images: Images) -> int:
-    return int((logits.argmax(1) == images.labels.numpy()).sum())

@@ -9,14 +9,14 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
-from export import graph, member, metadata, parity, reliability
-from export.ensemble import ROUNDED, Ensemble, rounded
+from export import graph, member, metadata, reliability
+from export.comparison import TestImages
+from export.ensemble import Ensemble
 from export.graph import GraphError
 from export.metadata import Description
 from export.parity import ELSEWHERE, LIMITS, PYTORCH, Finding, Parity, ParityError
-from export.provider import BATCH, CPU, others
+from export.provider import CPU
 from training.data import ROOT_VARIABLE
-from training.evaluate import logits
 from training.tables import percent
 
 # The error moves more than the accuracy does: an image near the edge of a bin falls into the next one.
@@ -70,30 +70,26 @@ def verify(path: Path, checkpoints: Sequence[Path] = ()) -> Verification:
     model = read(path)
     graph.check(model)
     values = metadata.read(model)
-    images, source = parity.test_images()
-    pixels, content = images.pixels.numpy(), path.read_bytes()
-    found = CPU.logits(content, pixels)
+    test, content = TestImages.load(), path.read_bytes()
+    found = CPU.logits(content, test.pixels)
     if not np.isfinite(found).all():
         raise ParityError("the model file gives logits that are no finite numbers")
-    precision = values.precision
     compared: list[tuple[Parity, list[Finding]]] = []
     if checkpoints:
+        limits = LIMITS[values.precision]
         ensemble = _ensemble(values, checkpoints)
-        in_pytorch = logits(ensemble, images.pixels, BATCH).numpy()
-        report = parity.compare(in_pytorch, found, images, source, PYTORCH, CPU.name)
-        compared.append((report, report.findings(LIMITS[precision])))
-        if precision == "fp16":  # in which the CPU provider does not compute
-            in_half = logits(rounded(ensemble), images.pixels, BATCH).numpy()
-            report = parity.compare(in_pytorch, in_half, images, source, PYTORCH, ROUNDED)
-            compared.append((report, report.findings(LIMITS[precision])))
-    for other in others(content):
-        report = parity.compare(
-            found, other.logits(content, pixels), images, source, CPU.name, other.name
-        )
-        compared.append((report, report.findings(ELSEWHERE[precision])))
-    measured = [_accuracy(values, parity.accuracy(found, images), source)]
-    error = reliability.measure(found, images.labels.numpy()).error
-    measured.append(_calibration_error(values, error, len(images), source))
+        in_pytorch = test.in_pytorch(ensemble)
+        report = test.compare(in_pytorch, found, PYTORCH, CPU.name)
+        compared.append((report, report.findings(limits)))
+        if values.precision == "fp16":
+            report = test.compare_rounded(in_pytorch, ensemble, PYTORCH)
+            compared.append((report, report.findings(limits)))
+    for report in test.compare_others(found, content):
+        compared.append((report, report.findings(ELSEWHERE[values.precision])))
+    measured = [
+        _accuracy(values, test.accuracy(found), test.source),
+        _calibration_error(values, reliability.measure(found, test.labels).error, test),
+    ]
     return Verification(values, measured, compared)
 
 
@@ -125,9 +121,9 @@ def _accuracy(values: Description, measured: float, source: str) -> Finding:
     return _as_recorded(f"accuracy on the test images of {source}", measured, right, margin)
 
 
-def _calibration_error(values: Description, measured: float, images: int, source: str) -> Finding:
+def _calibration_error(values: Description, measured: float, test: TestImages) -> Finding:
     what, calibration = "expected calibration error", values.calibration
-    if (values.parity.source, calibration.test_images) != (source, images):
+    if (values.parity.source, calibration.test_images) != (test.source, len(test.images)):
         return Finding(what, percent(measured), "", True)
     return _as_recorded(what, measured, calibration.test_ece_after, ECE_MARGIN)
 

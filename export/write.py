@@ -9,16 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from export import graph, member, metadata, parity, quantize, reliability, temperature
-from export.ensemble import ROUNDED, Ensemble, half, rounded
+from export import graph, member, metadata, quantize, reliability, temperature
+from export.comparison import TestImages
+from export.ensemble import Ensemble, half
 from export.graph import GraphError
+from export.member import Member
 from export.parity import ELSEWHERE, LIMITS, PYTORCH, Parity
-from export.provider import BATCH, CPU, others
+from export.provider import CPU
 from export.reliability import Bins
 from export.temperature import Temperature
 from serving.files import check_replaceable
 from training import data
-from training.evaluate import logits
 from training.files import replacing
 
 PRECISIONS = tuple(LIMITS)
@@ -78,50 +79,15 @@ def write(
     for path in files.values():
         make_place(path)
     fitted = temperature.of(members, trials)
-    ensemble = Ensemble([part.classifier() for part in members], fitted.value)
-    images, source = parity.test_images()
-    pixels, labels = images.pixels.numpy(), images.labels.numpy()
-    sample = data.load_sample().test
-
-    fp32 = graph.build(ensemble)
-    expected = CPU.logits(fp32.SerializeToString(), pixels)
-    in_pytorch = logits(ensemble, images.pixels, BATCH).numpy()
-    with_pytorch = parity.compare(in_pytorch, expected, images, source, PYTORCH, CPU.name)
-    with_pytorch.check(LIMITS["fp32"])
-
-    models: list[tuple[ModelProto, Written]] = []
-    for precision, path in files.items():
-        model, found, here = fp32, expected, with_pytorch
-        if precision == "fp16":
-            # ONNX Runtime's CPU provider computes fp16 in float32, where nothing overflows.
-            in_half = logits(rounded(ensemble), images.pixels, BATCH).numpy()
-            on_gpu = parity.compare(expected, in_half, images, source, "fp32", ROUNDED)
-            on_gpu.check(LIMITS[precision])
-        if precision != "fp32":
-            model = graph.build(half(ensemble)) if precision == "fp16" else quantize.int8(fp32)
-            found = CPU.logits(model.SerializeToString(), pixels)
-            here = parity.compare(expected, found, images, source, "fp32", CPU.name)
-            here.check(LIMITS[precision])
-        content = model.SerializeToString()
-        elsewhere = []
-        for other in others(content):
-            actual = other.logits(content, pixels)
-            there = parity.compare(found, actual, images, source, CPU.name, other.name)
-            there.check(ELSEWHERE[precision])
-            elsewhere.append(there)
-        bins = _reliability(found, labels, fitted.value)
-        on_sample = here.accuracy
-        if source != "sample":
-            on_sample = parity.accuracy(CPU.logits(content, sample.pixels.numpy()), sample)
-        metadata.write(model, members, precision, fitted, with_pytorch, here, elsewhere, on_sample, bins)
-        models.append((model, Written(path, precision, [here, *elsewhere], fitted, bins)))
+    reference = _Reference.build(members, fitted)
+    made = [reference.in_precision(precision, path) for precision, path in files.items()]
 
     with ExitStack() as stack:  # all are on the disk before the first takes its place
-        for model, written in models:
+        for model, written in made:
             file = stack.enter_context(replacing(written.path))
             file.write(model.SerializeToString())
             file.flush()
-    return [written for _, written in models]
+    return [written for _, written in made]
 
 
 def make_place(path: Path) -> None:
@@ -134,8 +100,61 @@ def make_place(path: Path) -> None:
     check_replaceable(path)
 
 
-def _reliability(
-    logits: NDArray[np.float32], labels: NDArray[np.int64], temperature: float
-) -> tuple[Bins, Bins]:
-    """Of a file's logits, without and with the temperature that they were divided by."""
-    return reliability.measure(logits * temperature, labels), reliability.measure(logits, labels)
+@dataclass(frozen=True)
+class _Reference:
+    """The fp32 graph, which those of other precisions are made from and compared with.
+
+    Attributes:
+        members, temperature, ensemble: what it was made of.
+        test: the images that decide.
+        model, logits: the graph, and what it gives for them on the CPU, float32 [N, 10].
+        parity: with PyTorch.
+    """
+
+    members: Sequence[Member]
+    temperature: Temperature
+    ensemble: Ensemble
+    test: TestImages
+    model: ModelProto
+    logits: NDArray[np.float32]
+    parity: Parity
+
+    @classmethod
+    def build(cls, members: Sequence[Member], temperature: Temperature) -> "_Reference":
+        """The graph of the members' ensemble, once it computes what PyTorch does."""
+        ensemble = Ensemble([part.classifier() for part in members], temperature.value)
+        test = TestImages.load()
+        model = graph.build(ensemble)
+        logits = CPU.logits(model.SerializeToString(), test.pixels)
+        parity = test.compare(test.in_pytorch(ensemble), logits, PYTORCH, CPU.name)
+        parity.check(LIMITS["fp32"])
+        return cls(members, temperature, ensemble, test, model, logits, parity)
+
+    def in_precision(self, precision: str, path: Path) -> tuple[ModelProto, Written]:
+        """The model for a file, with its metadata, once it computes what it should."""
+        test, model, logits, here = self.test, self.model, self.logits, self.parity
+        if precision == "fp16":
+            test.compare_rounded(logits, self.ensemble, "fp32").check(LIMITS[precision])
+        if precision != "fp32":
+            model = graph.build(half(self.ensemble)) if precision == "fp16" else quantize.int8(model)
+            logits = CPU.logits(model.SerializeToString(), test.pixels)
+            here = test.compare(self.logits, logits, "fp32", CPU.name)
+            here.check(LIMITS[precision])
+        content = model.SerializeToString()
+        others = []
+        for other in test.compare_others(logits, content):
+            other.check(ELSEWHERE[precision])
+            others.append(other)
+        # Without the temperature that the logits were divided by, and with it.
+        bins = (
+            reliability.measure(logits * self.temperature.value, test.labels),
+            reliability.measure(logits, test.labels),
+        )
+        on_sample = here.accuracy
+        if test.source != "sample":
+            sample = TestImages(data.load_sample().test, "sample")
+            on_sample = sample.accuracy(CPU.logits(content, sample.pixels))
+        metadata.write(
+            model, self.members, precision, self.temperature, self.parity, here, others, on_sample, bins
+        )
+        return model, Written(path, precision, [here, *others], self.temperature, bins)

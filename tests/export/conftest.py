@@ -64,8 +64,7 @@ class OffByOne:
 @pytest.fixture
 def off_by_one(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a provider that computes something else, the only one here beside the CPU's."""
-    for module in ("write", "verify"):
-        monkeypatch.setattr(f"export.{module}.others", lambda content: iter([OffByOne()]))
+    monkeypatch.setattr("export.comparison.others", lambda content: iter([OffByOne()]))
     return OffByOne.name
 
 

@@ -1,13 +1,8 @@
 import math
 
-import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 
-from export import parity
 from export.parity import ELSEWHERE, LIMITS, Limits, Parity, ParityError
-from training.data import Images
 
 
 def report(difference: float, agreement: float, loss: float) -> Parity:
@@ -38,17 +33,3 @@ def test_limits(limits: Limits, difference: float, agreement: float, loss: float
             report(difference, agreement, loss).check(limits)
     else:
         report(difference, agreement, loss).check(limits)
-
-
-def test_figures_of_a_comparison() -> None:
-    expected: NDArray[np.float32] = np.zeros((1000, 10), np.float32)
-    expected[:, 3] = 8
-    actual = expected.copy()
-    actual[:3, 4] = 10  # three images change their class
-    labels = torch.full((1000,), 3)
-    labels[0] = 4  # and for one of them that is right
-    images = Images(torch.zeros(1000, 32, 32, 3, dtype=torch.uint8), labels)
-    found = parity.compare(expected, actual, images, "sample", "fp32", "CPU")
-    assert (found.images, found.top1_agreement) == (1000, 0.997)
-    assert found.max_scaled_difference == 10 / 8
-    assert (found.accuracy, found.accuracy_loss) == (0.998, 0.001)

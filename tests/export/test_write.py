@@ -11,14 +11,13 @@ import pytest
 import torch
 from onnx import ModelProto, numpy_helper
 
-from export import graph, metadata, parity, quantize
+from export import comparison, graph, metadata, parity, quantize
 from export.__main__ import main
 from export.ensemble import Ensemble
 from export.member import load
 from export.provider import CPU
 from tests.export.conftest import TEST, Bundled, Train
 from training import checkpoint, data, recipe
-from training.data import Images
 from training.evaluate import Classifier
 from training.model import CLASSES, parameter_count
 
@@ -66,7 +65,9 @@ def test_recipe_in_the_metadata_is_the_resolved_one(
 
 
 def test_every_precision_comes_from_one_command_within_its_limits(files: dict[str, Path]) -> None:
-    sample, logits = data.load_sample().test, {}
+    images, logits = data.load_sample().test, {}
+    sample = comparison.TestImages(images, "sample")
+    few = comparison.TestImages(images.first(TEST), "sample")
     for precision, path in files.items():  # fp32 first
         values = described(path)
         report = json.loads(values["parity"])
@@ -75,13 +76,10 @@ def test_every_precision_comes_from_one_command_within_its_limits(files: dict[st
         assert (in_pytorch["reference"], in_pytorch["top1_agreement"]) == ("PyTorch", 1.0)
         assert report["reference"] == ("PyTorch" if precision == "fp32" else "fp32")
         assert report["top1_agreement"] >= parity.LIMITS[precision].top1_agreement
-        logits[precision] = CPU.logits(path.read_bytes(), sample.pixels.numpy())
-        few = Images(sample.pixels[:TEST], sample.labels[:TEST])
-        assert parity.accuracy(logits[precision][:TEST], few) == report["accuracy"]
-        assert parity.accuracy(logits[precision], sample) > 0.93
-        everywhere = parity.compare(
-            logits["fp32"], logits[precision], sample, "sample", "fp32", CPU.name
-        )
+        logits[precision] = CPU.logits(path.read_bytes(), sample.pixels)
+        assert few.accuracy(logits[precision][:TEST]) == report["accuracy"]
+        assert sample.accuracy(logits[precision]) > 0.93
+        everywhere = sample.compare(logits["fp32"], logits[precision], "fp32", CPU.name)
         everywhere.check(parity.LIMITS[precision])
 
 
@@ -241,8 +239,9 @@ def test_what_overflows_in_fp16_is_refused_and_found_again(
     assert list(tmp_path.iterdir()) == [path]
 
     # As one who had no such check would write it.
-    monkeypatch.setattr("export.write.rounded", lambda ensemble: ensemble)
-    assert main(["write", str(path), str(out), "--precision", "fp16"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("export.comparison.rounded", lambda ensemble: ensemble)
+        assert main(["write", str(path), str(out), "--precision", "fp16"]) == 0
     assert main(["verify", str(out)]) == 0
     assert main(["verify", str(out), "--checkpoint", str(path)]) == 1
     assert "scaled difference of logits on PyTorch, rounded nan" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""Comparisons of what PyTorch and the providers of this machine compute of the same test images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from export.ensemble import ROUNDED, Ensemble, rounded
+from export.parity import Parity
+from export.provider import BATCH, CPU, others
+from training import data, evaluate
+from training.data import Images
+
+
+@dataclass(frozen=True)
+class TestImages:
+    """Test images and their ``source``: ``cifar10`` or ``sample``. Logits are float32 [N, 10]."""
+
+    images: Images
+    source: str
+
+    @classmethod
+    def load(cls) -> "TestImages":
+        """Those of the data set where it is present, else the sample's.
+
+        Raises:
+            DataError: a data set that is present but damaged.
+        """
+        dataset = data.load() if data.present() else data.load_sample()
+        return cls(dataset.test, dataset.source)
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """RGB, uint8 [N, 32, 32, 3]."""
+        return self.images.pixels.numpy()
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Classes, int64 [N] in 0..9."""
+        return self.images.labels.numpy()
+
+    def accuracy(self, logits: NDArray[np.float32]) -> float:
+        """The fraction of the images that ``logits`` get right."""
+        return self._right(logits) / len(self.images)
+
+    def in_pytorch(self, ensemble: Ensemble) -> NDArray[np.float32]:
+        """The logits that PyTorch computes on the CPU."""
+        return evaluate.logits(ensemble, self.images.pixels, BATCH).numpy()
+
+    def compare(
+        self, expected: NDArray[np.float32], actual: NDArray[np.float32], reference: str, provider: str
+    ) -> Parity:
+        """How far the ``actual`` logits of ``provider`` are from those of ``reference``."""
+        return Parity(
+            reference=reference,
+            images=len(self.images),
+            source=self.source,
+            max_scaled_difference=float(np.abs(actual - expected).max() / np.abs(expected).max()),
+            top1_agreement=float((actual.argmax(1) == expected.argmax(1)).mean()),
+            accuracy=self.accuracy(actual),
+            # A difference of counts: that of two fractions could lie beyond a limit that it is at.
+            accuracy_loss=(self._right(expected) - self._right(actual)) / len(self.images),
+            provider=provider,
+            onnxruntime=onnxruntime.__version__,
+        )
+
+    def compare_rounded(
+        self, expected: NDArray[np.float32], ensemble: Ensemble, reference: str
+    ) -> Parity:
+        """How far ``ensemble`` is in fp16 as a GPU computes it.
+
+        ONNX Runtime's CPU provider computes fp16 in float32, where nothing overflows.
+        """
+        return self.compare(expected, self.in_pytorch(rounded(ensemble)), reference, ROUNDED)
+
+    def compare_others(self, expected: NDArray[np.float32], model: bytes) -> Iterator[Parity]:
+        """How far each other provider of this machine is from a model file's logits on the CPU.
+
+        Raises:
+            ProviderError: one of them is here and does not run the ``model``.
+        """
+        for other in others(model):
+            yield self.compare(expected, other.logits(model, self.pixels), CPU.name, other.name)
+
+    def _right(self, logits: NDArray[np.float32]) -> int:
+        return int((logits.argmax(1) == self.labels).sum())
