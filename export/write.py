@@ -1,5 +1,6 @@
 """Checkpoints to model files, which are written only if they compute what they should."""
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def write(
             file = stack.enter_context(replacing(written.path))
             file.write(model.SerializeToString())
             file.flush()
+            os.fsync(file.fileno())
     return [written for _, written in made]
 
 
