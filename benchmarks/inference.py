@@ -103,7 +103,8 @@ class Rates(BaseModel):
 class Submissions(BaseModel):
     """Seconds for a pickle of ``rows`` images, a number a round.
 
-    ``submit`` is the whole command, ``engine`` the same provider's part of it, warm.
+    ``submit`` is of the whole command, ``engine_alone`` of its engine's part, warm and by the same
+    provider, which ``engine`` names.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
