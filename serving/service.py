@@ -60,6 +60,7 @@ from serving.responses import Answers, Classification, Csv, answer_response, err
 from serving.settings import KEPT_MODEL, METRICS_FOLDER, Settings
 from serving.submission import read_submission
 from serving.uvicorn_server import (
+    ConnectionLimits,
     connections_that_fit,
     keep_idle_connections,
     limit_connections,
@@ -324,8 +325,7 @@ class Classifier:
         if server is not None:  # in a test without a server there is none
             drain.listen(server)
             keep_idle_connections(server)
-            limit_connections(
-                server,
+            limits = ConnectionLimits(
                 connections_that_fit(
                     SETTINGS.max_connections, SETTINGS.max_upload_bytes // SPOOLED_BYTES
                 ),
@@ -333,6 +333,7 @@ class Classifier:
                 SETTINGS.body_timeout,
                 self.metrics.evicted.inc,
             )
+            limit_connections(server, limits)
             if not SETTINGS.tracing:  # BentoML makes the spans, on its own way
                 shorten(server, SHORT, short_way())
 

@@ -7,6 +7,8 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Container, Sized
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -136,156 +138,177 @@ def connections_that_fit(wanted: int, bodies: int) -> int:
     return fitting
 
 
-def limit_connections(
-    server: uvicorn.Server,
-    most: int,
-    head_seconds: float,
-    body_seconds: float,
-    evicted: Callable[[], object],
-) -> None:
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """What the connections of a server may take of it, and clients of time.
+
+    When there are more than `most`, that one goes, and `evicted` is called, which has been waited for
+    longest, for a whole request or to take its answer: who takes it gets an answer to a request that
+    has arrived. A request line with its headers may take `head_seconds`, and 64 KiB, as may what lies
+    between and after the pieces of a body. What was written must be taken within `body_seconds`. Of
+    requests that are sent before there was an answer 100 wait, and one more closes the connection.
+    """
+
+    most: int
+    head_seconds: float
+    body_seconds: float
+    evicted: Callable[[], object]
+
+
+class _Connection(HttpToolsProtocol):
+    """A connection within limits; the server makes one for each client.
+
+    An offer to speak another protocol is ignored.
+    """
+
+    transport: _Transport  # type: ignore[assignment]
+    _overdue: asyncio.TimerHandle | None = None  # set while the head of a request is awaited
+    _head_bytes = 0  # since the last byte of a body, or the last request
+    _data = _offer = b""  # what the parser reads, and what it is to read again
+
+    def __init__(
+        self, limits: ConnectionLimits, awaited: "dict[_Connection, None]", **options: Any
+    ) -> None:
+        """
+        Args:
+            limits: of all connections of a server.
+            awaited: those of them that are waited for, not that wait for an answer, longest first.
+            options: what the server gives.
+        """
+        super().__init__(**options)
+        self._limits, self._awaited = limits, awaited
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        bounded = _Transport(transport, self.loop, self._limits.body_seconds)
+        super().connection_made(bounded)  # type: ignore[arg-type]
+        self.flow = _Flow(transport, self.pipeline)
+        self._awaited[self] = None
+        if len(self.connections) > self._limits.most:
+            next(iter(self._awaited))._make_room()
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_head()
+        self._head_bytes += len(data)
+        while data:
+            self._data, self._offer = data, b""
+            super().data_received(data)
+            data = self._offer
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._give_up()
+
+    def on_headers_complete(self) -> None:
+        self._cancel()
+        if self.parser.should_upgrade():
+            self._offer = self._head_without_offer()
+            return
+        # One read brings thousands of small ones, whose state takes a hundred times their bytes.
+        if len(self.pipeline) == MAX_PIPELINED:
+            raise ValueError(f"{MAX_PIPELINED} requests wait for the answer to one before them.")
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        # The rest of a body that was refused is read too, or the client might not see its answer.
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._offer:
+            return
+        if not self.cycle.response_complete and not self.flow.write_paused:
+            self._awaited.pop(self, None)
+        self._head_bytes = 0
+        if self._overdue is not None:  # the time of a refused body is not that of the next head
+            self._await_head()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # Unless the next request has come already.
+        if self in self.connections and (self.cycle.response_complete or self.cycle.more_body):
+            self._awaited[self] = None
+            if self.cycle.response_complete and self.cycle.more_body:  # a refused body may not come
+                self._await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        # It must neither come within an answer nor before that to an earlier request.
+        if not self.pipeline and (
+            self.cycle is None or self.cycle.response_complete or not self.cycle.response_started
+        ):
+            body = json.dumps(error_body(RequestError.code, COMPLAINT)).encode()
+            head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n")
+            self.transport.write(head.encode() + b"\r\n" + body)
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        self.transport.hurry()
+        self._awaited.setdefault(self)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.relax()
+        if self.cycle and not self.cycle.response_complete and not self.cycle.more_body:
+            self._awaited.pop(self, None)
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._awaited.pop(self, None)
+        self._cancel()
+        super().connection_lost(exc)
+        self.transport.relax()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing to warn of, but to read behind the head too, where the parser has stopped."""
+        upgrade = sys.exception()
+        assert isinstance(upgrade, HttpParserUpgrade)
+        self._offer += self._data[upgrade.args[0] :]
+
+    def _head_without_offer(self) -> bytes:
+        """The head of a request as it came, but for its offer to speak another protocol.
+
+        The parser would take what comes behind it, such as its body, for that protocol.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":  # no offer: the other protocol has begun
+            raise ValueError("The service is no proxy.")
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (method, self.url, version)]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
+
+    def _await_head(self) -> None:
+        self._cancel()
+        self._overdue = self.loop.call_later(self._limits.head_seconds, self._give_up)
+
+    def _cancel(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+
+    def _give_up(self) -> None:
+        self._cancel()
+        self.transport.close()
+
+    def _make_room(self) -> None:
+        self._limits.evicted()
+        self._awaited.pop(self)
+        self.connections.discard(self)  # now, or the next new one would push out another for it
+        self._cancel()
+        self.transport.abort()
+
+
+def limit_connections(server: uvicorn.Server, limits: ConnectionLimits) -> None:
     """Close connections that are too many, or bring too much, or too little for too long.
 
-    uvicorn keeps all of them for ever. When there are more than `most`, that one goes, and `evicted` is
-    called, which has been waited for longest, for a whole request or to take its answer: who takes it
-    gets an answer to a request that has arrived. A request line with its headers may take
-    `head_seconds`, and 64 KiB, as may what lies between and after the pieces of a body. What was written
-    must be taken within `body_seconds`. Of requests that are sent before there was an answer 100 wait,
-    and one more closes the connection. An offer to speak another protocol is ignored.
+    uvicorn keeps all of them for ever.
 
     Raises:
         StartError: the server's parser is another one than httptools.
     """
-    # Those that are waited for, not that wait for an answer, by the time since when: how to close each.
-    awaited: dict[HttpToolsProtocol, Callable[[], None]] = {}
-
-    class Connection(HttpToolsProtocol):
-        transport: _Transport  # type: ignore[assignment]
-        _overdue: asyncio.TimerHandle | None = None  # set while the head of a request is awaited
-        _head_bytes = 0  # since the last byte of a body, or the last request
-        _data = _offer = b""  # what the parser reads, and what it is to read again
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            bounded = _Transport(transport, self.loop, body_seconds)
-            super().connection_made(bounded)  # type: ignore[arg-type]
-            self.flow = _Flow(transport, self.pipeline)
-            awaited[self] = self._make_room
-            if len(self.connections) > most:
-                next(iter(awaited.values()))()
-            self._await_head()
-
-        def data_received(self, data: bytes) -> None:
-            if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
-                self._await_head()
-            self._head_bytes += len(data)
-            while data:
-                self._data, self._offer = data, b""
-                super().data_received(data)
-                data = self._offer
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._give_up()
-
-        def on_headers_complete(self) -> None:
-            self._cancel()
-            if self.parser.should_upgrade():
-                self._offer = self._head_without_offer()
-                return
-            # One read brings thousands of small ones, whose state takes a hundred times their bytes.
-            if len(self.pipeline) == MAX_PIPELINED:
-                raise ValueError(f"{MAX_PIPELINED} requests wait for the answer to one before them.")
-            super().on_headers_complete()
-
-        def on_body(self, body: bytes) -> None:
-            # The rest of a body that was refused is read too, or the client might not see its answer.
-            self._head_bytes = 0
-            super().on_body(body)
-
-        def on_message_complete(self) -> None:
-            if self._offer:
-                return
-            if not self.cycle.response_complete and not self.flow.write_paused:
-                awaited.pop(self, None)
-            self._head_bytes = 0
-            if self._overdue is not None:  # the time of a refused body is not that of the next head
-                self._await_head()
-            super().on_message_complete()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            # Unless the next request has come already.
-            if self in self.connections and (self.cycle.response_complete or self.cycle.more_body):
-                awaited[self] = self._make_room
-                if self.cycle.response_complete and self.cycle.more_body:  # a refused body may not come
-                    self._await_head()
-
-        def send_400_response(self, msg: str) -> None:
-            # It must neither come within an answer nor before that to an earlier request.
-            if not self.pipeline and (
-                self.cycle is None or self.cycle.response_complete or not self.cycle.response_started
-            ):
-                body = json.dumps(error_body(RequestError.code, COMPLAINT)).encode()
-                head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-                self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n")
-                self.transport.write(head.encode() + b"\r\n" + body)
-            self.transport.close()
-
-        def pause_writing(self) -> None:
-            self.transport.hurry()
-            awaited.setdefault(self, self._make_room)
-            super().pause_writing()
-
-        def resume_writing(self) -> None:
-            if not self.transport.is_closing():
-                self.transport.relax()
-            if self.cycle and not self.cycle.response_complete and not self.cycle.more_body:
-                awaited.pop(self, None)
-            super().resume_writing()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            awaited.pop(self, None)
-            self._cancel()
-            super().connection_lost(exc)
-            self.transport.relax()
-
-        def _unsupported_upgrade_warning(self) -> None:
-            """Nothing to warn of, but to read behind the head too, where the parser has stopped."""
-            upgrade = sys.exception()
-            assert isinstance(upgrade, HttpParserUpgrade)
-            self._offer += self._data[upgrade.args[0] :]
-
-        def _head_without_offer(self) -> bytes:
-            """The head of a request as it came, but for its offer to speak another protocol.
-
-            The parser would take what comes behind it, such as its body, for that protocol.
-            """
-            method = self.parser.get_method()
-            if method == b"CONNECT":  # no offer: the other protocol has begun
-                raise ValueError("The service is no proxy.")
-            version = self.parser.get_http_version().encode()
-            lines = [b"%b %b HTTP/%b" % (method, self.url, version)]
-            lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
-            return b"\r\n".join([*lines, b"", b""])
-
-        def _await_head(self) -> None:
-            self._cancel()
-            self._overdue = self.loop.call_later(head_seconds, self._give_up)
-
-        def _cancel(self) -> None:
-            if self._overdue is not None:
-                self._overdue.cancel()
-                self._overdue = None
-
-        def _give_up(self) -> None:
-            self._cancel()
-            self.transport.close()
-
-        def _make_room(self) -> None:
-            evicted()
-            awaited.pop(self)
-            self.connections.discard(self)  # now, or the next new one would push out another for it
-            self._cancel()
-            self.transport.abort()
-
     if server.config.http_protocol_class is not HttpToolsProtocol:
         raise StartError("The limits of connections are made for httptools; pip install httptools.")
-    server.config.http_protocol_class = Connection
+    server.config.http_protocol_class = partial(_Connection, limits, {})  # type: ignore[assignment]
     server.config.ws_protocol_class = None

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -16,7 +17,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.errors import StartError
-from serving.uvicorn_server import IDLE_SECONDS, keep_idle_connections, limit_connections, shorten
+from serving.uvicorn_server import (
+    IDLE_SECONDS,
+    ConnectionLimits,
+    keep_idle_connections,
+    limit_connections,
+    shorten,
+)
 from tests.serving.raw import PATIENCE, connected
 
 
@@ -88,10 +95,11 @@ class Answers:
 
     def prepare(self, server: Server) -> None:
         """Let the server have the limits, and be watched."""
-        limit_connections(server, self.most, self.seconds, self.seconds, self.evict)
-        answers, limited = self, server.config.http_protocol_class
+        limit_connections(server, ConnectionLimits(self.most, self.seconds, self.seconds, self.evict))
+        limited: Any = server.config.http_protocol_class
+        answers = self
 
-        class Watched(limited):  # type: ignore[misc, valid-type]
+        class Watched(limited.func):  # type: ignore[misc]
             def pause_writing(self) -> None:
                 super().pause_writing()
                 answers.paused.release()
@@ -100,7 +108,7 @@ class Answers:
                 super().connection_lost(exc)
                 answers.lost.release()
 
-        server.config.http_protocol_class = Watched
+        server.config.http_protocol_class = partial(Watched, *limited.args)  # type: ignore[assignment]
 
     def evict(self) -> None:
         """Called for each connection that makes room."""
@@ -168,7 +176,7 @@ def test_a_server_with_another_parser_is_refused() -> None:
     config = uvicorn.Config(application("any"), http="h11")
     config.load()
     with pytest.raises(StartError, match="made for httptools"):
-        limit_connections(uvicorn.Server(config), 1, 1, 1, lambda: None)
+        limit_connections(uvicorn.Server(config), ConnectionLimits(1, 1, 1, lambda: None))
 
 
 @pytest.mark.parametrize(
