@@ -58,8 +58,8 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
         max_batch_size=settings.max_batch_size,
     )
     labels = asyncio.run(_labels(model, submission))
-    with replacing(csv) as beside:
-        beside.write_bytes(submission.csv(labels))
+    with replacing(csv) as written:
+        written.write(submission.csv(labels))
     try:
         print(f"{len(submission)} labels in {csv}", flush=True)
     except BrokenPipeError:  # nobody reads it; the labels are there all the same

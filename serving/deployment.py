@@ -136,8 +136,8 @@ def _keep(path: Path, kept: Path, state: FileState | None) -> None:
     Raises:
         OSError: it has, or it cannot be copied.
     """
-    with replacing(kept) as beside:
-        shutil.copyfile(path, beside)
+    with path.open("rb") as file, replacing(kept) as copy:
+        shutil.copyfileobj(file, copy)
         if FileState.of(path) != state:
             raise OSError(f"{path} changed while it was copied")
 

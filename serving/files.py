@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EACCES, EEXIST, ENOTDIR
 from pathlib import Path
+from typing import IO
 
 
 def check_replaceable(path: Path) -> None:
@@ -23,15 +24,19 @@ def check_replaceable(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, renamed to it at the end; after an error the old file stays.
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file beside `path` that takes its place once it is written and on the disk.
 
-    Where `path` is a link, the file that it leads to is replaced.
+    A kill at any moment leaves the old file or the new one; after an error the old one stays, and
+    nothing beside it. Where `path` is a link, the file that it leads to is replaced.
     """
     path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield beside
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
