@@ -21,7 +21,7 @@ from serving.predictions import top_predictions
 from tests.serving.figures import under_way
 from tests.serving.models import CLASSES
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import serving
+from tests.serving.server import ROOT, serving
 from tests.serving.test_pickles import EVIL
 
 
@@ -325,7 +325,7 @@ def test_under_v2_a_slash_too_many_has_the_protocols_error(client: httpx.Client)
 def test_hostile_pickles(client: httpx.Client, content: bytes) -> None:
     response = client.post("/submission", files={"file": ("a.pkl", content)})
     assert error_of(response)[:2] == (400, "bad_pickle")
-    assert not Path("ran").exists()
+    assert not (ROOT / "ran").exists()
 
 
 TOO_MANY_BYTES = 5_000_000
