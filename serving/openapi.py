@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from serving.requests import DEFAULT_TOP_K
+from serving.requests import DEFAULT_TOP_K, MAX_TOP_K
 from serving.responses import Classification, ErrorBody
 
 Json = dict[str, Any]
@@ -17,7 +17,7 @@ FILE: Json = {"type": "string", "format": "binary"}
 TOP_K: Json = {
     "type": "integer",
     "minimum": 1,
-    "maximum": 10,
+    "maximum": MAX_TOP_K,
     "default": DEFAULT_TOP_K,
     "description": "How many classes to answer with, most probable first.",
 }

@@ -8,7 +8,6 @@ BentoML (its schema.json, and with that its client), and hand the request itself
 # BentoML ships without types: its base classes are Any.
 # mypy: disable-error-code="misc"
 
-import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -21,8 +20,9 @@ from serving.errors import FieldError, MediaTypeError
 from serving.forms import Part, received
 
 File = Annotated[bytes, WithJsonSchema({"type": "file", "format": "binary"})]
-TopK = Annotated[int, Field(ge=1, le=10, description="How many classes to answer with.")]
 DEFAULT_TOP_K = 5
+MAX_TOP_K = 10
+TopK = Annotated[int, Field(ge=1, le=MAX_TOP_K, description="How many classes to answer with.")]
 
 
 class _Received(IODescriptor):
@@ -145,8 +145,10 @@ def _top_k(request: Request, parts: Sequence[Part]) -> int:
     value = given[0]
     if isinstance(value, Part):
         if value.is_file:
-            raise FieldError("top_k is a file; right would be a whole number from 1 to 10.")
+            raise FieldError(f"top_k is a file; right would be a whole number from 1 to {MAX_TOP_K}.")
         value = value.content().decode(errors="replace")
-    if not re.fullmatch("[1-9]|10", value):
-        raise FieldError(f"top_k is {value[:20]!r}; right would be a whole number from 1 to 10.")
+    if value not in map(str, range(1, MAX_TOP_K + 1)):
+        raise FieldError(
+            f"top_k is {value[:20]!r}; right would be a whole number from 1 to {MAX_TOP_K}."
+        )
     return int(value)
