@@ -12,16 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serving.errors import ProviderError
 from training import device, provenance
-from training.checkpoint import CheckpointError
-from training.data import DataError
+from training.errors import ExplainedError
 from training.files import replacing
-from training.learner import TrainingError
-from training.recipe import RecipeError
 
 FOLDER = Path(__file__).parent
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(ExplainedError):
     """A benchmark that cannot be run, or figures that cannot be read."""
 
 
@@ -131,10 +128,7 @@ def main(
             for figures in measure(options):
                 with replacing(options.figures) as file:
                     file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
-    except (
-        *(BenchmarkError, RecipeError, DataError, TrainingError, CheckpointError),
-        *(ProviderError, OSError),
-    ) as error:
+    except (ExplainedError, ProviderError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(markdown(figures))

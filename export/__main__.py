@@ -10,17 +10,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from export import graph, reliability
-from export.graph import GraphError
 from export.metadata import Description
-from export.parity import ELSEWHERE, LIMITS, Finding, Parity, ParityError
-from export.temperature import TemperatureError
+from export.parity import ELSEWHERE, LIMITS, Finding, Parity
 from export.verify import verify
 from export.write import PRECISIONS, Written, make_place, write
 from serving.errors import ProviderError
-from training.checkpoint import CheckpointError
-from training.data import DataError
-from training.plots import PlotError, file_format
-from training.recipe import RecipeError, Views
+from training.errors import ExplainedError
+from training.plots import file_format
+from training.recipe import Views
 from training.tables import percent
 
 ALL = "all"
@@ -42,10 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _write(options, console)
         else:
             _verify(options, console)
-    except (
-        *(CheckpointError, RecipeError, DataError, TemperatureError, PlotError),
-        *(GraphError, ParityError, ProviderError, OSError),
-    ) as error:
+    except (ExplainedError, ProviderError, OSError) as error:
         errors.print(f"error: {error}")
         return 1
     except KeyboardInterrupt:

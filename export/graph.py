@@ -15,12 +15,14 @@ from onnx.checker import ValidationError
 from onnx.shape_inference import InferenceError
 from torch import nn
 
+from training.errors import ExplainedError
+
 OPSET, IR_VERSION = 20, 10
 INPUT, OUTPUT = "images", "logits"
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes a node's modules
 
 
-class GraphError(RuntimeError):
+class GraphError(ExplainedError):
     """A graph that is not as every model file's; the message says what is wrong and what is right."""
 
 

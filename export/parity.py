@@ -5,12 +5,13 @@ import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from training.errors import ExplainedError
 from training.tables import percent
 
 PYTORCH = "PyTorch"
 
 
-class ParityError(RuntimeError):
+class ParityError(ExplainedError):
     """A model file computes something else than it should; the message gives figures and limits."""
 
 

@@ -14,13 +14,14 @@ from export.ensemble import Ensemble
 from export.member import Member
 from training import data
 from training.data import Images
+from training.errors import ExplainedError
 from training.evaluate import logits
 
 RANGE = 0.05, 20.0
 DIGITS = 4  # more would be the rounding of one processor
 
 
-class TemperatureError(RuntimeError):
+class TemperatureError(ExplainedError):
     """Checkpoints whose held-out images cannot give a temperature; the message says why."""
 
 

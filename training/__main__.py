@@ -9,7 +9,8 @@ from rich.progress import track
 from rich.table import Table
 
 from training import STARTED, checkpoint, data, plots, range_test, recipe, results, train
-from training.checkpoint import Checkpoint, CheckpointError
+from training.checkpoint import Checkpoint
+from training.errors import ExplainedError
 from training.learner import Learner, TrainingError
 from training.processes import Processes
 from training.report import pages
@@ -46,10 +47,7 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
         watch = Watch(options.max_seconds, started)
         with processes.joined():
             return _train(options, processes, watch, console, errors)
-    except (
-        *(recipe.RecipeError, data.DataError, CheckpointError, TrainingError),
-        *(plots.PlotError, pages.ReportError, results.ResultsError, OSError),
-    ) as error:
+    except (ExplainedError, OSError) as error:
         errors.print(f"error: {error}", markup=False)
         return 1
     except KeyboardInterrupt:
@@ -95,9 +93,9 @@ def _train(
 def _find_rate(options: argparse.Namespace, console: Console) -> None:
     chosen = recipe.load(options.recipe, options.set)
     tried = range_test.rates(options.low, options.high, options.steps)
-    name = Path(options.recipe).stem
+    name = _name(options.recipe)
     out = options.out or Path("runs") / f"{name}-lr.png"
-    plots.file_format(out)  # before the steps, which may take long
+    plots.make_place(out)  # before the steps, which may take long
     train_images, _ = data.split(data.load().train, chosen.data.validation)
     # A hundred steps are not worth what it takes to compile them.
     learner = Learner(chosen, options.seed, train_images, Processes(), compiled=False)
@@ -105,7 +103,6 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     points = range_test.measure(learner, tried)
     measured = list(track(points, total=len(tried), console=console, transient=True))
     suggestion = range_test.suggest(measured)
-    out.parent.mkdir(parents=True, exist_ok=True)
     title = f"Learning-rate range test of {name}: batches of {chosen.batch_size}"
     range_test.plot(measured, suggestion, own, title, out)
     table = Table("rate", "loss", "smoothed")
@@ -125,10 +122,11 @@ def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
     if options.epochs is not None:
         overrides.append(f"epochs={options.epochs}")
     chosen = recipe.load(options.recipe, overrides)
-    name = Path(options.recipe).stem
-    folder = options.out or _free_folder(Path("runs") / f"{name}-seed{options.seed}")
+    name = _name(options.recipe)
+    complete = not overrides and options.limit is None
+    trial = "" if complete else "-trial"  # so that the finished run has the folder that others look for
+    folder = options.out or _free_folder(Path("runs") / f"{name}-seed{options.seed}{trial}")
     dataset = data.load()
-    complete = not overrides
     train.create(
         folder, chosen, name, options.seed, dataset, options.limit, complete, options.deterministic
     )
@@ -153,6 +151,10 @@ def _outcome(state: Checkpoint, folder: Path) -> str:
     if val is None:
         return f"trial without held-out images, so of unknown accuracy (--set data.validation=0.1) {end}"
     return f"val accuracy {percent(val)}, a trial: the test images were left alone; {end}"
+
+
+def _name(name_or_path: str) -> str:
+    return Path(name_or_path).name.removesuffix(".toml")
 
 
 def _free_folder(folder: Path) -> Path:
@@ -194,7 +196,9 @@ def _parser() -> argparse.ArgumentParser:
         "images only. torchrun --nproc-per-node N -m training run RECIPE shares it among N processes.",
     )
     run.add_argument("recipe", metavar="RECIPE", help="a name from 'list', or a .toml file")
-    run.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE-seedN)")
+    run.add_argument(
+        "--out", type=Path, help="the run's folder (default: runs/RECIPE-seedN, of a trial ...-trial)"
+    )
     run.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
     run.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
     run.add_argument(

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from training import model
+from training.errors import ExplainedError
 from training.files import replacing
 from training.provenance import Session
 from training.recipe import Recipe, parse
@@ -28,7 +29,7 @@ UNREADABLE = (
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ExplainedError):
     """A checkpoint that is missing, damaged or not one of ours; the message names the file."""
 
 
@@ -44,6 +45,12 @@ class RunFacts(TypedDict):
     data: str
     commit: str
     deterministic: NotRequired[bool]
+
+
+def _as_ours(classes: list[str]) -> list[str]:
+    if classes != list(model.CLASSES):
+        raise ValueError(f"right would be {', '.join(model.CLASSES)}, in this order")
+    return classes
 
 
 Natural = Annotated[int, Field(ge=0)]
@@ -77,7 +84,7 @@ class Checkpoint(BaseModel):
 
     recipe: dict[str, Any]
     recipe_name: str
-    classes: list[str]
+    classes: Annotated[list[str], AfterValidator(_as_ours)]
     run: RunFacts
     model: dict[str, Tensor]
     average: dict[str, Tensor] | None = None

@@ -12,6 +12,8 @@ import torch
 import torchvision
 from torch import Tensor
 
+from training.errors import ExplainedError
+
 ROOT_VARIABLE = "CIFAR10_ROOT"
 SAMPLE = Path(__file__).parent / "cifar10_sample.npz"
 FOLDER = "cifar-10-batches-py"
@@ -20,7 +22,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZip
 VALIDATION_SEED = 10  # one split for all runs, whatever their seed, so that runs can be compared
 
 
-class DataError(RuntimeError):
+class DataError(ExplainedError):
     """The data set is missing or damaged; the message says what to do."""
 
 

@@ -32,17 +32,23 @@ def initial_network(config: Model, recipe: Recipe, seed: int, images: Images) ->
     if isinstance(network, model.WhitenedResNet):
         normalize = Normalize(recipe.data.mean, recipe.data.std)
         network.whiten(normalize(images.pixels[:5000].permute(0, 3, 1, 2)))
-    for size in sorted({SIZE, *(part.size for part in recipe.resolution)}):
-        _check(network, size)
+    check_sizes(network, recipe, "model")
     return network
 
 
 @torch.no_grad()
-def _check(network: nn.Module, size: int) -> None:
-    try:
-        network.eval()(torch.zeros(1, 3, size, size))
-    except RuntimeError as error:
-        raise RecipeError(
-            f"model: this network does not take images of {size} x {size} pixels: {error}"
-        ) from error
+def check_sizes(network: nn.Module, recipe: Recipe, place: str) -> None:
+    """Whether a network takes images of the sizes that the recipe has, as they are or scaled.
+
+    Raises:
+        RecipeError: it does not; the message begins with ``place``.
+    """
+    network.eval()
+    for size in sorted({SIZE, *(part.size for part in recipe.resolution)}):
+        try:
+            network(torch.zeros(1, 3, size, size))
+        except RuntimeError as error:
+            raise RecipeError(
+                f"{place}: this network does not take images of {size} x {size} pixels: {error}"
+            ) from error
     network.train()

@@ -20,6 +20,7 @@ from training.average import Average
 from training.batch import beside
 from training.capture import Captured
 from training.data import Images
+from training.errors import ExplainedError
 from training.initial import initial_network
 from training.memory import largest_fitting
 from training.objective import Objective
@@ -37,7 +38,7 @@ AHEAD = 512  # images: smaller batches are augmented several at a time, as small
 BEHIND = 8
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ExplainedError):
     """A training that cannot start or go on; the message says why."""
 
 

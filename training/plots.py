@@ -5,10 +5,11 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from training.errors import ExplainedError
 from training.files import replacing
 
 
-class PlotError(RuntimeError):
+class PlotError(ExplainedError):
     """A plot that is to be a file of no known kind; the message names the kinds."""
 
 
@@ -22,6 +23,19 @@ def file_format(path: Path) -> str:
     if kind not in ("png", "svg", "pdf"):
         raise PlotError(f"{path}: a plot is a .png, .svg or .pdf file")
     return kind
+
+
+def make_place(path: Path) -> None:
+    """Make the folder of a plot to be written.
+
+    Raises:
+        PlotError: it would be of no known kind, or a folder is in its place.
+        OSError: the folder cannot be made.
+    """
+    file_format(path)
+    if path.is_dir():
+        raise PlotError(f"{path} is a folder; a plot is a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def save(figure: Figure, path: Path) -> None:

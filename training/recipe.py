@@ -15,17 +15,21 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from training.errors import ExplainedError
+
 RECIPES = Path(__file__).parent / "recipes"
 
+LARGEST = 3.4e38  # of float32
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1)]
 Triple = tuple[float, float, float]
 Views = Literal["none", "flip", "flip_shift"]
 
 
-class RecipeError(ValueError):
+class RecipeError(ExplainedError):
     """A recipe that cannot be used; the message names the file and each offending key."""
 
 
@@ -194,7 +198,16 @@ class RandomErasing(Part):
     p: Fraction
     scale: tuple[Fraction, Fraction]
     ratio: tuple[Positive, Positive]
-    value: float
+    value: Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> Self:
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if low > high:
+                raise ValueError(
+                    f"{name}: from {low:g} to {high:g} is no range; the lower number is first"
+                )
+        return self
 
 
 class Cutout(Part):

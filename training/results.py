@@ -7,6 +7,7 @@ from statistics import mean, stdev
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from training.errors import ExplainedError
 from training.files import locked, replacing
 
 RESULTS = Path(__file__).parent / "results.csv"
@@ -16,7 +17,7 @@ RESULTS = Path(__file__).parent / "results.csv"
 EVALUATION = {"date", "accuracy", "single_view_accuracy", "device", "precision", "python", "torch"}
 
 
-class ResultsError(RuntimeError):
+class ResultsError(ExplainedError):
     """A file of results that cannot be read; the message says which line, and why."""
 
 

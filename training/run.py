@@ -100,6 +100,7 @@ class Run:
         self.events: SummaryWriter | None = None
         if tensorboard and processes.first:
             self.events = SummaryWriter(str(folder / TENSORBOARD), purge_step=state.epoch + 1)
+        self._stepped = False
         self._saved = time.monotonic()
         self._image_seconds = 0.0  # an image's share of the slowest of the last steps
         self._view_seconds = 0.0  # the same of the last evaluation, of a view
@@ -142,7 +143,7 @@ class Run:
         """
 
         def go_on(needed: float) -> None:
-            if reason := self.processes.highest(watch.reason(needed)):
+            if reason := self.processes.highest(watch.reason(self._allowed(needed))):
                 raise Stopped(reason)
 
         go_on(self._needed_to_evaluate(len(self.test_images), self.recipe.views, "none"))
@@ -217,7 +218,7 @@ class Run:
             self._save()
 
         def go_on(needed: float) -> None:
-            if wanted := self.processes.highest(watch.reason(needed)):
+            if wanted := self.processes.highest(watch.reason(self._allowed(needed))):
                 keep()
                 raise Stopped(wanted)
 
@@ -235,6 +236,7 @@ class Run:
                 return learning_rate(self.recipe.schedule, base, done, self.recipe.epochs, val_losses)
 
             loss, right = learner.learn(batch, rate)
+            self._stepped = True
             loss_sum += loss
             correct += right
             state.step = batch.step + 1
@@ -311,6 +313,14 @@ class Run:
     def _needed(self, seconds: float) -> float:
         """Seconds for what should take so many, and to write a checkpoint; rather too many."""
         return 1.0 + 2 * seconds + 2 * self._save_seconds
+
+    def _allowed(self, needed: float) -> float:
+        """Those that a part of an evaluation is not to exceed.
+
+        One that begins a session has no limit: nothing of it is in a checkpoint, so with too narrow a
+        limit each session would begin it anew.
+        """
+        return needed if self._stepped else -math.inf
 
     def _needed_to_evaluate(self, images: int, *views: Views) -> float:
         """Those to evaluate ``images`` by these views; before the first time, by training's pace."""

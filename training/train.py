@@ -16,7 +16,7 @@ from training import data, device, model, provenance, results
 from training.checkpoint import Checkpoint, RunFacts
 from training.data import DataSet
 from training.files import held, replacing
-from training.initial import initial_network
+from training.initial import check_sizes, initial_network
 from training.learner import TrainingError, count_steps
 from training.processes import Processes
 from training.recipe import Recipe
@@ -50,12 +50,19 @@ def create(
         deterministic: a GPU gives the same weights for the same seed, however the run is cut up.
 
     Raises:
-        TrainingError: fewer images than a batch, or the folder holds a run, or another process trains
-            in it.
+        TrainingError: fewer images than a batch, or none held out for a schedule that watches them; or
+            the folder holds a run, or another process trains in it; or no teacher, or one that saw more
+            of the images than it may have.
         RecipeError: parts of the recipe that do not fit each other.
         CheckpointError: a teacher that cannot be used, or is not finished.
     """
-    train_images = data.split(dataset.train, recipe.data.validation)[0].first(limit)
+    train_images, val_images = data.split(dataset.train, recipe.data.validation)
+    if recipe.schedule.kind == "plateau" and not len(val_images):
+        raise TrainingError(
+            f"data.validation={recipe.data.validation:g} holds out none of {len(dataset.train)} images, "
+            "and the plateau schedule watches them: set a larger one"
+        )
+    train_images = train_images.first(limit)
     count_steps(recipe, len(train_images))
     network = initial_network(recipe.model, recipe, seed, train_images)
     selector: nn.Module | None = None
@@ -84,7 +91,7 @@ def create(
         if checkpoints.present(folder / CHECKPOINT):
             raise TrainingError(f"{folder} holds a run: resume it, or name another folder with --out")
         if recipe.distillation is not None:
-            _copy_teacher(Path(recipe.distillation.teacher), folder / TEACHER, state.run)
+            _copy_teacher(recipe, Path(recipe.distillation.teacher), folder / TEACHER, state.run)
         (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
         checkpoints.save(state, folder / CHECKPOINT)
 
@@ -140,7 +147,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _copy_teacher(teacher: Path, beside: Path, student: RunFacts) -> None:
+def _copy_teacher(recipe: Recipe, teacher: Path, beside: Path, student: RunFacts) -> None:
     if not teacher.is_file():
         raise TrainingError(
             f"no teacher at {teacher}: train one, or name its checkpoint with "
@@ -155,6 +162,12 @@ def _copy_teacher(teacher: Path, beside: Path, student: RunFacts) -> None:
             f"{teacher} is of a trial, or of other images: a run that is evaluated on the test images "
             "learns from a complete run; with --set distillation.teacher=FILE it is a trial as well"
         )
-    state.network()
+    held_out = state.parsed_recipe().data.validation
+    if held_out < recipe.data.validation:
+        raise TrainingError(
+            f"{teacher} has trained on images that this run would hold out: its data.validation is "
+            f"{held_out:g}; right would be at least {recipe.data.validation:g}, as here"
+        )
+    check_sizes(state.network(), recipe, f"distillation.teacher {teacher}")
     with replacing(beside) as copy:
         copy.write(content)

@@ -127,6 +127,27 @@ def test_distillation_copies_its_teacher_and_learns_from_it(
     assert 0 < checkpoint.load(out / "checkpoint.pt").history[0]["train_loss"] < 0.5
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("resolution=[{from_epoch=0, size=16}]", "does not take images of 16 x 16 pixels"),
+        ("data.validation=0.1", "its data.validation is 0; right would be at least 0.1"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_an_error_before_the_run(
+    setting: str, message: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = "{kind='resnet', block={kind='basic'}, blocks=[1], widths=[8], squeeze_excitation=0, "
+    network += "activation='relu', dropout=0.0, init='default'}"
+    settings = [f"distillation={{teacher='{teacher}', temperature=2.0, weight=1.0}}", setting]
+    arguments = ["A1", "--out", str(tmp_path), "--set", *settings, f"model={network}"]
+    assert main(["run", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert str(teacher) in error
+    assert message in error
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_a_complete_run_learns_from_a_complete_run(teacher: Path, tmp_path: Path) -> None:
     state, trial = checkpoint.load(teacher), tmp_path / "trial.pt"
     checkpoint.save(state.model_copy(update={"run": {**state.run, "complete": False}}), trial)

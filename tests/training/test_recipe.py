@@ -214,6 +214,9 @@ def test_overrides_are_typed_and_validated() -> None:
         ("data.mean.x=2", "the recipe has no 'x' there"),
         ("epochs.x=2", "epochs has no keys"),
         ("model.kind=basic_cnn", "unknown key model.blocks"),
+        ("optimizer.weight_decay=1e39", "key optimizer.weight_decay: Input should be less than"),
+        ("augment.2.value=-1e39", "key augment.2.value: Input should be greater than"),
+        ("augment.2.ratio=[3.3,0.3]", "augment.2: Value error, ratio: from 3.3 to 0.3 is no range"),
         (f"optimizer={MUON}", "optimizer: the rates of muon are defined for a whitened_resnet only"),
         (
             f"selection={{share = 0.5, model = {{kind = 'basic_cnn'}}, optimizer = {MUON}}}",

@@ -16,6 +16,7 @@ from tests.compiler import needs_a_compiler
 from tests.training.conftest import Limited
 from training import checkpoint, data, recipe, results, train
 from training.__main__ import main
+from training.checkpoint import Checkpoint
 from training.evaluate import evaluate
 from training.files import held
 from training.model import CLASSES, build
@@ -142,14 +143,50 @@ def test_second_run_takes_another_folder(
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert main(["run", "A1", *SMALL]) == 0
-    assert [path.name for path in sorted(Path("runs").iterdir())] == ["A1-seed0", "A1-seed0-2"]
+    assert [path.name for path in sorted(Path("runs").iterdir())] == [
+        "A1-seed0-trial",
+        "A1-seed0-trial-2",
+    ]
     # A run whose last checkpoint is lost is one to resume still.
-    Path("runs/A1-seed0/checkpoint.pt").rename("runs/A1-seed0/checkpoint.previous.pt")
+    Path("runs/A1-seed0-trial/checkpoint.pt").rename("runs/A1-seed0-trial/checkpoint.previous.pt")
     assert main(["run", "A1", *SMALL]) == 0
-    assert Path("runs/A1-seed0-3/checkpoint.pt").exists()
+    assert Path("runs/A1-seed0-trial-3/checkpoint.pt").exists()
     capsys.readouterr()
-    assert main(["run", "A1", "--out", "runs/A1-seed0", *SMALL]) == 1
+    assert main(["run", "A1", "--out", "runs/A1-seed0-trial", *SMALL]) == 1
     assert "holds a run" in capsys.readouterr().err
+
+
+def test_a_recipe_s_name_may_have_dots(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(short, "decay0.01.toml")
+    assert main(["run", "decay0.01.toml", "--epochs", "1"]) == 0
+    assert checkpoint.load(Path("runs/decay0.01-seed0-trial/checkpoint.pt")).recipe_name == "decay0.01"
+
+
+def test_nothing_held_out_for_a_schedule_that_watches_it_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["data.validation=0.0009", "model.widths=[8,8,8]"]
+    assert main(["run", "B2", "--out", str(tmp_path / "run"), "--set", *settings]) == 1
+    assert "data.validation=0.0009 holds out none of 500 images, and" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_begins_a_session_comes_to_its_end(tmp_path: Path) -> None:
+    chosen = recipe.load("A1", ["epochs=1", "batch_size=16", "data.validation=0.5"])
+    dataset = data.load_sample()
+    train.create(tmp_path, chosen, "A1", 0, dataset, limit=64)
+
+    def resume(watch: Watch) -> Checkpoint:
+        return train.resume(tmp_path, dataset, Console(quiet=True), watch, Processes())
+
+    with pytest.raises(Stopped):
+        resume(Limited(4))  # after the steps, before the evaluation
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert (state.epoch, state.step) == (0, 4)
+    assert resume(Watch(0.0)).epoch == 1
 
 
 def test_copied_folder_of_a_finished_run_stays_as_it_is(uninterrupted: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from training import checkpoint, data
 from training.checkpoint import Checkpoint
 from training.data import DataSet, Images
+from training.errors import ExplainedError
 from training.files import replacing
 from training.model import parameter_count
 from training.recipe import Model, Recipe
@@ -46,7 +47,7 @@ TOLD = {
 FIRST = ("date", "started", "device", "precision", "seed", "train_images", "test_images")
 
 
-class ReportError(RuntimeError):
+class ReportError(ExplainedError):
     """Runs that cannot be told of, or not together; the message says why."""
 
 
