@@ -13,12 +13,16 @@ from pathlib import Path
 import httpx
 import psutil
 
-from benchmarks.stored import BenchmarkError
 from serving.settings import PREFIX
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 120.0
-STOP_SECONDS = 30.0
+STOP_SECONDS = 60.0
+LOG = "server.log"
+
+
+class ServerError(RuntimeError):
+    """A server that ended, or did not answer in time."""
 
 
 def environment(**settings: str) -> dict[str, str]:
@@ -27,52 +31,76 @@ def environment(**settings: str) -> dict[str, str]:
     return others | settings
 
 
+def service_environment(folder: Path, **settings: str) -> dict[str, str]:
+    """As ``environment``; what BentoML keeps goes into the folder, and nothing is sent home."""
+    own = {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(folder / "bentoml")}
+    return environment(**own, **settings)
+
+
+@contextlib.contextmanager
+def temporary() -> Iterator[Path]:
+    """A folder for a server, which is gone afterwards. SIGTERM ends this process in order, too."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextlib.contextmanager
 def running(
     name: str,
     command: Sequence[str],
     settings: Mapping[str, str],
     answers: Callable[[str], bool],
+    folder: Path,
+    cwd: Path = ROOT,
 ) -> Iterator[tuple[str, psutil.Popen]]:
-    """A server that answers: its address, and its process. It ends with this one, by SIGTERM too.
+    """A server that answers: its address, and its process, which ends with all that it started.
 
     Args:
         name: for errors.
         command: arguments of Python, in which ``{port}`` stands for the port to listen on.
         settings: environment variables.
         answers: asks the server at an address whether it is as it should be.
+        folder: for its log and for what BentoML keeps.
+        cwd: where it runs.
 
     Raises:
-        BenchmarkError: it ended, or did not answer in time.
+        ServerError: it ended, or did not answer in time.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
-        own = {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": f"{folder}/bentoml"}
+    with (folder / LOG).open("wb") as log:
         early: list[int] = []  # SIGTERM while the server is started is heeded when it can be ended
         before = signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
         process = psutil.Popen(
             [sys.executable, *(argument.format(port=port) for argument in command)],
-            cwd=ROOT,
-            env=environment(**own, **settings),
+            cwd=cwd,
+            env=service_environment(folder, **settings),
             stdout=log,
             stderr=log,
         )
-        try:
-            signal.signal(signal.SIGTERM, _exit)
-            if early:
-                _exit(*early)
-            deadline = time.monotonic() + START_SECONDS
-            while not _ready(url, answers):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise BenchmarkError(f"{name} does not answer: {Path(log.name).read_text()[-1500:]}")
-                time.sleep(0.05)  # nobody listens yet; there is no event to wait for
-            yield url, process
-        finally:
-            _stop(process)
-            signal.signal(signal.SIGTERM, before)
+    try:
+        signal.signal(signal.SIGTERM, before)
+        for number in early:
+            signal.raise_signal(number)
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(url, answers):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ServerError(f"{name} does not answer: {(folder / LOG).read_text()[-1500:]}")
+            time.sleep(0.05)  # nobody listens yet; there is no event to wait for
+        yield url, process
+    finally:
+        _stop(process)
+
+
+def is_ready(url: str) -> bool:
+    """Whether the service at an address says that it is."""
+    return httpx.get(f"{url}/readyz", timeout=5).is_success
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
@@ -92,11 +120,7 @@ def memory(process: psutil.Process) -> list[float]:
     return sizes
 
 
-def _exit(number: int, *_: object) -> None:
-    sys.exit(128 + number)
-
-
-def _ready(url: str, answers: Callable[[str], bool]) -> bool:
+def _answers(url: str, answers: Callable[[str], bool]) -> bool:
     try:
         return answers(url)
     except httpx.TransportError:

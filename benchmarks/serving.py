@@ -35,7 +35,7 @@ from benchmarks import stored
 from benchmarks.inference import built
 from benchmarks.load import requests
 from benchmarks.peers.model import ENGINE, MODEL
-from benchmarks.server import ROOT, family, memory
+from benchmarks.server import ROOT, family, memory, temporary
 from benchmarks.server import running as started
 from benchmarks.stored import BenchmarkError
 from training.files import replacing
@@ -148,7 +148,7 @@ def running(server: Server, file: Path) -> Iterator[tuple[str, psutil.Process, f
     """The address that classifies, the server's process, and the seconds until its first answer.
 
     Raises:
-        BenchmarkError: it ended, or did not answer in time.
+        ServerError: it ended, or did not answer in time.
     """
     head, _, body = requests("http://127.0.0.1/classify", "image", 1)[0].partition(b"\r\n\r\n")
     headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
@@ -160,7 +160,10 @@ def running(server: Server, file: Path) -> Iterator[tuple[str, psutil.Process, f
 
     settings = {MODEL: str(file), ENGINE: server.engine, "SERVING_MODEL": str(file)}
     began = time.perf_counter()
-    with started(server.label, server.command, settings, answers) as (url, process):
+    with (
+        temporary() as folder,
+        started(server.label, server.command, settings, answers, folder) as (url, process),
+    ):
         yield f"{url}/classify", process, time.perf_counter() - began
 
 
@@ -227,7 +230,8 @@ def measure(server: Server, file: Path, number: int, seconds: float, measured: M
     """Add what a server with a model's file does in a round, whose ``number`` the raw lines have.
 
     Raises:
-        BenchmarkError: the server does not start, or the client fails.
+        ServerError: the server does not start.
+        BenchmarkError: the client fails.
     """
     place: dict[str, Any] = {"server": server.label, "round": number}
     with running(server, file) as (url, process, began):

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import stored
-from benchmarks.server import ROOT, family, memory, running
+from benchmarks.server import ROOT, ServerError, family, is_ready, memory, running, temporary
 from benchmarks.stored import BenchmarkError
 from serving.settings import BUNDLED_MODEL
 from training import data
@@ -106,18 +106,17 @@ def server() -> Iterator[tuple[str, psutil.Process]]:
     """A ``bentoml serve`` process with default settings that is ready: its address, and itself.
 
     Raises:
-        BenchmarkError: it does not start, or does not end with 0 at SIGTERM.
+        ServerError: it does not start, or does not end with 0 at SIGTERM.
     """
     command = ("-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", "{port}")
     settings = {"SERVING_MODEL": str(BUNDLED_MODEL)}
-    with running("the service", command, settings, _is_ready) as (url, process):
+    with (
+        temporary() as folder,
+        running("the service", command, settings, is_ready, folder) as (url, process),
+    ):
         yield url, process
     if process.returncode != 0:
-        raise BenchmarkError(f"the service ended with {process.returncode}")
-
-
-def _is_ready(url: str) -> bool:
-    return httpx.get(f"{url}/readyz", timeout=5).is_success
+        raise ServerError(f"the service ended with {process.returncode}")
 
 
 @dataclass(frozen=True)

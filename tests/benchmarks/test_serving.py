@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks import serving as benchmark
 from benchmarks.load import requests
+from benchmarks.server import ServerError
 from benchmarks.serving import Load, Server
-from benchmarks.stored import BenchmarkError, read
+from benchmarks.stored import read
 from tests.serving.server import ROOT
 
 # The peers that `make test` has the packages of.
@@ -132,7 +133,7 @@ def test_a_peer_without_its_packages_is_left_out(
 def test_a_server_that_ends_is_an_error_with_its_last_words(tmp_path: Path) -> None:
     broken = Server("Broken", "json", ("-c", "raise SystemExit('no model')"), "fp32", "plain")
     with (
-        pytest.raises(BenchmarkError, match=r"Broken.* does not answer: no model"),
+        pytest.raises(ServerError, match=r"Broken.* does not answer: no model"),
         benchmark.running(broken, tmp_path / "model.onnx"),
     ):
         pass

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from benchmarks.server import LOG, service_environment
 from serving.providers import obstacle
 from tests.serving.samples import encoded
-from tests.serving.server import ROOT, service_environment, serving
+from tests.serving.server import ROOT, serving
 
 
 def bento(folder: Path, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
@@ -72,7 +73,7 @@ def test_a_built_bento_serves_from_another_folder(
     assert answer["name"] == "tiny"
     assert (
         f"tiny {answer['version']} on {answer['provider']}: {answer['provider_reason']}"
-        in (tmp_path / "serve.log").read_text()
+        in (tmp_path / LOG).read_text()
     )
 
 

@@ -32,7 +32,7 @@ def strict_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         SERVING_PROVIDER="cpu",
         SERVING_HEAD_TIMEOUT="3",
         SERVING_BODY_TIMEOUT="2",
-        SERVING_REQUEST_TIMEOUT="3",
+        SERVING_REQUEST_TIMEOUT="5",
         SERVING_MAX_BODY_BYTES="7000000",
         SERVING_THREADS="1",
     ) as url:

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from benchmarks.server import service_environment
 from tests.serving.models import METADATA, write_fragile_model
 from tests.serving.samples import pickled
-from tests.serving.server import ROOT, service_environment
+from tests.serving.server import ROOT
 
 
 def submit(folder: Path, *arguments: object, **settings: str) -> "subprocess.CompletedProcess[str]":

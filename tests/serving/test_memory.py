@@ -19,11 +19,12 @@ import psutil
 import pytest
 from PIL import Image
 
+from benchmarks.server import service_environment
 from serving.errors import PickleError
 from serving.submission import read_submission
 from tests.serving.raw import connected
 from tests.serving.samples import pickled
-from tests.serving.server import ROOT, service_environment, serving
+from tests.serving.server import ROOT, serving
 
 IMAGES = 10_000
 LIMIT = 300 * 2**20  # bytes above the idle service

@@ -12,17 +12,12 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.server import is_ready
 from serving.model import Model
 from tests.serving.figures import read, value
 from tests.serving.models import METADATA
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import (
-    START_SECONDS,
-    Server,
-    running,
-    wait_for_workers,
-    wait_until_ready,
-)
+from tests.serving.server import START_SECONDS, Server, running, wait_for_workers
 
 FIRST, SECOND = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 
@@ -139,7 +134,7 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
         (killed,) = server.workers()
         os.kill(killed, signal.SIGKILL)
         wait_for_workers(server, 1, without=killed)
-        wait_until_ready(server.url, server.process, server.log)
+        wait_until(lambda: is_ready(server.url), server)
         with httpx.Client(base_url=server.url, timeout=60) as client:
             assert client.get("/model").json()["version"] == SECOND
             replace(served, first)
