@@ -14,6 +14,7 @@ import httpx
 import psutil
 
 from serving.settings import PREFIX
+from training.errors import ExplainedError
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 120.0
@@ -21,7 +22,7 @@ STOP_SECONDS = 60.0
 LOG = "server.log"
 
 
-class ServerError(RuntimeError):
+class ServerError(ExplainedError):
     """A server that ended, or did not answer in time."""
 
 
@@ -89,7 +90,7 @@ def running(
         for number in early:
             signal.raise_signal(number)
         deadline = time.monotonic() + START_SECONDS
-        while not _answers(url, answers):
+        while not reached(url, answers):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise ServerError(f"{name} does not answer: {(folder / LOG).read_text()[-1500:]}")
             time.sleep(0.05)  # nobody listens yet; there is no event to wait for
@@ -120,7 +121,8 @@ def memory(process: psutil.Process) -> list[float]:
     return sizes
 
 
-def _answers(url: str, answers: Callable[[str], bool]) -> bool:
+def reached(url: str, answers: Callable[[str], bool]) -> bool:
+    """What ``answers`` says of the server at an address; False where nobody answers it."""
     try:
         return answers(url)
     except httpx.TransportError:

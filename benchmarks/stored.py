@@ -10,7 +10,6 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from benchmarks.server import ServerError
 from serving.errors import ProviderError
 from training import device, provenance
 from training.errors import ExplainedError
@@ -129,7 +128,7 @@ def main(
             for figures in measure(options):
                 with replacing(options.figures) as file:
                     file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
-    except (ExplainedError, ProviderError, ServerError, OSError) as error:
+    except (ExplainedError, ProviderError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(markdown(figures))

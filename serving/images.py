@@ -126,7 +126,7 @@ def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
                     f"the limit is {limit} pixels in all."
                 )
             image.draft(image.mode, (DRAFT_SIDE, DRAFT_SIDE))
-            if _is_read_by_rows(image, content):
+            if pixels > LARGE_PIXELS and _is_read_by_rows(image, content):
                 pixels = image.width * image.height
             with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
                 image.load()

@@ -182,8 +182,8 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
         )
     if tensor.shape[0] > max_images:
         raise TooLargeError(f"There are {tensor.shape[0]} images; the limit is {max_images}.")
-    _check_outputs(request.outputs or [])
     outputs = request.outputs or [Output(name=name) for name in OUTPUTS]
+    _check_outputs(outputs)
     for output in outputs:
         if output.parameters.binary_data is None:
             output.parameters.binary_data = request.parameters.binary_data_output

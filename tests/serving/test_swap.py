@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.server import is_ready
+from benchmarks.server import is_ready, reached
 from serving.model import Model
 from tests.serving.figures import read, value
 from tests.serving.models import METADATA
@@ -134,7 +134,7 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
         (killed,) = server.workers()
         os.kill(killed, signal.SIGKILL)
         wait_for_workers(server, 1, without=killed)
-        wait_until(lambda: is_ready(server.url), server)
+        wait_until(lambda: reached(server.url, is_ready), server)
         with httpx.Client(base_url=server.url, timeout=60) as client:
             assert client.get("/model").json()["version"] == SECOND
             replace(served, first)
