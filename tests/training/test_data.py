@@ -81,7 +81,11 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "damage", ["not a file of arrays", "shape", "labels", "truncated", "flipped", "empty", "one array"]
+    "damage",
+    [
+        *("not a file of arrays", "shape", "labels", "truncated", "flipped", "empty", "one array"),
+        *("encrypted", "compressed by LZMA"),
+    ],
 )
 def test_wrong_sample_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "sample.npz"
@@ -98,6 +102,11 @@ def test_wrong_sample_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     elif damage == "flipped":
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage in ("encrypted", "compressed by LZMA"):  # so says the directory of the archive
+        content = bytearray(path.read_bytes())
+        entry = content.index(b"PK\x01\x02")
+        content[entry + 8], content[entry + 10] = (1, 0) if damage == "encrypted" else (0, 14)
         path.write_bytes(content)
     elif damage == "empty":
         path.write_bytes(b"")
