@@ -1,5 +1,5 @@
 """What those errors have in common that are the user's to mend."""
 
 
-class ExplainedError(RuntimeError):
+class ExplainedError(Exception):
     """Its message says what is wrong and what would be right; a command line prints no more."""
