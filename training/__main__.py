@@ -14,7 +14,6 @@ from training.errors import ExplainedError
 from training.learner import Learner, TrainingError
 from training.processes import Processes
 from training.report import pages
-from training.run import CHECKPOINT
 from training.tables import markdown_table, percent, table_rows
 from training.watch import Stopped, Watch
 
@@ -134,12 +133,12 @@ def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
 
 
 def _open(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
-    checkpoint.load_last(options.run / CHECKPOINT)  # before the data set is looked for
+    checkpoint.load_last(options.run / checkpoint.FILE)  # before the data set is looked for
     return options.run, data.load()
 
 
 def _outcome(state: Checkpoint, folder: Path) -> str:
-    end = f"after {state.seconds:.0f} s; {folder / CHECKPOINT}"
+    end = f"after {state.seconds:.0f} s; {folder / checkpoint.FILE}"
     if state.result is not None:
         result = results.Result.model_validate(state.result)
         single = "" if result.views == "none" else f", {percent(result.single_view_accuracy)} without"
@@ -160,7 +159,7 @@ def _name(name_or_path: str) -> str:
 def _free_folder(folder: Path) -> Path:
     """The folder, or the first of ``folder-2``, ``folder-3``, ... that holds no run."""
     free, number = folder, 1
-    while checkpoint.present(free / CHECKPOINT):
+    while checkpoint.present(free / checkpoint.FILE):
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free

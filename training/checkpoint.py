@@ -19,6 +19,7 @@ from training.files import replacing
 from training.provenance import Session
 from training.recipe import Recipe, parse
 
+FILE = "checkpoint.pt"  # in a run's folder
 FORMAT = 1
 
 

@@ -27,10 +27,8 @@ from training.results import Result
 from training.schedule import learning_rate
 from training.watch import Stopped, Watch
 
-CHECKPOINT = "checkpoint.pt"
 FACTS = "run.json"
 METRICS = "metrics.jsonl"
-RECIPE = "recipe.toml"
 TEACHER = "teacher.pt"
 TENSORBOARD = "tensorboard"
 
@@ -334,8 +332,8 @@ class Run:
             raise TrainingError(
                 f"the {name} of epoch {epoch} is {loss}: the learning rate "
                 f"({self.learner.lr:g}) is probably too high for this network and batch size; start "
-                f"anew with a lower one, as {self.folder / CHECKPOINT}, written before this was seen, "
-                f"may hold weights that are too large already"
+                f"anew with a lower one, as {self.folder / checkpoints.FILE}, written before this was "
+                f"seen, may hold weights that are too large already"
             )
 
     def _save(self) -> None:
@@ -350,7 +348,7 @@ class Run:
         self.state.optimizers = [part.state_dict() for part in self.learner.optimizers]
         self.state.scaler = self.learner.scaler.state_dict()
         if self.processes.first:
-            checkpoints.save(self.state, self.folder / CHECKPOINT)
+            checkpoints.save(self.state, self.folder / checkpoints.FILE)
             self._write_history()
         self._saved = time.monotonic()
         self._save_seconds = self._saved - began

@@ -21,8 +21,10 @@ from training.learner import TrainingError, count_steps
 from training.processes import Processes
 from training.recipe import Recipe
 from training.results import Result
-from training.run import CHECKPOINT, RECIPE, TEACHER, Run
+from training.run import TEACHER, Run
 from training.watch import Watch
+
+RECIPE = "recipe.toml"
 
 
 def create(
@@ -88,12 +90,12 @@ def create(
     )
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):
-        if checkpoints.present(folder / CHECKPOINT):
+        if checkpoints.present(folder / checkpoints.FILE):
             raise TrainingError(f"{folder} holds a run: resume it, or name another folder with --out")
         if recipe.distillation is not None:
             _copy_teacher(recipe, Path(recipe.distillation.teacher), folder / TEACHER, state.run)
         (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
-        checkpoints.save(state, folder / CHECKPOINT)
+        checkpoints.save(state, folder / checkpoints.FILE)
 
 
 def resume(
@@ -120,7 +122,7 @@ def resume(
         Stopped: ``watch`` has a reason to; a checkpoint was written before.
     """
     with _alone_in(folder) if processes.first else nullcontext():
-        state, warning = checkpoints.load_last(folder / CHECKPOINT)
+        state, warning = checkpoints.load_last(folder / checkpoints.FILE)
         if warning:
             console.print(warning, style="yellow", markup=False)
         if state.run["data"] != dataset.source:

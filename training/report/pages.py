@@ -27,7 +27,6 @@ from training.model import parameter_count
 from training.recipe import Model, Recipe
 from training.report import charts, layers, pictures
 from training.report.predictions import Predictions, predict
-from training.run import CHECKPOINT
 from training.tables import percent
 
 PAGE = "report.html"
@@ -174,7 +173,7 @@ def comparison_page(entries: Sequence[Entry], folder: Path) -> str:
 
 
 def _read(folder: Path, out: Path | None, console: Console) -> Entry:
-    state, warning = checkpoint.load_last(folder / CHECKPOINT)
+    state, warning = checkpoint.load_last(folder / checkpoint.FILE)
     if warning:
         console.print(warning, style="yellow", markup=False)
     state.optimizers.clear()  # of no use here, and as large as the network or larger
