@@ -94,8 +94,8 @@ def job(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
     """
     images, _ = data.split(dataset.train, recipe.data.validation)
     learner = Learner(recipe, 0, images, Processes())
-    for size in learner.sizes_to_compile([0]):
-        learner.compile(size)
+    for epoch in learner.to_compile([0]):
+        learner.compile(epoch)
     while True:
         for batch in learner.batches(0):
             if batch.count == recipe.batch_size:

@@ -186,14 +186,14 @@ class Learner:
                 if batch.step >= first:
                     yield batch
 
-    def sizes_to_compile(self, epochs: Iterable[int]) -> list[int]:
-        """The sizes of images, in pixels, that the steps of ``epochs`` have to be compiled for."""
+    def to_compile(self, epochs: Iterable[int]) -> list[int]:
+        """Those of ``epochs`` that have to be compiled for: one for each size of images."""
         if not self.compiled or len(self.images) < self.recipe.batch_size:
             return []
-        return sorted({self._augment.image_size(epoch) for epoch in epochs})
+        return list({self._augment.image_size(epoch): epoch for epoch in epochs}.values())
 
-    def compile(self, size: int) -> None:
-        """Compile what steps with images of this ``size`` need, which may take more than a minute.
+    def compile(self, epoch: int) -> None:
+        """Compile what the steps of an ``epoch`` need, which may take more than a minute.
 
         Raises:
             TrainingError: as ``learn``.
@@ -202,7 +202,8 @@ class Learner:
         buffers = [buffer for network in networks for buffer in network.buffers()]
         kept = [buffer.clone() for buffer in buffers]
         self._network.train()
-        self._explain(partial(self._rehearse, size), self.recipe.batch_size, 0)
+        count = self.recipe.batch_size
+        self._explain(lambda: self._try(epoch, count), count, epoch)
         for buffer, value in zip(buffers, kept, strict=True):
             buffer.copy_(value)
 
@@ -252,15 +253,6 @@ class Learner:
             Batch(epoch, start + number, len(places[number]), inputs[number], labels[number])
             for number in range(len(places))
         ]
-
-    def _rehearse(self, size: int) -> None:
-        """A step's computation of gradients, with a batch of black images of this ``size``."""
-        count = self.recipe.batch_size
-        black = torch.zeros(count, 3, size, size, device=self.device)
-        inputs = black.contiguous(memory_format=torch.channels_last)
-        self._gradients(*self._select(inputs, self.images.labels[:count], count), count)
-        for part in self.optimizers:
-            part.zero_grad()
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for part in self.optimizers for group in part.param_groups]

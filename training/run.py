@@ -117,8 +117,8 @@ class Run:
             f"images, {model.parameter_count(self.learner.model):,} parameters, "
             f"{self.learner.precision} on {device.describe(self.device)}{shared}"
         )
-        if sizes := self.learner.sizes_to_compile(range(self.state.epoch, self.recipe.epochs)):
-            self._compile(sizes, watch)
+        if epochs := self.learner.to_compile(range(self.state.epoch, self.recipe.epochs)):
+            self._compile(epochs, watch)
         columns = (
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -184,15 +184,15 @@ class Run:
                 f"the optimizers do not fit recipe {state.recipe_name}: {error}"
             ) from error
 
-    def _compile(self, sizes: list[int], watch: Watch) -> None:
+    def _compile(self, epochs: list[int], watch: Watch) -> None:
         """Before the clock of the run starts; what it takes depends on what was compiled here before."""
         began, spent = time.monotonic(), 0.0
         with self.console.status("compiling the steps"):
-            for size in sizes:
+            for epoch in epochs:
                 if reason := watch.reason(self._needed(spent)):
                     raise Stopped(reason)
                 before = time.monotonic()
-                self.learner.compile(size)
+                self.learner.compile(epoch)
                 spent = time.monotonic() - before
         self.state.sessions[-1]["compile_seconds"] = round(time.monotonic() - began, 1)
 

@@ -56,8 +56,8 @@ def test_captured_steps_are_the_same_steps(name: str) -> None:
     losses, networks = [], []
     for compiled in (False, True):
         learner = Learner(chosen, 0, images, Processes(), compiled=compiled)
-        for size in learner.sizes_to_compile([0]):
-            learner.compile(size)
+        for epoch in learner.to_compile([0]):
+            learner.compile(epoch)
         steps = (batch for epoch in itertools.count() for batch in learner.batches(epoch))
         losses.append(
             [

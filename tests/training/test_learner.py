@@ -63,7 +63,7 @@ def test_compiled_steps_are_the_same_steps(name: str, monkeypatch: pytest.Monkey
 def test_nothing_is_compiled_for_a_batch_that_never_is_whole() -> None:
     chosen, images = recipe.load("A1"), data.load_sample().train.first(50)
     learner = Learner(chosen, 0, images, Processes(), compiled=True)
-    assert learner.sizes_to_compile([0]) == []
+    assert learner.to_compile([0]) == []
     (batch,) = learner.batches(0)
     loss, _ = learner.learn(batch, float)
     assert loss.item() / 50 == pytest.approx(2.3, abs=0.1)
