@@ -4,14 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from export import graph, reliability
 from export.metadata import Description
-from export.parity import ELSEWHERE, LIMITS, Finding, Parity
+from export.parity import ELSEWHERE, LIMITS, Finding, Parity, Precision
 from export.verify import verify
 from export.write import PRECISIONS, Written, make_place, write
 from serving.errors import ProviderError
@@ -19,8 +19,6 @@ from training.errors import ExplainedError
 from training.plots import file_format
 from training.recipe import Views
 from training.tables import percent
-
-ALL = "all"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("out", type=Path, metavar="OUT.onnx", help="the model file to write")
     write.add_argument(
         "--precision",
-        choices=[*PRECISIONS, ALL],
+        choices=[*PRECISIONS, "all"],
         default="fp32",
         help="fp16 is for CUDA, int8 for CPUs; all writes OUT.onnx in fp32, OUT.fp16.onnx and "
         "OUT.int8.onnx, or none of them (default: fp32)",
@@ -130,12 +128,11 @@ def _write(options: argparse.Namespace, console: Console) -> None:
         console.print(f"wrote {options.plot}", markup=False)
 
 
-def _files(out: Path, precision: str) -> dict[str, Path]:
-    if precision != ALL:
+def _files(out: Path, precision: Precision | Literal["all"]) -> dict[Precision, Path]:
+    if precision != "all":
         return {precision: out}
-    return {"fp32": out} | {
-        shorter: out.with_name(f"{out.stem}.{shorter}{out.suffix}") for shorter in PRECISIONS[1:]
-    }
+    files = {each: out.with_name(f"{out.stem}.{each}{out.suffix}") for each in PRECISIONS}
+    return files | {"fp32": out}
 
 
 def _report(file: Written) -> Table:

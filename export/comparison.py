@@ -11,7 +11,7 @@ from export.ensemble import ROUNDED, Ensemble, rounded
 from export.parity import Parity
 from export.provider import BATCH, CPU, others
 from training import data, evaluate
-from training.data import Images
+from training.data import Images, Source
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class TestImages:
     """Test images and their ``source``: ``cifar10`` or ``sample``. Logits are float32 [N, 10]."""
 
     images: Images
-    source: str
+    source: Source
 
     @classmethod
     def load(cls) -> "TestImages":

@@ -9,7 +9,7 @@ from typing import Any
 from training import checkpoint as checkpoints
 from training.checkpoint import Checkpoint, CheckpointError
 from training.evaluate import Classifier
-from training.recipe import Recipe
+from training.recipe import Recipe, Views
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Member:
         return facts
 
 
-def load(path: Path, views: str | None) -> Member:
+def load(path: Path, views: Views | None) -> Member:
     """Read a checkpoint; ``views`` take the place of its recipe's, where they are given.
 
     Raises:

@@ -14,9 +14,10 @@ from pydantic_core import ErrorDetails
 from export import reliability
 from export.graph import OPSET, GraphError
 from export.member import Member
-from export.parity import Parity
+from export.parity import Parity, Precision
 from export.reliability import Bins
 from export.temperature import Temperature
+from training.data import Source
 from training.model import CLASSES, parameter_count
 from training.recipe import Views
 
@@ -56,7 +57,7 @@ class Measured(Part):
     """The attributes are as in ``Parity``."""
 
     images: int
-    source: str
+    source: Source
     accuracy: float
 
 
@@ -66,7 +67,7 @@ class Description(Part):
     contract: Literal["1"]
     name: str
     version: str
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Precision
     classes: Json[list[str]]
     parameters: int
     members: Annotated[Json[list[Origin]], Field(min_length=1)]
@@ -79,7 +80,7 @@ class Description(Part):
 def write(
     model: ModelProto,
     members: Sequence[Member],
-    precision: str,
+    precision: Precision,
     temperature: Temperature,
     with_pytorch: Parity,
     parity: Parity,

@@ -3,10 +3,13 @@
 import math
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from training.data import Source
 from training.errors import ExplainedError
 from training.tables import percent
+
+Precision = Literal["fp32", "fp16", "int8"]
 
 PYTORCH = "PyTorch"
 
@@ -34,7 +37,7 @@ class Limits:
 
 
 # fp32 against PyTorch; fp16 and int8 against fp32; all on the CPU provider.
-LIMITS = {
+LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(1e-4, 1.0, 0.0),
     "fp16": Limits(math.inf, 0.995, 0.001),
     "int8": Limits(math.inf, 0.99, 0.003),
@@ -60,7 +63,7 @@ class Parity:
 
     reference: str
     images: int
-    source: str
+    source: Source
     max_scaled_difference: float
     top1_agreement: float
     accuracy: float

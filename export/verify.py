@@ -16,7 +16,7 @@ from export.graph import GraphError
 from export.metadata import Description
 from export.parity import ELSEWHERE, LIMITS, PYTORCH, Finding, Parity, ParityError
 from export.provider import CPU
-from training.data import ROOT_VARIABLE
+from training.data import ROOT_VARIABLE, Source
 from training.tables import percent
 
 # The error moves more than the accuracy does: an image near the edge of a bin falls into the next one.
@@ -107,7 +107,7 @@ def read(path: Path) -> ModelProto:
         raise GraphError(f"{path}: not an ONNX file: {error}") from error
 
 
-def _accuracy(values: Description, measured: float, source: str) -> Finding:
+def _accuracy(values: Description, measured: float, source: Source) -> Finding:
     if values.parity.source == source:
         right = values.parity.accuracy
     elif source == "sample":

@@ -1,7 +1,7 @@
 """Checkpoints to model files, which are written only if they compute what they should."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,14 @@ from export.comparison import TestImages
 from export.ensemble import Ensemble, half
 from export.graph import GraphError
 from export.member import Member
-from export.parity import ELSEWHERE, LIMITS, PYTORCH, Parity
+from export.parity import ELSEWHERE, LIMITS, PYTORCH, Parity, Precision
 from export.provider import CPU
 from export.reliability import Bins
 from export.temperature import Temperature
 from serving.files import check_replaceable
 from training import data
 from training.files import replacing
+from training.recipe import Views
 
 PRECISIONS = tuple(LIMITS)
 
@@ -38,7 +39,7 @@ class Written:
     """
 
     path: Path
-    precision: str
+    precision: Precision
     parity: list[Parity]
     temperature: Temperature
     reliability: tuple[Bins, Bins]
@@ -46,8 +47,8 @@ class Written:
 
 def write(
     checkpoints: Sequence[Path],
-    files: dict[str, Path],
-    views: str | None = None,
+    files: Mapping[Precision, Path],
+    views: Views | None = None,
     temperature_from: Sequence[Path] = (),
 ) -> list[Written]:
     """Write the model files of a checkpoint, or of an ensemble of several.
@@ -132,7 +133,7 @@ class _Reference:
         parity.check(LIMITS["fp32"])
         return cls(members, temperature, ensemble, test, model, logits, parity)
 
-    def in_precision(self, precision: str, path: Path) -> tuple[ModelProto, Written]:
+    def in_precision(self, precision: Precision, path: Path) -> tuple[ModelProto, Written]:
         """The model for a file, with its metadata, once it computes what it should."""
         test, model, logits, here = self.test, self.model, self.logits, self.parity
         if precision == "fp16":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from training import model
+from training.data import Source
 from training.errors import ExplainedError
 from training.files import replacing
 from training.provenance import Session
@@ -28,15 +29,15 @@ class CheckpointError(ExplainedError):
 
 
 class RunFacts(TypedDict):
-    """What a run was created with: ``data`` is ``cifar10`` or ``sample``; ``limit`` as on the command
-    line; ``complete`` runs, of an unchanged recipe on all images, get a row in results.csv;
-    ``deterministic`` ones are so on a GPU too, and older runs do not say.
+    """What a run was created with: ``limit`` as on the command line; ``complete`` runs, of an unchanged
+    recipe on all images, get a row in results.csv; ``deterministic`` ones are so on a GPU too, and
+    older runs do not say.
     """
 
     seed: int
     limit: int | None
     complete: bool
-    data: str
+    data: Source
     commit: str
     deterministic: NotRequired[bool]
 

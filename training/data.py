@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.error import URLError
 
 import numpy as np
@@ -16,6 +17,9 @@ ROOT_VARIABLE = "CIFAR10_ROOT"
 SAMPLE = Path(__file__).parent / "cifar10_sample.npz"
 FOLDER = "cifar-10-batches-py"
 VALIDATION_SEED = 10  # one split for all runs, whatever their seed, so that runs can be compared
+
+
+Source = Literal["cifar10", "sample"]
 
 
 class DataError(ExplainedError):
@@ -43,11 +47,11 @@ class Images:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Training and test images; ``source`` is ``cifar10`` or ``sample``."""
+    """Training and test images, and what they are from."""
 
     train: Images
     test: Images
-    source: str
+    source: Source
 
 
 def load() -> DataSet:

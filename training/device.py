@@ -11,13 +11,15 @@ from pathlib import Path
 import loky
 import torch
 
+from training.recipe import Amp
+
 
 def choose(index: int = 0) -> torch.device:
     """The CUDA GPU of this ``index``, or the CPU where there is none."""
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def precision(amp: str, device: torch.device) -> torch.dtype:
+def precision(amp: Amp, device: torch.device) -> torch.dtype:
     """The dtype of a recipe's ``amp`` on ``device``.
 
     A GPU takes what the recipe says. A CPU takes bf16 for either half type where it multiplies bf16

@@ -37,7 +37,7 @@ def draw_translation(part: recipe.Translate, count: int, generator: Generator) -
     return {"offsets": np.rint(farthest * (2 * uniform(generator, count, 2) - 1)).astype(np.int64)}
 
 
-def shift(images: Tensor, offsets: Array, margin: int, border: str) -> Tensor:
+def shift(images: Tensor, offsets: Array, margin: int, border: recipe.Border) -> Tensor:
     """Move the contents of each image by whole pixels.
 
     Args:

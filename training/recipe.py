@@ -26,6 +26,8 @@ Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1)]
 Triple = tuple[float, float, float]
+Amp = Literal["off", "fp16", "bf16"]
+Border = Literal["black", "reflect"]
 Views = Literal["none", "flip", "flip_shift"]
 
 
@@ -137,7 +139,7 @@ class RandomCrop(Part):
 
     op: Literal["random_crop"]
     padding: Annotated[int, Field(ge=1, le=31)]
-    border: Literal["black", "reflect"]
+    border: Border
 
 
 class HorizontalFlip(Part):
@@ -423,7 +425,7 @@ class Recipe(Part):
     batch_size: Count
     drop_last: bool
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
-    amp: Literal["off", "fp16", "bf16"]
+    amp: Amp
     views: Views
     data: Data
     model: Model

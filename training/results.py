@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training.errors import ExplainedError
 from training.files import locked, replacing
+from training.recipe import Views
 
 RESULTS = Path(__file__).parent / "results.csv"
 
@@ -39,7 +40,7 @@ class Result(BaseModel):
     accuracy: float
     single_view_accuracy: float
     val_accuracy: float | None
-    views: str
+    views: Views
     test_images: int
     train_images: int
     parameters: int

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from export import parity
 from export.__main__ import main as export
-from export.parity import Limits
+from export.parity import Limits, Precision
 from export.provider import CPU
 from tests.serving.server import ROOT
 from training import checkpoint, data, model, recipe
@@ -43,7 +43,10 @@ def _few_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="package", autouse=True)
 def _few_may_differ() -> Iterator[None]:
     """Limits for as few images, where the real ones would allow none to be lost."""
-    few = {"fp16": Limits(math.inf, 0.99, 0.01), "int8": Limits(math.inf, 0.97, 0.02)}
+    few: dict[Precision, Limits] = {
+        "fp16": Limits(math.inf, 0.99, 0.01),
+        "int8": Limits(math.inf, 0.97, 0.02),
+    }
     with pytest.MonkeyPatch.context() as patch:
         for precision, limits in few.items():
             patch.setitem(parity.LIMITS, precision, limits)

@@ -64,7 +64,9 @@ def test_recipe_in_the_metadata_is_the_resolved_one(
     assert recipe.load(path) == checkpoint.load(train("fast")).parsed_recipe()
 
 
-def test_every_precision_comes_from_one_command_within_its_limits(files: dict[str, Path]) -> None:
+def test_every_precision_comes_from_one_command_within_its_limits(
+    files: dict[parity.Precision, Path],
+) -> None:
     images, logits = data.load_sample().test, {}
     sample = comparison.TestImages(images, "sample")
     few = comparison.TestImages(images.first(TEST), "sample")
