@@ -6,7 +6,6 @@
 import asyncio
 import atexit
 import contextlib
-import functools
 import gc
 import logging
 import os
@@ -14,7 +13,6 @@ import tempfile
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -41,7 +39,7 @@ from serving.errors import (
     SettingsError,
     StartError,
 )
-from serving.forms import SPOOLED_BYTES, Part
+from serving.forms import SPOOLED_BYTES
 from serving.images import decode, is_small
 from serving.limits import Budget
 from serving.middleware import FREE_BYTES, GONE, Admission, ErrorShape, Observed, Reception
@@ -92,20 +90,24 @@ uploads = Budget(
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
-Endpoint = Callable[["Classifier", Request], Awaitable[Response]]
 
 
-def answering(endpoint: Endpoint) -> Endpoint:
-    """Turn whatever an endpoint raises into an answer of the one error shape."""
+def endpoint(
+    function: Callable[["Classifier", Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """Let a function answer requests, with this worker's classifier.
 
-    @functools.wraps(endpoint)
-    async def answer(self: "Classifier", request: Request) -> Response:
+    Whatever it raises becomes an answer of the one error shape.
+    """
+
+    async def answer(request: Request) -> Response:
+        classifier: Classifier = pages.state.classifier
         try:
             async with asyncio.timeout(SETTINGS.request_timeout):
-                return await endpoint(self, request)
+                return await function(classifier, request)
         except RequestError as error:
             if isinstance(error, OverloadedError):
-                self.metrics.shed.inc()
+                classifier.metrics.shed.inc()
             return error_response(error)
         except TimeoutError:
             return error_response(
@@ -120,17 +122,7 @@ def answering(endpoint: Endpoint) -> Endpoint:
     return answer
 
 
-def page(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that BentoML does not know, for `pages`; the worker's classifier is in their state."""
-
-    async def answer(request: Request) -> Response:
-        return await endpoint(pages.state.classifier, request)
-
-    return answer
-
-
-@page
-@answering
+@endpoint
 async def get_model(classifier: "Classifier", request: Request) -> JSONResponse:
     """The model's metadata, and the execution provider that runs it and why."""
     model = classifier.model
@@ -138,15 +130,13 @@ async def get_model(classifier: "Classifier", request: Request) -> JSONResponse:
     return JSONResponse({**model.metadata, **running})
 
 
-@page
-@answering
+@endpoint
 async def get_openapi(classifier: "Classifier", request: Request) -> JSONResponse:
     """The document behind the page at /."""
     return JSONResponse(openapi_document(service.openapi_spec.asdict(), classifier.model.version))
 
 
-@page
-@answering
+@endpoint
 async def get_metrics(classifier: "Classifier", request: Request) -> Response:
     """For Prometheus."""
     # Not in a reader: those may have images to decode for a while.
@@ -154,22 +144,19 @@ async def get_metrics(classifier: "Classifier", request: Request) -> Response:
     return Response(figures, media_type=classifier.metrics.CONTENT_TYPE_LATEST)
 
 
-@page
-@answering
+@endpoint
 async def get_v2(classifier: "Classifier", request: Request) -> JSONResponse:
     """What the server can do, by the Open Inference Protocol."""
     return JSONResponse(inference_protocol.server_metadata(classifier.model))
 
 
-@page
-@answering
+@endpoint
 async def get_v2_live(classifier: "Classifier", request: Request) -> JSONResponse:
     """Whether the process lives; it does."""
     return JSONResponse({"live": True})
 
 
-@page
-@answering
+@endpoint
 async def get_v2_ready(classifier: "Classifier", request: Request) -> JSONResponse:
     """Whether requests are taken: of the server, or of a model by its name."""
     named = {}
@@ -180,24 +167,37 @@ async def get_v2_ready(classifier: "Classifier", request: Request) -> JSONRespon
     return JSONResponse({**named, "ready": True})
 
 
-@page
-@answering
+@endpoint
 async def get_v2_model(classifier: "Classifier", request: Request) -> JSONResponse:
     """The model's tensors."""
     inference_protocol.check_named(classifier.model, request.path_params)
     return JSONResponse(inference_protocol.model_metadata(classifier.model))
 
 
-@page
-@answering
+@endpoint
 async def post_v2_infer(classifier: "Classifier", request: Request) -> Response:
     """Tensors in, tensors out."""
     inference_protocol.check_named(classifier.model, request.path_params)
-    return await classifier.infer(request)
+    waiting.check()
+    body = await request.body()
+    with waiting.share():
+        inference = await _in(
+            classifier.readers if len(body) <= FREE_BYTES else classifier.bulk_readers,
+            inference_protocol.read,
+            body,
+            request.headers.get(inference_protocol.JSON_LENGTH),
+            SETTINGS.max_batch_images,
+        )
+        deployment = classifier.deployment
+        inference_protocol.check_named(deployment.model, request.path_params)
+        if len(inference.images) == 1:
+            logits = (await deployment.batcher.one(inference.images[0]))[np.newaxis]
+        else:
+            logits = await _bulk(deployment, inference.images)
+    return inference_protocol.respond(inference, logits, deployment.model)
 
 
-@page
-@answering
+@endpoint
 async def post_classify(classifier: "Classifier", request: Request) -> Response:
     """Classify one image."""
     waiting.check()  # here too, so that nobody sends a body in vain
@@ -212,8 +212,7 @@ async def post_classify(classifier: "Classifier", request: Request) -> Response:
     return answer_response(_classification(deployment.model, logits, top_k))
 
 
-@page
-@answering
+@endpoint
 async def post_classify_batch(classifier: "Classifier", request: Request) -> Response:
     """Classify several images; the answer to a bad one is its error."""
     waiting.check()
@@ -239,6 +238,22 @@ async def post_classify_batch(classifier: "Classifier", request: Request) -> Res
             for image in decoded
         ]
     )
+
+
+@endpoint
+async def post_submission(classifier: "Classifier", request: Request) -> Response:
+    """Label a pickle of images."""
+    waiting.check()
+    async with read_file(request) as upload:
+        # Files that lie on disk wait there for their turn in memory.
+        room = classifier.large_files if upload.on_disk else contextlib.nullcontext()
+        with waiting.share():
+            async with room:
+                submission = await _in(
+                    classifier.bulk_readers, read_submission, upload.file, SETTINGS.max_rows
+                )
+                labels = (await _bulk(classifier.deployment, submission.images)).argmax(axis=1)
+    return Response(submission.csv(labels.tolist()), media_type="text/csv")
 
 
 # BentoML's own endpoints are all POST and one level deep, so these are mounted beside them.
@@ -363,7 +378,7 @@ class Classifier:
             raise NotReadyError("As many requests wait as may; try again shortly.")
         return True
 
-    # Of these two BentoML has the description, for its schema and its client; SHORT answers them.
+    # Of these BentoML has the description, for its schema and its client; SHORT answers the first two.
     @bentoml.api(input_spec=ClassifyForm, output_spec=Classification)
     async def classify(self, request: Request) -> Response:
         """Classify one image."""
@@ -375,42 +390,9 @@ class Classifier:
         return await post_classify_batch(request)
 
     @bentoml.api(input_spec=SubmissionForm, output_spec=Csv)
-    @answering
     async def submission(self, request: Request) -> Response:
         """Label a pickle of images."""
-        waiting.check()
-        async with read_file(request) as upload:
-            with waiting.share():
-                async with self._room(upload):
-                    submission = await _in(
-                        self.bulk_readers, read_submission, upload.file, SETTINGS.max_rows
-                    )
-                    labels = (await _bulk(self.deployment, submission.images)).argmax(axis=1)
-        return Response(submission.csv(labels.tolist()), media_type="text/csv")
-
-    async def infer(self, request: Request) -> Response:
-        """Answer an inference request of the Open Inference Protocol."""
-        waiting.check()
-        body = await request.body()
-        with waiting.share():
-            inference = await _in(
-                self.readers if len(body) <= FREE_BYTES else self.bulk_readers,
-                inference_protocol.read,
-                body,
-                request.headers.get(inference_protocol.JSON_LENGTH),
-                SETTINGS.max_batch_images,
-            )
-            deployment = self.deployment
-            inference_protocol.check_named(deployment.model, request.path_params)
-            if len(inference.images) == 1:
-                logits = (await deployment.batcher.one(inference.images[0]))[np.newaxis]
-            else:
-                logits = await _bulk(deployment, inference.images)
-        return inference_protocol.respond(inference, logits, deployment.model)
-
-    def _room(self, upload: Part) -> AbstractAsyncContextManager[None]:
-        """Held while a file is in memory: files that lie on disk wait there for their turn."""
-        return self.large_files if upload.on_disk else contextlib.nullcontext()
+        return await post_submission(request)
 
     async def _replace(self) -> None:
         """Let each new model file take over that passes the checks."""
