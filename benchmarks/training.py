@@ -38,7 +38,7 @@ from training.capture import WARM_UPS
 from training.data import Images
 from training.learner import Learner
 from training.processes import Processes
-from training.recipe import Recipe
+from training.recipe import ON_NORMALISED, Recipe
 from training.tables import markdown_table
 
 PACKAGES = ("torch", "torchvision")
@@ -167,8 +167,8 @@ def transform(recipe: Recipe) -> transforms.Compose:
     Raises:
         BenchmarkError: an operation that torchvision has not.
     """
-    on_pixels = [_transform(part) for part in recipe.augment if part.op != "random_erasing"]
-    on_normalised = [_transform(part) for part in recipe.augment if part.op == "random_erasing"]
+    on_pixels = [_transform(part) for part in recipe.augment if part.op not in ON_NORMALISED]
+    on_normalised = [_transform(part) for part in recipe.augment if part.op in ON_NORMALISED]
     normalize = transforms.Normalize(recipe.data.mean, recipe.data.std)
     return transforms.Compose([*on_pixels, transforms.ToTensor(), normalize, *on_normalised])
 

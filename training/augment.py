@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 
 from training import autoaugment, color, geometry, occlusion, recipe
 from training.batch import SIZE, Array, Parameters, uniform
+from training.recipe import ON_NORMALISED
 
 Draw = Callable[[Array, int, Generator], Parameters]
 
@@ -46,7 +47,7 @@ class Augmenter:
         self._resolution = sorted(recipe.resolution, key=lambda part: part.from_epoch)
         first_half = uniform(Generator().manual_seed(seed), count) < 0.5
         self._operations = [_operation(part, first_half) for part in recipe.augment]
-        self._on_pixels = sum(part.op not in ("random_erasing", "cutout") for part in recipe.augment)
+        self._on_pixels = sum(part.op not in ON_NORMALISED for part in recipe.augment)
         # As in Normalize, but on whole rows, red, green, blue, red, ...: on a CPU several times faster.
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (recipe.data.mean, recipe.data.std))
         self._scale = (1 / (255 * std)).repeat(SIZE).float().to(device)

@@ -220,6 +220,8 @@ class Cutout(Part):
     p: Fraction
 
 
+ON_NORMALISED = ("random_erasing", "cutout")  # work on normalised images, all others on pixels
+
 Augmentation = Annotated[
     RandomCrop
     | HorizontalFlip
@@ -440,10 +442,10 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        hiding = [part.op in ("random_erasing", "cutout") for part in self.augment]
-        if hiding != sorted(hiding):
+        on_normalised = [part.op in ON_NORMALISED for part in self.augment]
+        if on_normalised != sorted(on_normalised):
             raise ValueError(
-                "augment: random_erasing and cutout work on normalised pixels and come last"
+                f"augment: {' and '.join(ON_NORMALISED)} work on normalised pixels and come last"
             )
         if self.schedule.kind == "plateau" and self.data.validation == 0:
             raise ValueError("schedule: plateau needs held-out images: data.validation above 0")
