@@ -7,11 +7,9 @@ stretch, because the network has seen objects in their natural proportions. Colo
 applied and of an animation the first frame counts.
 """
 
-import contextlib
 import io
 import math
 import re
-import threading
 import warnings
 
 import numpy as np
@@ -34,10 +32,10 @@ DRAFT_SIDE = 4 * SIDE
 REDUCING_GAP = 3
 BAND_PIXELS = 2**20
 
-# One large image at a time is in memory, however many threads decode. A camera's JPEG never is, as it is
-# decoded row by row, at the draft's size.
+# An image with more pixels in memory is a large one. A camera's JPEG never is, as it is decoded row by
+# row, at the draft's size.
 LARGE_PIXELS = 4_000_000
-LARGE = threading.Lock()
+MAX_SIDE = 65_535  # Pillow keeps a pointer for each row and makes a call; only PNG and BMP can have more
 WEBP_COPIES = 4  # that Pillow's decoder of WebP has of the pixels
 
 # JPEG: how a scan begins, with the first byte of the length that it can have; and how those frames begin
@@ -63,6 +61,7 @@ REPEATABLE = (
     (b"\x89PNG", b"iTXt", "international texts", 100),
 )
 
+PIECE = 2**20  # bytes that are searched in one go, for which all else waits
 MAX_READS = 100_000  # of a file's pieces: a marker, chunk or block is one to five
 # JPEG: what lists layers or tables, of which an image has a few, and how long that is at most.
 LISTING = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xdb\xde]..", re.DOTALL)
@@ -74,6 +73,10 @@ Image.MAX_IMAGE_PIXELS = None
 # Pillow warns of odd EXIF; the log is not its place. Here, as filters are the whole process's: to change
 # them around a call is not for threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class LargeImageError(Exception):
+    """An image has more pixels in memory than are to be decoded here."""
 
 
 class _Pieces(io.BytesIO):
@@ -99,19 +102,21 @@ class _Pieces(io.BytesIO):
         return bool(LISTING.fullmatch(before)) and int.from_bytes(before[2:]) == size + 2
 
 
-def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
+def decode(content: bytes, max_pixels: int, in_memory: int | None = None) -> npt.NDArray[np.uint8]:
     """Decode an image file.
 
     Args:
         content: a PNG, JPEG, WebP, GIF or BMP file of any size, mode and EXIF orientation.
         max_pixels: limit of width times height, checked before decoding.
+        in_memory: how many of them the decoder may keep in memory; None is any number.
 
     Returns:
         uint8 [32, 32, 3], RGB; a 32x32 opaque image comes through pixel by pixel.
 
     Raises:
         ImageError: the bytes are no image of these formats, or a damaged one.
-        TooLargeError: the image has more than `max_pixels` pixels.
+        TooLargeError: the image has more than `max_pixels` pixels, or a side of more than 65,535.
+        LargeImageError: it takes more than `in_memory`; it may still be damaged.
     """
     if not content:
         raise ImageError("The image is empty (0 bytes); send a PNG, JPEG, WebP, GIF or BMP file.")
@@ -125,14 +130,18 @@ def decode(content: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
                     f"The image has {image.width}x{image.height} pixels; "
                     f"the limit is {limit} pixels in all."
                 )
+            if max(image.size) > MAX_SIDE:
+                raise TooLargeError(
+                    f"The image has {image.width}x{image.height} pixels; "
+                    f"the limit of a side is {MAX_SIDE}."
+                )
             image.draft(image.mode, (DRAFT_SIDE, DRAFT_SIDE))
-            if pixels > LARGE_PIXELS and _is_read_by_rows(image, content):
-                pixels = image.width * image.height
-            with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
-                image.load()
-                _scale_colour_key(image, content)
-                return np.array(_upright(_square(image), image), dtype=np.uint8)
-    except (ImageError, TooLargeError):
+            if in_memory is not None and pixels > in_memory and not _is_read_by_rows(image, content):
+                raise LargeImageError
+            image.load()
+            _scale_colour_key(image, content)
+            return np.array(_upright(_square(image), image), dtype=np.uint8)
+    except (ImageError, TooLargeError, LargeImageError):
         raise
     except UnidentifiedImageError:
         raise ImageError(
@@ -162,17 +171,24 @@ def _is_read_by_rows(image: Image.Image, content: bytes) -> bool:
     the beginning of a scan of some of the layers only, or of a frame that is made of such scans.
     """
     layers = getattr(image, "layers", 0)  # of a JPEG
-    if not layers or WHOLE.search(content):
+    starts = range(0, len(content), PIECE)
+    if not layers or any(WHOLE.search(content, start, start + PIECE + 1) for start in starts):
         return False
     of_all = bytes([*SCAN, 6 + 2 * layers, layers])
-    return content.count(of_all) == content.count(SCAN)
+    return _count(content, of_all) == _count(content, SCAN)
 
 
 def _check_repetition(content: bytes) -> None:
     """Refuse a file of few bytes that would take minutes to decode."""
     for start, part, name, most in REPEATABLE:
-        if content.startswith(start) and content.count(part) > most:
+        if content.startswith(start) and _count(content, part) > most:
             raise ImageError(f"The image has more than {most} {name}; save it anew, without them.")
+
+
+def _count(content: bytes, part: bytes) -> int:
+    """How often a `part` that cannot overlap itself is in there."""
+    longer = PIECE + len(part) - 1
+    return sum(content.count(part, start, start + longer) for start in range(0, len(content), PIECE))
 
 
 def _scale_colour_key(image: Image.Image, content: bytes) -> None:

@@ -29,11 +29,15 @@ OUTPUTS = ("logits", "probabilities")
 IMAGE = (32, 32, 3)
 BYTES_A_VALUE = 8  # of JSON, generously; more is refused before it takes many times that memory
 MAX_TENSORS = 16  # that are named in a request; more is refused before each has its error
+# What JSON is made of, and how many of it an image has; texts and objects are around the images.
+SIGNS = ((b"[", 1 + 32 + 32 * 32), (b",", math.prod(IMAGE)), (b"{", 0), (b'"', 0))
+AROUND = 10_000  # of each of them, beside the images
 
 Json = dict[str, Any]
 
 # Lists that end at the first thing that is wrong: a list of all of them takes a thousand times the JSON.
 Value = Annotated[int, Field(strict=True, ge=0, le=255)]
+Size = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)]  # errors give it whole
 Values = Annotated[list[Value], Field(fail_fast=True)]
 Pixel = Annotated[list[Value], Field(fail_fast=True, min_length=3, max_length=3)]
 Row = Annotated[list[Pixel], Field(fail_fast=True, min_length=32, max_length=32)]
@@ -48,14 +52,14 @@ OrNothing = BeforeValidator(lambda value: {} if value is None else value)
 class InputParameters(BaseModel):
     """Of an input: how many bytes it has after the JSON, if its data is there."""
 
-    binary_data_size: int | None = Field(None, ge=0)
+    binary_data_size: Size | None = Field(None, ge=0)
 
 
 class Input(BaseModel):
     """A tensor that is sent."""
 
     name: str
-    shape: Annotated[list[int], Field(fail_fast=True, max_length=8)]
+    shape: Annotated[list[Size], Field(fail_fast=True, max_length=8)]
     datatype: str
     parameters: Annotated[InputParameters, OrNothing] = InputParameters()
     data: Values | Images | None = None
@@ -65,7 +69,7 @@ class OutputParameters(BaseModel):
     """Of an output: whether it is sent as bytes, and the number of classes if it is wanted as text."""
 
     binary_data: bool | None = None
-    classification: int | None = Field(None, ge=1)
+    classification: Size | None = Field(None, ge=1)
 
 
 class Output(BaseModel):
@@ -158,6 +162,11 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
             f"The request's JSON has {end} bytes; the limit is {longest}. The binary tensor data "
             "extension takes less."
         )
+    # It is read in one go, in which all else waits: what is ignored as well.
+    for sign, of_an_image in SIGNS:
+        most = max_images * of_an_image + AROUND
+        if body.count(sign, 0, end) > most:
+            raise TooLargeError(f"The request's JSON has {sign.decode()!r} more than {most} times.")
     try:
         request = InferenceRequest.model_validate_json(body[:end])
     except ValidationError as error:

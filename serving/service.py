@@ -6,15 +6,15 @@
 import asyncio
 import atexit
 import contextlib
+import functools
 import gc
 import logging
 import os
 import tempfile
-import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any
 
 import bentoml
 import numpy as np
@@ -40,12 +40,12 @@ from serving.errors import (
     StartError,
 )
 from serving.forms import SPOOLED_BYTES
-from serving.images import decode, is_small
 from serving.limits import Budget
 from serving.middleware import FREE_BYTES, GONE, Admission, ErrorShape, Observed, Reception
 from serving.model import Model
 from serving.openapi import openapi_document
 from serving.predictions import top_predictions
+from serving.readers import Readers
 from serving.requests import (
     ClassifyBatchForm,
     ClassifyForm,
@@ -74,8 +74,6 @@ try:
 except SettingsError as error:
     raise BentoMLConfigException(str(error)) from None
 
-READ_AT_ONCE = 16  # images of a batch that a thread decodes in one turn
-
 # Large submissions in memory: one that the engine works on, and one that is read meanwhile.
 LARGE_FILES = 2
 
@@ -87,9 +85,6 @@ uploads = Budget(
     SETTINGS.max_upload_bytes,
     f"The bodies under way have as many bytes as may ({SETTINGS.max_upload_bytes}); try again shortly.",
 )
-
-Result = TypeVar("Result")
-Arguments = TypeVarTuple("Arguments")
 
 
 def endpoint(
@@ -131,16 +126,17 @@ async def get_model(classifier: "Classifier", request: Request) -> JSONResponse:
 
 
 @endpoint
-async def get_openapi(classifier: "Classifier", request: Request) -> JSONResponse:
+async def get_openapi(classifier: "Classifier", request: Request) -> Response:
     """The document behind the page at /."""
-    return JSONResponse(openapi_document(service.openapi_spec.asdict(), classifier.model.version))
+    return Response(_document(classifier.model.version), media_type="application/json")
 
 
 @endpoint
 async def get_metrics(classifier: "Classifier", request: Request) -> Response:
     """For Prometheus."""
-    # Not in a reader: those may have images to decode for a while.
-    figures = await asyncio.to_thread(classifier.metrics.exposition)
+    figures = await asyncio.get_running_loop().run_in_executor(
+        classifier.reporter, classifier.metrics.exposition
+    )
     return Response(figures, media_type=classifier.metrics.CONTENT_TYPE_LATEST)
 
 
@@ -181,8 +177,8 @@ async def post_v2_infer(classifier: "Classifier", request: Request) -> Response:
     waiting.check()
     body = await request.body()
     with waiting.share():
-        inference = await _in(
-            classifier.readers if len(body) <= FREE_BYTES else classifier.bulk_readers,
+        read = classifier.readers.short if len(body) <= FREE_BYTES else classifier.readers.long
+        inference = await read(
             inference_protocol.read,
             body,
             request.headers.get(inference_protocol.JSON_LENGTH),
@@ -203,10 +199,7 @@ async def post_classify(classifier: "Classifier", request: Request) -> Response:
     waiting.check()  # here too, so that nobody sends a body in vain
     content, top_k = await read_image(request)
     with waiting.share():
-        if is_small(content):
-            image = decode(content, SETTINGS.max_image_pixels)
-        else:
-            image = await _in(classifier.readers, decode, content, SETTINGS.max_image_pixels)
+        image = await classifier.readers.image(content)
         deployment = classifier.deployment
         logits = await deployment.batcher.one(image)
     return answer_response(_classification(deployment.model, logits, top_k))
@@ -217,16 +210,8 @@ async def post_classify_batch(classifier: "Classifier", request: Request) -> Res
     """Classify several images; the answer to a bad one is its error."""
     waiting.check()
     contents, top_k = await read_images(request, SETTINGS.max_batch_images)
-    parts = [contents[start : start + READ_AT_ONCE] for start in range(0, len(contents), READ_AT_ONCE)]
     with waiting.share():
-        given_up = threading.Event()
-        try:
-            read = await asyncio.gather(
-                *(_in(classifier.bulk_readers, _decoded, part, given_up) for part in parts)
-            )
-        finally:
-            given_up.set()
-        decoded = [image for part in read for image in part]
+        decoded = await classifier.readers.images(contents)
         images = [image for image in decoded if not isinstance(image, RequestError)]
         deployment = classifier.deployment
         logits = iter(await _bulk(deployment, np.stack(images)) if images else ())
@@ -249,8 +234,8 @@ async def post_submission(classifier: "Classifier", request: Request) -> Respons
         room = classifier.large_files if upload.on_disk else contextlib.nullcontext()
         with waiting.share():
             async with room:
-                submission = await _in(
-                    classifier.bulk_readers, read_submission, upload.file, SETTINGS.max_rows
+                submission = await classifier.readers.long(
+                    read_submission, upload.file, SETTINGS.max_rows
                 )
                 labels = (await _bulk(classifier.deployment, submission.images)).argmax(axis=1)
     return Response(submission.csv(labels.tolist()), media_type="text/csv")
@@ -304,9 +289,9 @@ class Classifier:
             self.deployment = deploy_kept(SETTINGS, metrics, refusal)
         self.watch: asyncio.Task[None] | None = None
         pages.state.classifier = self
-        # What reads clients' bytes; single images do not wait for the many of a request.
-        self.readers = ThreadPoolExecutor(SETTINGS.threads, "reader")
-        self.bulk_readers = ThreadPoolExecutor(SETTINGS.threads, "bulk-reader")
+        self.readers = Readers(SETTINGS.threads, SETTINGS.max_image_pixels)
+        # One, as each holds up all else while it looks at the figures of all workers.
+        self.reporter = ThreadPoolExecutor(1, "reporter")
         self.large_files = asyncio.Semaphore(LARGE_FILES)
 
     @bentoml.on_deployment
@@ -358,8 +343,8 @@ class Classifier:
         if self.watch is not None:
             self.watch.cancel()
         await self.deployment.batcher.stop()
-        for readers in (self.readers, self.bulk_readers):
-            readers.shutdown(wait=False, cancel_futures=True)
+        self.readers.stop()
+        self.reporter.shutdown(wait=False, cancel_futures=True)
 
     @property
     def model(self) -> Model:
@@ -421,30 +406,14 @@ class Classifier:
         await old.batcher.finish()
 
 
-async def _in(
-    readers: ThreadPoolExecutor, function: Callable[[*Arguments], Result], *arguments: *Arguments
-) -> Result:
-    """Run what reads a client's bytes off the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(readers, function, *arguments)
-
-
-def _decoded(
-    contents: list[bytes], given_up: threading.Event
-) -> list[npt.NDArray[np.uint8] | RequestError]:
-    """Each image, or what is wrong with it; no more of them once nobody waits."""
-    images: list[npt.NDArray[np.uint8] | RequestError] = []
-    for content in contents:
-        if given_up.is_set():
-            break
-        try:
-            images.append(decode(content, SETTINGS.max_image_pixels))
-        except RequestError as error:
-            images.append(error)
-    return images
-
-
 async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return np.concatenate([logits async for logits in deployment.batcher.many(images)])
+
+
+@functools.lru_cache(maxsize=1)  # it takes as long as ten classifications
+def _document(version: str) -> bytes:
+    document = openapi_document(service.openapi_spec.asdict(), version)
+    return bytes(JSONResponse(document).body)
 
 
 def _classification(model: Model, logits: npt.NDArray[np.float32], top_k: int) -> dict[str, Any]:

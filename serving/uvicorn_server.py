@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 
 import uvicorn
-from httptools import HttpParserUpgrade
+from httptools import HttpParserUpgrade, HttpRequestParser
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serving.errors import RequestError, StartError
 from serving.responses import error_body
@@ -163,6 +163,9 @@ class _Connection(HttpToolsProtocol):
 
     transport: _Transport  # type: ignore[assignment]
     _overdue: asyncio.TimerHandle | None = None  # set while the head of a request is awaited
+    _running: RequestResponseCycle | None = (
+        None  # of the requests that came, the one at work or the last
+    )
     _head_bytes = 0  # since the last byte of a body, or the last request
     _data = _offer = b""  # what the parser reads, and what it is to read again
 
@@ -232,15 +235,22 @@ class _Connection(HttpToolsProtocol):
                 self._await_head()
 
     def send_400_response(self, msg: str) -> None:
-        # It must neither come within an answer nor before that to an earlier request.
-        if not self.pipeline and (
-            self.cycle is None or self.cycle.response_complete or not self.cycle.response_started
-        ):
+        if self.pipeline and self.pipeline[0][0] is self.cycle and self.cycle.more_body:
+            self.pipeline.popleft()  # its body is what cannot be read
+        last = self.pipeline[0][0] if self.pipeline else self._running
+        if last is not None and not last.response_complete and not last.more_body:
+            last.keep_alive = False  # whole requests are answered, and that is the end
+            return
+        if last is None or last.response_complete or not last.response_started:
             body = json.dumps(error_body(RequestError.code, COMPLAINT)).encode()
             head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n")
             self.transport.write(head.encode() + b"\r\n" + body)
         self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def pause_writing(self) -> None:
         self.transport.hurry()
@@ -257,6 +267,9 @@ class _Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._awaited.pop(self, None)
         self._cancel()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True  # uvicorn tells the request that came last
+            self._running.message_event.set()
         super().connection_lost(exc)
         self.transport.relax()
 
@@ -265,6 +278,9 @@ class _Connection(HttpToolsProtocol):
         upgrade = sys.exception()
         assert isinstance(upgrade, HttpParserUpgrade)
         self._offer += self._data[upgrade.args[0] :]
+        # One that has read `Connection: close`, or HTTP/1.0, reads nothing more.
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
 
     def _head_without_offer(self) -> bytes:
         """The head of a request as it came, but for its offer to speak another protocol.

@@ -9,7 +9,6 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.middleware import OPEN_PATHS
 from tests.serving.samples import encoded
 from tests.serving.server import Server, running
 from tests.transcripts import assert_as_shown
@@ -76,7 +75,9 @@ def test_a_missing_key_is_answered_as_shown(server: Server) -> None:
     assert_as_shown("unauthorized", server.url)
 
 
-@pytest.mark.parametrize("path", sorted(OPEN_PATHS))
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"]
+)
 def test_what_watches_the_service_needs_no_key(server: Server, path: str) -> None:
     assert httpx.get(f"{server.url}{path}").status_code == 200
 

@@ -1,7 +1,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -224,3 +224,48 @@ def test_what_is_left_of_bulk_work_that_nobody_waits_for_is_not_run() -> None:
         assert await collected(batcher, 20) == [20]
 
     assert run(test).batches == [[0, 1, 2, 3], [20]]
+
+
+def test_who_leaves_during_a_run_harms_no_other() -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        first = await requested(batcher, 0)
+        await engine.started()
+        leaving, staying = await requested(batcher, 1, 2)
+        engine.permission.release()
+        await engine.started()
+        leaving.cancel()
+        engine.permission.release(100)
+        assert [int((await task)[0]) for task in (*first, staying)] == [0, 2]
+
+    assert run(test).batches == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize("bulk", [True, False])
+def test_the_end_comes_once_everybody_has_an_answer(bulk: bool) -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        work: list[asyncio.Task[Any]] = []
+        if bulk:
+            work.append(asyncio.create_task(collected(batcher, *range(9))))
+        else:
+            work += await requested(batcher, *range(9))
+        await engine.started()
+        finished = asyncio.create_task(batcher.finish())
+        await asyncio.wait([finished], timeout=0.2)
+        engine.permission.release(100)
+        await asyncio.gather(finished, *work)
+
+    run(test)
+
+
+def test_a_stop_waits_for_the_run_under_way() -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        (single,) = await requested(batcher, 7)
+        await engine.started()
+        stopped = asyncio.create_task(batcher.stop())
+        _, pending = await asyncio.wait([stopped], timeout=0.2)
+        assert pending
+        engine.permission.release()
+        await stopped
+        assert int((await single)[0]) == 7
+
+    run(test)

@@ -281,9 +281,15 @@ def test_a_body_that_is_framed_wrongly_is_answered(strict_url: str, request_: by
     assert codes(answers_to(strict_url, request_)) == ["bad_request"]
 
 
-def test_a_wrong_body_is_not_answered_before_an_earlier_request(strict_url: str) -> None:
-    get = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
-    assert answers_to(strict_url, get + post("/classify", None) + b"zz\r\n") == []
+@pytest.mark.parametrize("unreadable", [b"HELLO\r\n\r\n", post("/classify", None) + b"zz\r\n"])
+def test_whole_requests_are_answered_before_what_cannot_be_read_ends_the_connection(
+    strict_url: str, images: npt.NDArray[np.uint8], unreadable: bytes
+) -> None:
+    content = encoded(images[0])
+    picture = post("/classify", len(content)) + content
+    for whole in (LAST.replace(b"close", b"keep-alive"), picture, picture * 3):
+        answers = answers_to(strict_url, whole + unreadable)
+        assert [status for status, _ in answers] == [200] * max(1, whole.count(picture))
 
 
 @pytest.mark.parametrize("request_line", [b"CONNECT a:80 HTTP/1.1", b"CONNECT /model HTTP/1.1"])
@@ -298,6 +304,19 @@ def test_curl_that_offers_http_2(strict_url: str) -> None:
     form = ["-F", f"image=@{ROOT / 'docs' / 'cat.png'}", f"{strict_url}/classify"]
     said = subprocess.run(["curl", "--silent", "--http2", *form], check=True, capture_output=True).stdout
     assert json.loads(said)["predictions"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /model HTTP/1.0\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+        b"GET /model HTTP/1.1\r\nHost: a\r\nConnection: close, Upgrade\r\nUpgrade: h2c\r\n\r\n",
+    ],
+)
+def test_an_offer_on_a_connection_that_will_close_is_ignored(strict_url: str, head: bytes) -> None:
+    ((status, body),) = answers_to(strict_url, head)
+    assert status == 200
+    assert json.loads(body)["contract"] == 1
 
 
 @pytest.mark.parametrize("protocol", ["websocket", "h2c"])

@@ -1,7 +1,6 @@
 import io
 import struct
 import zlib
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from serving.errors import ImageError, TooLargeError
-from serving.images import LARGE, SMALL_BYTES, decode, is_small
+from serving.images import LARGE_PIXELS, SMALL_BYTES, LargeImageError, decode, is_small
 from tests.serving.corpus.make import many_pieces, many_scans, png_of
 from tests.serving.samples import encoded
 
@@ -54,7 +53,7 @@ def test_photograph_of_an_object_shrinks_back_to_it(images: npt.NDArray[np.uint8
 
 
 @pytest.mark.parametrize(
-    ("options", "change", "waits"),
+    ("options", "change", "large"),
     [
         ({}, (b"", b""), False),
         ({"subsampling": 0}, (b"", b""), False),
@@ -65,17 +64,32 @@ def test_photograph_of_an_object_shrinks_back_to_it(images: npt.NDArray[np.uint8
         ({}, (b"\xff\xdb", b"\xff\xfe\0\x06\xff\xda\0\x08\xff\xdb"), True),
     ],
 )
-def test_a_large_image_waits_where_all_of_it_is_kept_in_memory(
-    options: dict[str, Any], change: tuple[bytes, bytes], waits: bool
+def test_an_image_is_large_where_all_of_it_is_kept_in_memory(
+    options: dict[str, Any], change: tuple[bytes, bytes], large: bool
 ) -> None:
     content = saved(plain((255, 0, 0), (2500, 2000)), "JPEG", **options).replace(*change, 1)
-    with ThreadPoolExecutor(1) as pool:
-        with LARGE:
-            decoding = pool.submit(decode, content, 10**7)
-            finished, _ = wait([decoding], timeout=0.5 if waits else 60)
-        assert bool(finished) != waits
-        if not any(change):
-            assert (decoding.result() == [254, 0, 0]).all()
+    if large:
+        with pytest.raises(LargeImageError):
+            decode(content, 10**7, LARGE_PIXELS)
+    if not any(change):
+        assert (decode(content, 10**7, None if large else LARGE_PIXELS) == [254, 0, 0]).all()
+    elif not large:
+        decode(content, 10**7, LARGE_PIXELS)
+
+
+@pytest.mark.parametrize("place", [2**20 - 1, 2**20, 2**21 - 2])
+def test_what_makes_a_jpeg_large_is_found_wherever_it_is(place: int) -> None:
+    head, rest = b"\xff\xd8", saved(plain((255, 0, 0), (2500, 2000)), "JPEG")[2:]
+    comments = b""
+    while len(head + comments) < place - 60_000:
+        comments += b"\xff\xfe" + (50_002).to_bytes(2, "big") + bytes(50_000)
+    left = place - len(head + comments) - 4
+    comment = bytes(left) + b"\xff\xc2"  # how a progressive frame begins
+    content = head + comments + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + rest
+    assert content.index(b"\xff\xc2") == place
+    with pytest.raises(LargeImageError):
+        decode(content, 10**7, LARGE_PIXELS)
+    decode(content.replace(b"\xff\xc2", b"\0\0"), 10**7, LARGE_PIXELS)
 
 
 def test_wide_image_is_cropped_in_the_middle() -> None:
@@ -113,8 +127,9 @@ def test_reduction_in_bands_is_that_of_the_whole(
     assert abs(result - np.asarray(whole)).max() <= 2
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(images: npt.NDArray[np.uint8], orientation: int) -> None:
+def test_exif_orientation(images: npt.NDArray[np.uint8], orientation: int, kind: str) -> None:
     image = Image.fromarray(images[1])
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -255,6 +270,16 @@ def test_too_many_pixels_are_refused_from_the_header() -> None:
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     with pytest.raises(TooLargeError, match="60000x60000 pixels; the limit is 1000000"):
         decode(bytes(content), LIMIT)
+
+
+@pytest.mark.parametrize("size", [(65_535, 2), (65_536, 2), (2, 65_536)])
+def test_a_side_that_is_too_long_is_refused(size: tuple[int, int]) -> None:
+    content = saved(plain((255, 0, 0), size), "PNG")
+    if max(size) <= 65_535:
+        assert (decode(content, LIMIT) == [255, 0, 0]).all()
+    else:
+        with pytest.raises(TooLargeError, match=f"{size[0]}x{size[1]} .* a side is 65535"):
+            decode(content, LIMIT)
 
 
 def test_small_is_a_png_of_few_pixels_and_few_bytes() -> None:

@@ -182,12 +182,12 @@ def test_wrong_tensors_get_the_protocols_error(
     [
         (b"", {}, 400, "The request's JSON cannot be read"),
         (b"{", {}, 400, "The request's JSON cannot be read"),
-        (b"[" * 100_000, {}, 400, "The request's JSON cannot be read"),
+        (b"[" * 50_000, {}, 400, "The request's JSON cannot be read"),
         (b"{}", {}, 400, "inputs: Field required"),
         (b"{}", {"Inference-Header-Content-Length": "3"}, 400, "which has 2 in all"),
         (b"{}", {"Inference-Header-Content-Length": "-1"}, 400, "which has 2 in all"),
         (b"{}", {"Inference-Header-Content-Length": "9" * 5000}, 400, "which has 2 in all"),
-        (b'{"inputs":[1' + b",1" * 400_000 + b"]}", {}, 400, "inputs.0: Input should be an object"),
+        (b'{"inputs":[1' + b",1" * 100_000 + b"]}", {}, 400, "inputs.0: Input should be an object"),
         (
             b'{"inputs":[' + b",".join([b'{"name":"a","shape":[1],"datatype":"a"}'] * 20) + b"]}",
             {},
@@ -195,6 +195,8 @@ def test_wrong_tensors_get_the_protocols_error(
             "inputs: List should have at most 16 items",
         ),
         (b"no", {}, 400, "The request's JSON cannot be read: Invalid JSON"),
+        (b'{"x":[' + b"[]," * 100_000 + b"[]]}", {}, 413, "JSON has '[' more than 52280 times"),
+        (b'{"x":{' + b'"":1,' * 9_000 + b'"":1}}', {}, 413, "JSON has '\"' more than 10000 times"),
         (b" " * 2_000_000, {}, 413, "the limit is 983040. The binary tensor data extension"),
         (b" " * 5_000_000, {}, 413, "The body is too large"),
     ],

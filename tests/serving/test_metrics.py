@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -94,11 +95,38 @@ def test_full_service_says_so_and_counts_whom_it_refuses(
             assert begun.recv(65536).startswith(b"HTTP/1.1 503 ")
         assert_as_shown("overloaded", url)
         assert_as_shown("not_ready", url)
+        assert client.get("/readyz").headers["retry-after"] == "1"
         assert submission.result().status_code == 200
         assert client.get("/v2/health/ready").status_code == 200
         samples = read(client)
     assert value(samples, "cifar10_requests_total", route="/classify", status="503") == 3
     assert value(samples, "cifar10_shed_requests_total") == 3
+
+
+def test_requests_of_each_kind_count_as_waiting(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
+    tensor = {"name": "images", "shape": [20, *images.shape[1:]], "datatype": "UINT8"}
+    kinds: dict[str, dict[str, Any]] = {
+        "/classify": {"files": {"image": encoded(images[0])}},
+        "/classify_batch": {"files": [("images", encoded(image)) for image in images[:20]]},
+        "/v2/models/tiny/infer": {"json": {"inputs": [{**tensor, "data": images[:20].tolist()}]}},
+        "/submission": {"files": {"file": pickled({"data": images[:20]})}},
+    }
+    with (
+        serving(
+            tmp_path,
+            SERVING_MODEL=str(write_slow_model(tmp_path)),
+            SERVING_PROVIDER="cpu",
+            SERVING_THREADS="1",
+            SERVING_MAX_WAITING="1",
+        ) as url,
+        ThreadPoolExecutor(8) as pool,
+    ):
+
+        def ask(path: str) -> int:
+            return httpx.post(f"{url}{path}", timeout=60, **kinds[path]).status_code
+
+        found = {path: set(pool.map(ask, [path] * 24)) for path in kinds}
+    assert found == {path: {200, 503} for path in kinds}
 
 
 def test_dashboard_shows_only_what_there_is(client: httpx.Client) -> None:

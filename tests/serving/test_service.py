@@ -141,6 +141,24 @@ def test_a_single_image_does_not_wait_for_those_of_a_batch(
         assert len(answers.result().json()) == 256
 
 
+def test_an_image_does_not_wait_for_large_ones(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
+    large = {"image": ("a.png", encoded(np.zeros((5000, 5000, 3), np.uint8)))}
+    small = {"image": ("a.jpg", encoded(images[0], "JPEG"))}
+    with (
+        serving(tmp_path, SERVING_THREADS="1") as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        answers = [
+            pool.submit(httpx.post, f"{url}/classify", files=large, timeout=120) for _ in range(4)
+        ]
+        while under_way(client) < 4:
+            assert not any(answer.done() for answer in answers)
+        assert client.post("/classify", files=small).status_code == 200
+        assert not all(answer.done() for answer in answers)
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+
+
 def test_concurrent_requests_get_their_own_answers(
     url: str, model: Model, images: npt.NDArray[np.uint8]
 ) -> None:

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -148,6 +149,20 @@ def test_who_does_not_take_answers_makes_room_for_new_connections() -> None:
                 other = others.enter_context(httpx.Client())
                 assert len(other.get(f"{url}/1000").content) == 1000
                 assert answers.evicted == count
+
+
+def test_who_takes_an_answer_slowly_gets_all_of_it() -> None:
+    """The time begins anew whenever what was written is taken."""
+    answers, count = Answers(most=100, seconds=2), 80_000_000
+    with running(answers, answers.prepare) as (_, url), connected(url) as client:
+        client.sendall(get(count))
+        taken, began = 0, time.monotonic()
+        while taken < count:
+            more = len(client.recv(2**20))
+            assert more
+            taken += more
+            time.sleep(0.05)
+        assert time.monotonic() - began > 2
 
 
 @pytest.mark.parametrize(("configured", "seconds"), [(5, IDLE_SECONDS), (600, 600)])

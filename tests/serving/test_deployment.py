@@ -1,0 +1,98 @@
+"""Looks at the model file."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving import deployment
+from serving.deployment import Deployment, FileState, replacements
+from serving.errors import ModelError
+from serving.model import Model
+from serving.settings import Settings
+
+A, B, C = (FileState(1, 1, size, size) for size in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("states", "taken"),
+    [
+        ([A, A, A], []),
+        ([B, B, B], [2]),
+        ([A, B, C, C], [4]),  # it was still being written
+        ([None, None, None, B, B], [5]),
+        ([B, B, A, A, A, C, C], [2, 4, 7]),
+    ],
+)
+def test_a_file_is_taken_once_two_looks_find_the_same(
+    states: list[FileState | None], taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[FileState | None] = []
+
+    def look(path: Path) -> FileState | None:
+        if len(looks) == len(states):
+            raise EOFError
+        looks.append(states[len(looks)])
+        return looks[-1]
+
+    async def main() -> list[int]:
+        found: list[int] = []
+        with suppress(EOFError):
+            async for _ in replacements(Path(), A):
+                found.append(len(looks))
+        return found
+
+    monkeypatch.setattr(deployment, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(FileState, "of", look)
+    assert asyncio.run(main()) == taken
+
+
+def test_any_other_file_has_another_state(tmp_path: Path) -> None:
+    file, other = tmp_path / "a", tmp_path / "b"
+    file.write_bytes(b"one")
+    before = FileState.of(file)
+    assert before is not None
+    shutil.copy2(file, other)
+    other.write_bytes(b"two")
+    os.utime(other, ns=(0, before.modified_ns))
+    other.replace(file)
+    renamed = FileState.of(file)
+    assert renamed != before, "of the same size and time"
+    file.write_bytes(b"six")
+    os.utime(file, ns=(0, before.modified_ns + 1))
+    written = FileState.of(file)
+    assert written != renamed, "of the same size, in its place"
+    file.write_bytes(b"seven")
+    os.utime(file, ns=(0, before.modified_ns + 1))
+    assert FileState.of(file) != written
+    file.unlink()
+    assert FileState.of(file) is None
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_refused(
+    model_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model_file()
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        found = Model(*arguments, **options)
+        os.utime(path)
+        return found
+
+    monkeypatch.setattr(deployment, "Model", loaded)
+    with pytest.raises(ModelError, match="changed while it was loaded"):
+        Deployment(path, Settings(provider="cpu", threads=1), None)
+
+
+def test_no_copy_is_kept_of_a_file_that_has_changed(tmp_path: Path) -> None:
+    file, kept = tmp_path / "a", tmp_path / "kept"
+    file.write_bytes(b"new")
+    kept.write_bytes(b"old")
+    with pytest.raises(OSError, match="changed while it was copied"):
+        deployment._keep(file, kept, A)
+    assert kept.read_bytes() == b"old"
