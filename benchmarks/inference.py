@@ -17,7 +17,6 @@ of ``--models accurate --seconds 2`` on another machine, that in ``inference-h20
 import argparse
 import json
 import pickle
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -37,7 +36,8 @@ from rich.progress import track
 
 from benchmarks import stored
 from benchmarks.engines import SUBMISSION_BATCH, Variant
-from benchmarks.server import ROOT, environment
+from benchmarks.program import output
+from benchmarks.server import environment
 from benchmarks.stored import BenchmarkError
 from export import graph, metadata, quantize
 from export.ensemble import Ensemble, half
@@ -216,21 +216,22 @@ def measure(turns: Sequence[tuple[Variant, Rates]], seconds: float) -> None:
     sizes = [str(size) for size in BATCH_SIZES]
     arguments = ["--batch-sizes", *sizes, "--seconds", str(seconds)]
     for variant, rates in track(turns, "measuring engines", console=CONSOLE):
-        found = _apart(rates.engine, variant, *arguments)
+        found = apart(rates.engine, variant, *arguments)
         for size, rate in found["rates"].items():
             rates.rates[int(size)].append(rate)
         rates.memory.append(found["memory"])
 
 
-def _apart(engine: str, variant: Variant, *arguments: str) -> dict[str, Any]:
-    """What a measurement in a process of its own found."""
-    command = [sys.executable, "-m", "benchmarks.engines", engine]
+def apart(engine: str, variant: Variant, *arguments: str) -> dict[str, Any]:
+    """What a measurement in a process of its own found.
+
+    Raises:
+        BenchmarkError: it failed.
+    """
     file, recipe_name, views = variant
-    given = ["--file", str(file), "--recipe", recipe_name, "--views", views, *arguments]
-    done = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise BenchmarkError(f"{engine} with {file.name} failed: {done.stderr.strip()[-500:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    given = ("--file", str(file), "--recipe", recipe_name, "--views", views, *arguments)
+    printed = output(f"{engine} with {file.name}", "-m", "benchmarks.engines", engine, *given)
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return found
 
 
@@ -268,25 +269,16 @@ def measure_submissions(turns: Sequence[tuple[Variant, Submissions]]) -> None:
         images.write_bytes(pickle.dumps(content))
         for variant, times in track(turns, "measuring submissions", console=CONSOLE):
             times.submit.append(_submit(images, variant.file, times.engine.removeprefix("service:")))
-            found = _apart(times.engine, variant, "--rows", str(rows))
+            found = apart(times.engine, variant, "--rows", str(rows))
             times.engine_alone.append(found["seconds"])
 
 
 def _submit(file: Path, model_file: Path, provider: str) -> float:
     """Seconds from the process's start to the CSV."""
     csv = file.with_suffix(".csv")
-    command = [sys.executable, "-m", "serving", "submit", str(file), str(csv)]
+    command = ("-m", "serving", "submit", str(file), str(csv), "--model", str(model_file))
     began = time.perf_counter()
-    done = subprocess.run(
-        [*command, "--model", str(model_file)],
-        cwd=ROOT,
-        env=environment(SERVING_PROVIDER=provider),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise BenchmarkError(f"python -m serving submit failed: {done.stderr.strip()[-500:]}")
+    output("python -m serving submit", *command, env=environment(SERVING_PROVIDER=provider))
     return time.perf_counter() - began
 
 

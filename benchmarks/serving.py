@@ -13,7 +13,6 @@ of the servers by themselves, ``serving-a1``, are of ``--network A1``.
 import argparse
 import contextlib
 import json
-import subprocess
 import sys
 import textwrap
 import time
@@ -32,10 +31,12 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import stored
-from benchmarks.inference import built
+from benchmarks.engines import Variant
+from benchmarks.inference import apart, built
 from benchmarks.load import requests
 from benchmarks.peers.model import ENGINE, MODEL
-from benchmarks.server import ROOT, family, memory, temporary
+from benchmarks.program import output
+from benchmarks.server import family, memory, temporary
 from benchmarks.server import running as started
 from benchmarks.stored import BenchmarkError
 from training.files import replacing
@@ -178,16 +179,10 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 def load(url: str, connections: int, seconds: float, *options: str) -> dict[str, Any]:
     """What the client, in a process of its own, found."""
-    command = [sys.executable, "-m", "benchmarks.load", url, "--connections", str(connections)]
-    found: dict[str, Any] = json.loads(_output([*command, "--seconds", str(seconds), *options]))
+    command = ("-m", "benchmarks.load", url, "--connections", str(connections))
+    printed = output(f"the client of {url}", *command, "--seconds", str(seconds), *options)
+    found: dict[str, Any] = json.loads(printed)
     return found
-
-
-def _output(command: Sequence[str]) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise BenchmarkError(f"{' '.join(command[:4])} failed: {done.stderr.strip()[-500:]}")
-    return done.stdout
 
 
 def _loaded(
@@ -210,9 +205,9 @@ def _loaded(
 
 def _engine_alone(file: Path, seconds: float) -> float:
     """Images per second of the service's engine in batches of ``BATCH``, in a process of its own."""
-    engine = [sys.executable, "-m", "benchmarks.engines", "service:auto", "--file", str(file)]
-    found = _output([*engine, "--batch-sizes", str(BATCH), "--seconds", str(seconds)])
-    return float(json.loads(found)["rates"][str(BATCH)])
+    variant = Variant(file, "", "none")
+    found = apart("service:auto", variant, "--batch-sizes", str(BATCH), "--seconds", str(seconds))
+    return float(found["rates"][str(BATCH)])
 
 
 @dataclass

@@ -214,4 +214,4 @@ def test_an_engine_that_fails_is_named(tmp_path: Path) -> None:
     file = tmp_path / "text.onnx"
     file.write_text(json.dumps({}))
     with pytest.raises(BenchmarkError, match=r"onnxruntime with text\.onnx failed: "):
-        benchmark._apart("onnxruntime", Variant(file, "A1", "none"), "--rows", "1")
+        benchmark.apart("onnxruntime", Variant(file, "A1", "none"), "--rows", "1")

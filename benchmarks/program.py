@@ -1,0 +1,21 @@
+"""Programs of ours in processes of their own, which share nothing with those who measure them."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from benchmarks.server import ROOT
+from benchmarks.stored import BenchmarkError
+
+
+def output(name: str, *arguments: str, env: Mapping[str, str] | None = None) -> str:
+    """What Python prints with these ``arguments``, in this process's environment or another.
+
+    Raises:
+        BenchmarkError: it fails; the message has the program's ``name`` and the end of what it said.
+    """
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BenchmarkError(f"{name} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
