@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.batch import SIZE
+from training.model import parameter_count
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def summarize(network: nn.Module) -> Summary:
     layers: list[Layer] = []
 
     def note(name: str, module: nn.Module, output: Tensor) -> None:
-        parameters = sum(parameter.numel() for parameter in module.parameters())
-        layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), parameters))
+        shape = tuple(output.shape[1:])
+        layers.append(Layer(name, type(module).__name__, shape, parameter_count(module)))
 
     hooks = [
         module.register_forward_hook(lambda module, _, output, name=name: note(name, module, output))
@@ -57,13 +58,12 @@ def summarize(network: nn.Module) -> Summary:
     finally:
         for hook in hooks:
             hook.remove()
-    parameters = list(network.parameters())
-    count = sum(parameter.numel() for parameter in parameters)
+    count = parameter_count(network)
     values = sum(torch.Size(layer.shape).numel() for layer in layers)
     return Summary(
         layers=layers,
         parameters=count,
-        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        trainable=sum(each.numel() for each in network.parameters() if each.requires_grad),
         parameter_bytes=4 * count,
         activation_bytes=2 * 4 * values,
     )
