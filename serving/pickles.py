@@ -11,11 +11,12 @@ array is a view of bytes that are there (its declared shape must fit them exactl
 byte a character, and the number of opcodes is limited.
 """
 
+import math
 import pickletools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -348,7 +349,7 @@ def _byte_order(order: str | bytes) -> str:
     return text
 
 
-def _array(buffer: Any, dtype: _DType, shape: Any, order: Any) -> npt.NDArray[Any]:
+def _array(buffer: Any, dtype: _DType, shape: Any, order: Literal["C", "F"]) -> npt.NDArray[Any]:
     """A view of the bytes; nothing is allocated for a shape that they do not fill exactly."""
     if not isinstance(buffer, bytes | bytearray):
         raise PickleError(f"An array's contents are a {type(buffer).__name__}, not bytes.")
@@ -357,16 +358,17 @@ def _array(buffer: Any, dtype: _DType, shape: Any, order: Any) -> npt.NDArray[An
         and len(shape) <= MAX_DIMENSIONS
         and all(type(extent) is int and 0 <= extent < 2**31 for extent in shape)
     ):
-        raise PickleError("An array's shape is not a tuple of at most 32 natural numbers.")
-    wanted = dtype.dtype().itemsize
-    for extent in shape:
-        wanted *= extent
+        raise PickleError(
+            f"An array's shape is not a tuple of at most {MAX_DIMENSIONS} natural numbers."
+        )
+    kind = dtype.dtype()
+    wanted = math.prod(shape, start=kind.itemsize)
     if wanted != len(buffer):
         raise PickleError(
-            f"An array of shape {shape} and dtype {dtype.dtype()} has {wanted} bytes, "
+            f"An array of shape {shape} and dtype {kind} has {wanted} bytes, "
             f"the pickle holds {len(buffer)} for it."
         )
-    array = np.frombuffer(buffer, dtype.dtype()).reshape(shape, order=order)
+    array = np.frombuffer(buffer, kind).reshape(shape, order=order)
     array.flags.writeable = False
     return array
 
