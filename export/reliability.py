@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from serving.predictions import softmax
 from training import plots
 from training.tables import percent
 
@@ -35,9 +36,7 @@ class Bins(NamedTuple):
 
 def measure(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> Bins:
     """The reliability of ``logits``, [N, 10], for ``labels``, [N] in 0..9."""
-    wide = logits.astype(np.float64)
-    exponentials = np.exp(wide - wide.max(1, keepdims=True))
-    confidence = exponentials.max(1) / exponentials.sum(1)
+    confidence = softmax(logits).max(1)
     right = (logits.argmax(1) == labels).astype(np.float64)
     place = np.minimum((confidence * BINS).astype(int), BINS - 1)
     count, sure, good = (

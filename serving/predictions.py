@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """Probabilities along the last axis: float64, each in [0, 1], summing to 1."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     exponentials = np.exp(shifted)
