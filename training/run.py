@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -113,8 +114,8 @@ class Run:
         """
         shared = f", {self.processes.count} processes" if self.processes.count > 1 else ""
         self.console.print(
-            f"[bold]{self.state.recipe_name}[/] seed {self.seed}: {len(self.learner.images)} training "
-            f"images, {model.parameter_count(self.learner.model):,} parameters, "
+            f"[bold]{escape(self.state.recipe_name)}[/] seed {self.seed}: {len(self.learner.images)} "
+            f"training images, {model.parameter_count(self.learner.model):,} parameters, "
             f"{self.learner.precision} on {device.describe(self.device)}{shared}"
         )
         if epochs := self.learner.to_compile(range(self.state.epoch, self.recipe.epochs)):
