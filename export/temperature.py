@@ -54,6 +54,7 @@ def of(members: Sequence[Member], trials: Sequence[Member]) -> Temperature:
     Raises:
         TemperatureError: trials that are not of the members' recipes, are unfinished, held nothing
             out, or whose images are not on this machine; or logits that are no finite numbers.
+        CheckpointError: weights that are not those of the recipe's network.
         DataError: a data set that is present but damaged.
     """
     if trials:

@@ -22,7 +22,7 @@ class ModelError(StartError):
 
 
 class ProviderError(StartError):
-    """The execution provider that was asked for by name is not usable here."""
+    """An execution provider is not usable here, or does not run the model."""
 
 
 class NoProviderError(ProviderError):

@@ -96,7 +96,11 @@ class Checkpoint(BaseModel):
     result: dict[str, Any] | None = None
 
     def parsed_recipe(self) -> Recipe:
-        """The recipe, validated anew."""
+        """The recipe, validated anew.
+
+        Raises:
+            RecipeError: it is none of this program; so for all that follows from it.
+        """
         return parse(self.recipe, f"recipe {self.recipe_name} in the checkpoint")
 
     @property

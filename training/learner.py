@@ -82,7 +82,8 @@ class Learner:
     Raises:
         TrainingError: too few images for a batch, or for the processes, or too few GPUs for them; or
             the steps of several are to be compiled.
-        RecipeError: the network does not take the images, or does not fit into memory.
+        RecipeError: the network does not take the images, or does not fit into memory; or the teacher's
+            recipe is none of this program.
         CheckpointError: a teacher that cannot be used.
     """
 

@@ -21,7 +21,7 @@ class Objective:
         device: where the batches lie.
 
     Raises:
-        CheckpointError: a teacher that cannot be used, or is not finished.
+        CheckpointError, RecipeError: a teacher that cannot be used, or is not finished.
     """
 
     def __init__(self, recipe: Recipe, teacher: Path | None, device: torch.device) -> None:

@@ -51,7 +51,7 @@ class Run:
         compiled: whether the steps' networks are; None is as the device has it.
 
     Raises:
-        TrainingError: too few images for a batch or for the processes.
+        TrainingError, RecipeError: as ``Learner``.
         CheckpointError: weights that do not fit, or a teacher that cannot be used.
     """
 
@@ -111,6 +111,7 @@ class Run:
         Raises:
             Stopped: ``watch`` has a reason to; the checkpoint is written.
             TrainingError: the loss is not finite, or memory does not suffice.
+            CheckpointError: a checkpoint cannot be written.
         """
         shared = f", {self.processes.count} processes" if self.processes.count > 1 else ""
         self.console.print(
@@ -139,6 +140,7 @@ class Run:
         Raises:
             Stopped: ``watch`` has a reason to.
             TrainingError: the loss is not finite, or memory does not suffice.
+            CheckpointError: the checkpoint with the result cannot be written.
         """
 
         def go_on(needed: float) -> None:

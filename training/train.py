@@ -56,7 +56,8 @@ def create(
             the folder holds a run, or another process trains in it; or no teacher, or one that saw more
             of the images than it may have.
         RecipeError: parts of the recipe that do not fit each other.
-        CheckpointError: a teacher that cannot be used, or is not finished.
+        CheckpointError: a teacher that cannot be used, or is not finished; or the checkpoint cannot be
+            written.
     """
     train_images, val_images = data.split(dataset.train, recipe.data.validation)
     if recipe.schedule.kind == "plateau" and not len(val_images):
@@ -119,6 +120,8 @@ def resume(
         CheckpointError: no checkpoint that can be used, or one that cannot be written.
         TrainingError: the loss is not finite, memory does not suffice, another process trains the run,
             or it was created for another data set.
+        RecipeError: the checkpoint's recipe is none of this program, or does not fit into memory.
+        ResultsError: ``results.csv`` cannot be read.
         Stopped: ``watch`` has a reason to; a checkpoint was written before.
     """
     with _alone_in(folder) if processes.first else nullcontext():
