@@ -135,8 +135,14 @@ def test_distillation_copies_its_teacher_and_learns_from_it(
     ],
 )
 def test_a_teacher_that_does_not_fit_is_an_error_before_the_run(
-    setting: str, message: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    setting: str,
+    message: str,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
     network = "{kind='resnet', block={kind='basic'}, blocks=[1], widths=[8], squeeze_excitation=0, "
     network += "activation='relu', dropout=0.0, init='default'}"
     settings = [f"distillation={{teacher='{teacher}', temperature=2.0, weight=1.0}}", setting]
