@@ -1,5 +1,6 @@
 # Everything runs in .venv, which each target fills with what it needs; calling again installs nothing.
 PYTHON ?= python3
+HOST ?= 0.0.0.0
 PORT ?= 3000
 RECIPE ?= accurate
 RUN ?= runs/$(RECIPE)-seed0
@@ -21,8 +22,8 @@ export BENTOML_DO_NOT_TRACK := True
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-serve: .venv/.serve  ## start the service with the bundled model (PORT=3000)
-	.venv/bin/bentoml serve --port $(PORT)
+serve: .venv/.serve  ## start the service with the bundled model (HOST=0.0.0.0 PORT=3000)
+	.venv/bin/bentoml serve --host $(HOST) --port $(PORT)
 
 # Files whole and in order: a worker then makes the fixtures of a package once.
 test: lint  ## run ruff, the type checker and all tests

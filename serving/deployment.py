@@ -75,6 +75,8 @@ class Deployment:
             runs=RUNS,
             max_batch_size=settings.max_batch_size,
         )
+        model = self.model
+        logger.info("%s on %s: %s", self, model.provider, model.provider_reason)
         if FileState.of(path) != self.file:
             raise ModelError(f"{path} changed while it was loaded.")
         self._metrics = metrics

@@ -1,7 +1,6 @@
 """The model file: one ONNX graph with its description, checked and loaded into an engine."""
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,6 @@ from serving.engine import Engine
 from serving.errors import ModelError, StartError
 from serving.providers import CPU, session_options
 from serving.settings import Provider
-
-logger = logging.getLogger("serving")
 
 CONTRACT = "1"
 REQUIRED = ("contract", "name", "version", "classes", "precision")
@@ -82,7 +79,6 @@ class Model:
             self.chunk_size = max(1, max_batch_size // self.runs)
             self.batch_size = min(self.chunk_size, self._engine.enough or self.chunk_size)
             self._engine.warm_up(self.chunk_size)
-        logger.info("%s %s on %s: %s", self.name, self.version, self.provider, self.provider_reason)
 
     def logits(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB.

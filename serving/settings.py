@@ -53,14 +53,18 @@ class Settings(BaseModel):
         True, description="Whether a new file in the model file's place takes over while serving."
     )
     workers: PositiveInt = Field(1, description="Processes that serve.")
-    threads: PositiveInt = Field(
+    threads: int = Field(
         # The cores of the CPU affinity (taskset), or of the cgroup's quota (a container's) if fewer.
         default_factory=loky.cpu_count,
+        ge=1,
+        le=1024,
         description="Threads of the engine on the CPU, shared by two runs at a time under load, and "
         "threads that decode images.",
     )
-    max_batch_size: PositiveInt = Field(
+    max_batch_size: int = Field(
         64,
+        ge=1,
+        le=4096,  # images in one run that take gigabytes
         description="Most images in the engine at a time; single images go into it by 8 for each of a "
         "CPU's threads, as more are no faster.",
     )

@@ -134,7 +134,7 @@ def _drawing(draw: Callable[..., Parameters], *part: recipe.Augmentation) -> Dra
 class Normalize(nn.Module):
     """uint8 images [N, 3, H, W] to float32 with (x / 255 - mean) / std, a channel at a time."""
 
-    def __init__(self, mean: recipe.Triple, std: recipe.Triple) -> None:
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
         super().__init__()
         self.mean: Tensor
         self.std: Tensor

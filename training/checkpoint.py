@@ -253,6 +253,8 @@ def read(path: Path) -> bytes:
     Raises:
         CheckpointError: missing, or it cannot be read.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; a run's checkpoint is the file {path / FILE}")
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:

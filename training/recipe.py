@@ -24,8 +24,8 @@ LARGEST = 3.4e38  # of float32
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
+Spread = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Triple = tuple[float, float, float]
 Amp = Literal["off", "fp16", "bf16"]
 Border = Literal["black", "reflect"]
 Views = Literal["none", "flip", "flip_shift"]
@@ -53,8 +53,8 @@ class Report(Part):
 class Data(Part):
     """Normalisation (of pixels in 0..1) and the share of the training images held out as ``val``."""
 
-    mean: Triple
-    std: tuple[Positive, Positive, Positive]
+    mean: tuple[Fraction, Fraction, Fraction]
+    std: tuple[Spread, Spread, Spread]
     validation: Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -1,9 +1,9 @@
 """Learning from the hardest images of each batch: a small network, trained beside, says which.
 
-After airbench96 (K. Jordan, arXiv:2404.00498), which trains the small network first and keeps its
-choices; here both make each step together, so a run has one past and nothing is computed twice. As
-there, the small network learns only from what it chooses: what it has not chosen for long, it forgets,
-and chooses again.
+After airbench96_faster.py (K. Jordan, github.com/KellerJordan/cifar10-airbench), which trains the small
+network first and keeps its choices; here both make each step together, so a run has one past and nothing
+is computed twice. As there, the small network learns only from what it chooses: what it has not chosen
+for long, it forgets, and chooses again. There it learns in every fourth step only, here in each.
 """
 
 from collections.abc import Callable

@@ -89,12 +89,16 @@ def create(
         optimizers=[],
         scaler={},
     )
+    teacher = b""
+    if recipe.distillation is not None:
+        teacher = _read_teacher(recipe, Path(recipe.distillation.teacher), state.run)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):
         if checkpoints.present(folder / checkpoints.FILE):
             raise TrainingError(f"{folder} holds a run: resume it, or name another folder with --out")
-        if recipe.distillation is not None:
-            _copy_teacher(recipe, Path(recipe.distillation.teacher), folder / TEACHER, state.run)
+        if teacher:
+            with replacing(folder / TEACHER) as copy:
+                copy.write(teacher)
         (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
         checkpoints.save(state, folder / checkpoints.FILE)
 
@@ -152,8 +156,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _copy_teacher(recipe: Recipe, teacher: Path, beside: Path, student: RunFacts) -> None:
-    if not teacher.is_file():
+def _read_teacher(recipe: Recipe, teacher: Path, student: RunFacts) -> bytes:
+    if not teacher.exists():
         raise TrainingError(
             f"no teacher at {teacher}: train one, or name its checkpoint with "
             "--set distillation.teacher=FILE"
@@ -174,5 +178,4 @@ def _copy_teacher(recipe: Recipe, teacher: Path, beside: Path, student: RunFacts
             f"{held_out:g}; right would be at least {recipe.data.validation:g}, as here"
         )
     check_sizes(state.network(), recipe, f"distillation.teacher {teacher}")
-    with replacing(beside) as copy:
-        copy.write(content)
+    return content

@@ -208,6 +208,8 @@ def test_overrides_are_typed_and_validated() -> None:
         ("optimizer.rate=0.2", "unknown key optimizer.rate"),
         ("data.mean=[0.5,0.5]", "missing key data.mean.2"),
         ("data.std=[0.2,0.0,0.2]", "key data.std.1: Input should be greater than 0, got 0.0"),
+        ("data.mean=[125.3,123.0,113.9]", "key data.mean.0: Input should be less than or equal to 1"),
+        ("data.std=[63.0,62.1,66.7]", "key data.std.0: Input should be less than or equal to 1"),
         ("epochs=many", "key epochs: Input should be a valid integer, got 'many'"),
         ("epochs", "write key=value"),
         ("augment.9.padding=2", "the recipe has no '9' there"),

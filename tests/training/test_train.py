@@ -298,6 +298,10 @@ def test_divergence_in_the_last_step(
         (["run", "A1", "--set", "epoch=3"], "unknown key epoch"),
         (["run", "fast", "--limit", "8"], "fewer than a batch"),
         (["resume", "nowhere"], "no checkpoint at"),
+        (
+            ["run", "distilled", "--set", "distillation.teacher=."],
+            ". is a folder; a run's checkpoint is",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(
