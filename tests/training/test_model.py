@@ -1,5 +1,9 @@
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
+from torchvision.models import resnet
 
 from training import data, model, recipe
 from training.augment import Normalize
@@ -35,7 +39,7 @@ def test_a3_initialises_convolutions_by_fan_out() -> None:
     torch.manual_seed(0)
     network = model.build(recipe.load("A3").model)
     assert isinstance(network, model.ResNet)
-    weight = network.stages[3][2].conv2.weight  # type: ignore[index]
+    weight = network.stages[3][0].conv1.weight  # type: ignore[index]  # from 256 channels to 512
     assert isinstance(weight, torch.Tensor)
     assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
 
@@ -90,3 +94,98 @@ def test_the_gradient_of_a_narrow_shortcut(width: int) -> None:
         gradients.append([parameter.grad for parameter in network.parameters()])
     for exact, computed in zip(*gradients, strict=True):
         torch.testing.assert_close(computed, exact.float(), rtol=1e-3, atol=1e-3)
+
+
+THEIR_NAMES = (
+    ("shortcut", "downsample"),
+    ("norm", "bn"),
+    ("head", "fc"),
+    ("stem.0", "conv1"),
+    ("stem.1", "bn1"),
+)
+
+
+def with_weights_of(theirs: nn.Module, ours: nn.Module) -> nn.Module:
+    """torchvision's module in evaluation mode with the weights of ``ours``, all of them drawn anew."""
+    torch.manual_seed(0)
+    state = {}
+    for name, value in ours.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) + 0.5 if value.ndim == 1 else value)
+        for our, their in THEIR_NAMES:
+            name = name.replace(our, their)
+        if name.startswith("stages."):
+            _, stage, rest = name.split(".", 2)
+            name = f"layer{int(stage) + 1}.{rest}"
+        state[name] = value
+    theirs.load_state_dict(state)
+    ours.eval()
+    return theirs.eval()
+
+
+@pytest.mark.parametrize(("name", "slope"), [("A3", 0.1), ("B2", 0.0)])
+def test_resnets_are_torchvisions(name: str, slope: float) -> None:
+    """With a stem for small images and, of report A, its activation."""
+    config = recipe.load(name).model
+    assert isinstance(config, recipe.ResNet)
+    stages = len(config.blocks)
+    theirs = resnet.ResNet(resnet.BasicBlock, [*config.blocks, 1][:4], num_classes=10)
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    if stages == 3:
+        theirs.layer4, theirs.fc = nn.Identity(), nn.Linear(256, 10)
+    for module in theirs.modules():
+        if hasattr(module, "relu"):
+            module.relu = nn.LeakyReLU(slope)
+    ours = model.build(config)
+    with_weights_of(theirs, ours)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("reduction", "groups"), [(4, 1), (2, 4)])
+def test_bottlenecks_are_torchvisions(reduction: int, groups: int) -> None:
+    block = f"{{kind='bottleneck', reduction={reduction}, groups={groups}}}"
+    settings = ["model.blocks=[1, 1]", "model.widths=[32, 64]", f"model.block={block}"]
+    network = model.build(recipe.load("B2", settings).model)
+    assert isinstance(network, model.ResNet)
+    ours = network.stages[1][0]  # type: ignore[index]
+    shortcut = nn.Sequential(nn.Conv2d(32, 64, 1, stride=2, bias=False), nn.BatchNorm2d(64))
+    base = 64 * 4 // reduction // groups
+    theirs = with_weights_of(resnet.Bottleneck(32, 16, 2, shortcut, groups, base), ours)
+    x = torch.randn(2, 32, 8, 8)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_squeeze_excitation_is_of_the_residual_alone() -> None:
+    settings = ["model.blocks=[1]", "model.widths=[8]", "model.squeeze_excitation=4"]
+    network = model.build(recipe.load("B2", settings).model)
+    block: Any = network.stages[0][0]  # type: ignore[index]
+    nn.init.constant_(block.excitation.excite.bias, -1e4)  # no channel of it counts
+    x = torch.randn(2, 8, 5, 5)
+    assert torch.equal(block(x), x.relu())
+
+
+def test_d1_drops_half_of_what_the_head_sees_in_training_only() -> None:
+    torch.manual_seed(0)
+    network, seen = model.build(recipe.load("D1").model), []
+    assert isinstance(network, model.ResNet)
+    network.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.randn(8, 3, 32, 32)
+    for training in (False, True):
+        network.train(training)(images)
+    nothing = [(each == 0).double().mean().item() for each in seen]
+    assert nothing[0] < 0.2
+    assert 0.4 < nothing[1] < 0.7
+
+
+def test_whitened_resnet_begins_as_airbench_has_it() -> None:
+    network = model.build(recipe.load("fast").model)
+    assert isinstance(network, model.WhitenedResNet)
+    stage: Any = network.stages[0]
+    torch.manual_seed(0)
+    x = torch.randn(16, 24, 6, 6)
+    torch.testing.assert_close(stage.conv(x)[:, :24], x)
+    assert network.head.weight.std().item() == pytest.approx(1)
+    stage(x + 3)
+    mean = nn.functional.max_pool2d(stage.conv(x + 3), 2).mean((0, 2, 3))
+    torch.testing.assert_close(stage.norm.running_mean, 0.4 * mean)

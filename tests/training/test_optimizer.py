@@ -142,3 +142,30 @@ def test_steps_are_those_of_the_report(name: str) -> None:
         second.step()
     for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(parameter, other)
+
+
+def test_muon_steps_are_the_papers() -> None:
+    """A bank of filters by hand: Nesterov momentum, orthogonalised, from filters of a fixed norm."""
+    torch.manual_seed(0)
+    filters = nn.Parameter(torch.randn(16, 8, 3, 3))
+    expected, momentum = filters.detach().clone(), torch.zeros(16, 8, 3, 3)
+    muon = optimizer.Muon([filters], lr=0.1, momentum=0.6)
+    for _ in range(3):
+        filters.grad = gradient = torch.randn_like(filters)
+        muon.step()
+        momentum = 0.6 * momentum + gradient
+        direction = (gradient + 0.6 * momentum).flatten(1)[None]
+        update = optimizer.orthogonalise(direction)[0].view_as(filters)
+        expected = expected * 4 / expected.norm() - 0.1 * update
+        torch.testing.assert_close(filters.detach(), expected)
+
+
+def test_fast_has_the_rates_and_decays_of_airbench() -> None:
+    config = recipe.load("fast").optimizer
+    assert isinstance(config, recipe.Muon)
+    sgd, muon = optimizer.build(config, model.build(recipe.load("fast").model))
+    assert (muon.defaults["lr"], muon.defaults["momentum"]) == (config.lr, config.momentum)
+    for group, lr in zip(sgd.param_groups, (config.bias_lr, config.head_lr), strict=True):
+        assert (group["lr"], group["momentum"], group["nesterov"]) == (lr, config.sgd_momentum, True)
+        # What a step takes of a weight at the recipe's rate, whatever that is.
+        assert group["lr"] * group["weight_decay"] == pytest.approx(config.weight_decay)

@@ -1,0 +1,96 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from tests.training.conftest import SGD, Limited
+from training import data, recipe, results, train
+from training.data import DataSet, Images
+from training.evaluate import evaluate
+from training.learner import Learner, seed_of
+from training.processes import Processes
+from training.watch import Stopped, Watch
+
+RANDOM = [
+    *("epochs=2", "batch_size=64", "model.widths=[8,8,8,8]", "schedule={kind='linear'}"),
+    *("averaging={decay=0.9}", "mixing={kind='cutmix', alpha=1.0, p=0.5, epochs=[0, 2]}"),
+]
+
+
+def test_dropout_mixing_and_average_go_on_as_they_would_have(tmp_path: Path) -> None:
+    chosen, dataset, console = recipe.load("D1", RANDOM), data.load_sample(), Console(quiet=True)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        train.create(folder, chosen, "D1", 0, dataset, complete=False)
+    state = train.resume(whole, dataset, console, Watch(), Processes())
+    with pytest.raises(Stopped):
+        train.resume(parts, dataset, console, Limited(3), Processes())
+    torch.manual_seed(5)  # as in a process of its own
+    resumed = train.resume(parts, dataset, console, Watch(), Processes())
+    assert state.average is not None
+    assert resumed.average is not None
+    for ours, theirs in ((resumed.model, state.model), (resumed.average, state.average)):
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    # 400 images are 7 steps; the rate falls with each, and that of an epoch is its last step's.
+    for line, other, last in zip(state.history, resumed.history, (6, 13), strict=True):
+        assert line | {"seconds": 0} == other | {"seconds": 0}
+        assert line["lr"] == pytest.approx(0.01 * (1 - last / 14))
+    # What the run gives, and what was evaluated, is the average.
+    network = state.network()
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in state.average.items())
+    val = evaluate(network, chosen, data.split(dataset.train, 0.2)[1])
+    assert state.history[-1]["val_loss"] == pytest.approx(val.loss)
+
+
+def test_plateau_watches_held_out_images_that_are_not_trained_on(tmp_path: Path) -> None:
+    sample = data.load_sample()
+    places = Images(sample.train.pixels, torch.arange(len(sample.train)))
+    _, held_out = data.split(places, 0.2)
+    labels = torch.zeros_like(places.labels)
+    labels[held_out.labels] = 1  # a class that is not among the others
+    dataset = DataSet(Images(places.pixels, labels), sample.test, "sample")
+    plateau = "schedule={kind='plateau', factor=0.5, patience=0}"
+    settings = ["epochs=4", "batch_size=50", "data.validation=0.2", SGD, plateau]
+    train.create(tmp_path, recipe.load("A1", settings), "A1", 0, dataset, complete=False)
+    state = train.resume(tmp_path, dataset, Console(quiet=True), Watch(), Processes())
+    assert [line["lr"] for line in state.history] == [0.05, 0.05, 0.025, 0.0125]
+    assert state.history[-1]["train_loss"] < 0.05
+    assert state.history[-1]["val_loss"] > 3
+
+
+def test_order_and_augmentation_are_of_the_seed_and_the_epoch() -> None:
+    images = data.load_sample().train
+    settings = ["batch_size=300", "drop_last=true", "augment.2.p=1.0"]
+    chosen = recipe.load("A1", settings)
+    learners = [Learner(chosen, seed, images, Processes()) for seed in (3, 4)]
+    orders, drawn = [], []
+    for learner, epoch in ((learners[0], 0), (learners[0], 1), (learners[1], 0)):
+        (order,), (batch,) = learner.order(epoch), learner.batches(epoch)  # the rest is dropped
+        orders.append(order)
+        # Where images are hidden, in the order of the batch: what was drawn for its places.
+        drawn.append((batch.inputs == 0).all(1))
+    for each in (orders, drawn):
+        assert not any(torch.equal(each[0], other) for other in each[1:])
+
+
+def test_all_that_is_random_is_as_it_was() -> None:
+    """A run goes on, and what it held out stays held out, where the program is a newer one."""
+    images = data.load_sample().train
+    places = Images(images.pixels, torch.arange(len(images)))
+    assert (seed_of(7), seed_of(7, 1, 3)) == (8460147692890830636, 7964965305340474863)
+    assert data.split(places, 0.02)[1].labels.tolist() == [3, 4, 183, 250, 302, 380, 387, 437, 487, 489]
+    learner = Learner(recipe.load("A1"), 3, images, Processes())
+    assert learner.order(1)[0][:5].tolist() == [191, 453, 61, 174, 445]
+
+
+def test_a_complete_run_has_its_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = tmp_path / "results.csv", tmp_path / "run"
+    monkeypatch.setattr(results.record, "__defaults__", (path,))
+    dataset = replace(data.load_sample(), source="cifar10")
+    train.create(out, recipe.load("A1", ["epochs=1"]), "A1", 0, dataset)
+    for _ in range(2):
+        state = train.resume(out, dataset, Console(quiet=True), Watch(), Processes())
+        (row,) = results.read(path)
+        assert row.model_dump() == state.result
