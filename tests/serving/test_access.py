@@ -139,7 +139,9 @@ def test_each_request_is_a_line_of_json(server: Server) -> None:
     assert answer.status_code == 200
     httpx.get(f"{server.url}/no%0athing%22", headers={"X-Request-Id": "yours"})
     httpx.head(f"{server.url}/healthz", headers={"X-Request-Id": "last"})
-    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line[:1] == "{"]
+    while '"last"' not in (log := server.log.read_text()):  # a line comes after its answer
+        pass
+    lines = [json.loads(line) for line in log.splitlines() if line[:1] == "{"]
     found = {line["request_id"]: line for line in lines}
     mine, yours = found["mine"], found["yours"]
     assert datetime.fromisoformat(mine.pop("time")).utcoffset() is not None
