@@ -163,9 +163,7 @@ class _Connection(HttpToolsProtocol):
 
     transport: _Transport  # type: ignore[assignment]
     _overdue: asyncio.TimerHandle | None = None  # set while the head of a request is awaited
-    _running: RequestResponseCycle | None = (
-        None  # of the requests that came, the one at work or the last
-    )
+    _running: RequestResponseCycle | None = None  # of the requests that came, the one that began last
     _head_bytes = 0  # since the last byte of a body, or the last request
     _data = _offer = b""  # what the parser reads, and what it is to read again
 

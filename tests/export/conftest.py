@@ -170,3 +170,8 @@ def files(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "fp16": out.with_name("model.fp16.onnx"),
         "int8": out.with_name("model.int8.onnx"),
     }
+
+
+def described(path: Path) -> dict[str, str]:
+    """A model file's metadata, as texts."""
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
@@ -15,12 +16,23 @@ from export.graph import GraphError
 from export.member import Member, load
 from export.provider import CPU
 from export.temperature import TemperatureError
-from tests.export.conftest import BUNDLED, Bundled, Train
+from tests.export.conftest import BUNDLED, Bundled, Train, described
 from training import checkpoint, data
+from training.data import Images
 
 
-def described(path: Path) -> dict[str, str]:
-    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+def test_figures_of_a_comparison() -> None:
+    expected: NDArray[np.float32] = np.zeros((1000, 10), np.float32)
+    expected[:, 3] = 8
+    actual = expected.copy()
+    actual[:3, 4] = 10  # three images change their class
+    labels = torch.full((1000,), 3)
+    labels[0] = 4  # and for one of them that is right
+    images = Images(torch.zeros(1000, 32, 32, 3, dtype=torch.uint8), labels)
+    found = comparison.TestImages(images, "sample").compare(expected, actual, "fp32", "CPU")
+    assert (found.images, found.top1_agreement) == (1000, 0.997)
+    assert found.max_scaled_difference == 10 / 8
+    assert (found.accuracy, found.accuracy_loss) == (0.998, 0.001)
 
 
 class Rounding:

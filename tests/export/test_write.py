@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from onnx import ModelProto, numpy_helper
@@ -16,7 +15,7 @@ from export.__main__ import main
 from export.ensemble import Ensemble
 from export.member import load
 from export.provider import CPU
-from tests.export.conftest import TEST, Bundled, Train
+from tests.export.conftest import TEST, Bundled, Train, described
 from training import checkpoint, data, recipe
 from training.evaluate import Classifier
 from training.model import CLASSES, parameter_count
@@ -27,10 +26,6 @@ def exported(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "model.onnx"
     assert main(["write", str(train("fast")), str(out)]) == 0
     return out
-
-
-def described(path: Path) -> dict[str, str]:
-    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
 def test_metadata_says_what_the_file_is(exported: Path, train: Train) -> None:
