@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import psutil
 
 from benchmarks.server import LOG, is_ready
 from benchmarks.server import running as started
+from tests.serving.models import write_slow_model
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 60.0
@@ -38,6 +39,13 @@ def serving(folder: Path, *arguments: str, cwd: Path = ROOT, **settings: str) ->
     """The address of a `bentoml serve` process that is ready; stopped at the end."""
     with running(folder, *arguments, cwd=cwd, **settings) as server:
         yield server.url
+
+
+def serving_slowly(folder: Path, **settings: str) -> AbstractContextManager[str]:
+    """As `serving`, with a model whose runs take so long that requests wait for each other."""
+    settings |= {"SERVING_MODEL": str(write_slow_model(folder))}
+    settings |= {"SERVING_PROVIDER": "cpu", "SERVING_THREADS": "1"}
+    return serving(folder, cwd=ROOT, **settings)
 
 
 @contextmanager

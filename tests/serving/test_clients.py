@@ -19,7 +19,7 @@ from tests.serving.figures import Samples, read, under_way, value
 from tests.serving.models import write_slow_model
 from tests.serving.raw import PATIENCE, connected, post
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import ROOT, serving
+from tests.serving.server import ROOT, serving, serving_slowly
 from tests.transcripts import assert_as_shown
 
 
@@ -178,11 +178,8 @@ def test_who_floods_with_connections_pushes_out_the_own_ones(
     half, whole = post("/classify", 100_000), post("/classify", 0)
     begins = [b"", b"GET /", half + b"x", whole + half]
     with (
-        serving(
+        serving_slowly(
             tmp_path,
-            SERVING_MODEL=str(write_slow_model(tmp_path)),
-            SERVING_PROVIDER="cpu",
-            SERVING_THREADS="1",
             SERVING_MAX_WAITING="5",
             SERVING_MAX_CONNECTIONS="6",
         ) as url,

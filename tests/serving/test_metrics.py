@@ -15,10 +15,9 @@ import pytest
 from serving.model import Model
 from serving.predictions import softmax
 from tests.serving.figures import read, value
-from tests.serving.models import write_slow_model
 from tests.serving.raw import connected, post
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import ROOT, running, serving
+from tests.serving.server import ROOT, running, serving_slowly
 from tests.transcripts import assert_as_shown
 
 DASHBOARD = json.loads((ROOT / "serving" / "grafana.json").read_text())
@@ -73,11 +72,8 @@ def test_full_service_says_so_and_counts_whom_it_refuses(
     picture = {"image": ("a.png", encoded(images[0]))}
     bulk = {"file": ("a.pkl", pickled({"data": images[:500]}))}
     with (
-        serving(
+        serving_slowly(
             tmp_path,
-            SERVING_MODEL=str(write_slow_model(tmp_path)),
-            SERVING_PROVIDER="cpu",
-            SERVING_THREADS="1",
             SERVING_MAX_WAITING="1",
         ) as url,
         httpx.Client(base_url=url, timeout=60) as client,
@@ -112,11 +108,8 @@ def test_requests_of_each_kind_count_as_waiting(tmp_path: Path, images: npt.NDAr
         "/submission": {"files": {"file": pickled({"data": images[:20]})}},
     }
     with (
-        serving(
+        serving_slowly(
             tmp_path,
-            SERVING_MODEL=str(write_slow_model(tmp_path)),
-            SERVING_PROVIDER="cpu",
-            SERVING_THREADS="1",
             SERVING_MAX_WAITING="1",
         ) as url,
         ThreadPoolExecutor(8) as pool,
