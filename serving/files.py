@@ -29,6 +29,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
     A kill at any moment leaves the old file or the new one; after an error the old one stays, and
     nothing beside it. Where `path` is a link, the file that it leads to is replaced.
+
+    Raises:
+        OSError: it cannot be written, and of which file that is so.
     """
     path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -38,5 +41,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         beside.unlink(missing_ok=True)

@@ -156,10 +156,11 @@ class Settings(BaseModel):
             lines = []
             for item in error.errors():
                 name = PREFIX + str(item["loc"][0]).upper()
+                what = item["msg"].removeprefix("Value error, ")
                 if item["type"] == "extra_forbidden":
                     lines.append(f"{name} is not a setting; the settings are {known}.")
                 elif name == f"{PREFIX}API_KEY" and item["input"]:  # which is not for the log
-                    lines.append(f"{name}: {item['msg']}.")
+                    lines.append(f"{name}: {what}.")
                 else:
-                    lines.append(f"{name}={item['input']!r}: {item['msg']}.")
+                    lines.append(f"{name}={item['input']!r}: {what}.")
             raise SettingsError("\n".join(lines)) from None

@@ -255,6 +255,10 @@ def read(path: Path) -> bytes:
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; a run's checkpoint is the file {path / FILE}")
+    if path.parent.is_file():
+        raise CheckpointError(
+            f"{path.parent} is a file; a run is named by its folder, {path.parent.parent}"
+        )
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
@@ -283,4 +287,5 @@ def decode(content: bytes, path: Path) -> Checkpoint:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: damaged or not a checkpoint: {place}: {first['msg']}") from error
+        what = first["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"{path}: damaged or not a checkpoint: {place}: {what}") from error

@@ -553,11 +553,19 @@ def _describe(details: ErrorDetails, data: Any) -> str:
             data = data[int(name)] if isinstance(data, list) else data[str(name)]
         keys.append(str(name))
     key = ".".join(keys)
+    context = details.get("ctx", {})
+    tag = f"{key}.{context.get('discriminator', '')}".replace("'", "")  # as "model.kind"
     match details["type"]:
         case "missing":
             return f"missing key {key}"
         case "extra_forbidden":
             return f"unknown key {key}"
+        case "union_tag_not_found":
+            return f"missing key {tag}"
+        case "union_tag_invalid":
+            return f"key {tag}: right would be one of {context['expected_tags']}, got {context['tag']!r}"
+        case "value_error":  # of a table, from a validator of ours
+            return f"key {key}: {context['error']}" if key else str(context["error"])
         case _ if key:
             return f"key {key}: {details['msg']}, got {details['input']!r}"
     return details["msg"]

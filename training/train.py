@@ -19,7 +19,7 @@ from training.files import held, replacing
 from training.initial import check_sizes, initial_network
 from training.learner import TrainingError, count_steps
 from training.processes import Processes
-from training.recipe import Recipe
+from training.recipe import Recipe, load
 from training.results import Result
 from training.run import TEACHER, Run
 from training.watch import Watch
@@ -123,8 +123,9 @@ def resume(
     Raises:
         CheckpointError: no checkpoint that can be used, or one that cannot be written.
         TrainingError: the loss is not finite, memory does not suffice, another process trains the run,
-            or it was created for another data set.
-        RecipeError: the checkpoint's recipe is none of this program, or does not fit into memory.
+            it was created for another data set, or the folder's recipe was changed since.
+        RecipeError: the checkpoint's recipe or the folder's is none of this program, or does not fit
+            into memory.
         ResultsError: ``results.csv`` cannot be read.
         Stopped: ``watch`` has a reason to; a checkpoint was written before.
     """
@@ -134,6 +135,7 @@ def resume(
             console.print(warning, style="yellow", markup=False)
         if state.run["data"] != dataset.source:
             raise TrainingError(f"{folder} trains on {state.run['data']}, not on {dataset.source}")
+        _check_unchanged(folder / RECIPE, state)
         complete = state.run["complete"]
         if not state.finished or (complete and state.result is None):
             if state.run.get("deterministic"):
@@ -154,6 +156,15 @@ def _alone_in(folder: Path) -> Iterator[None]:
         if not alone:
             raise TrainingError(f"another process trains in {folder}")
         yield
+
+
+def _check_unchanged(path: Path, state: Checkpoint) -> None:
+    """An edited recipe would change nothing of the run, and the folder would say that it did."""
+    if path.exists() and load(path).digest() != state.parsed_recipe().digest():
+        raise TrainingError(
+            f"{path} was changed, and a run goes on as it began: take the change back (or the file "
+            f"away), or begin another run: python -m training run {path}"
+        )
 
 
 def _read_teacher(recipe: Recipe, teacher: Path, student: RunFacts) -> bytes:

@@ -130,7 +130,7 @@ def test_a_pipe_is_told(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_told(test_pickle: Path, tmp_path: Path) -> None:
-    """Files of more than some bytes are forbidden, as by a full disk; the error has no file's name."""
+    """Files of more than some bytes are forbidden, as by a full disk, whose error has no file's name."""
     csv = tmp_path / "a.csv"
     program = f"ulimit -f 4; exec {sys.executable} -m serving submit {test_pickle} {csv}"
     result = subprocess.run(
@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_written_is_told(test_pickle: Path, tmp_path: Path
         check=False,
     )
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "python -m serving: error: [Errno 27] File too large"
+    assert result.stderr.splitlines()[-1] == f"python -m serving: error: {csv}: File too large"
     assert [path.name for path in tmp_path.iterdir() if "a.csv" in path.name] == []
 
 

@@ -99,6 +99,8 @@ def test_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         checkpoint.load(tmp_path / "absent.pt")
+    with pytest.raises(CheckpointError, match="is a file; a run is named by its folder, "):
+        checkpoint.load(path / "checkpoint.pt")
 
 
 @pytest.mark.parametrize(

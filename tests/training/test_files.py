@@ -1,4 +1,5 @@
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -20,6 +21,19 @@ def test_an_error_leaves_the_old_file_and_nothing_beside(tmp_path: Path) -> None
         fail()
     assert path.read_bytes() == b"old"
     assert [other.name for other in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_says_which_file_it_has_no_room_for(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as told, replacing(path) as file:
+            file.write(b"new" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert told.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:

@@ -368,6 +368,22 @@ def test_one_process_trains_in_a_folder(
     assert main(["resume", str(copy)]) == 0
 
 
+def test_a_changed_recipe_does_not_go_on_unnoticed(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(uninterrupted, folder)
+    path = folder / "recipe.toml"
+    text = path.read_text()
+    path.write_text(text.replace("lr = ", "lr = 0.5  # "))
+    assert main(["resume", str(folder)]) == 1
+    assert f"{path} was changed, and a run goes on as it began" in capsys.readouterr().err
+    path.write_text(text.replace("title = ", "title = 'Mine'  # "))
+    assert main(["resume", str(folder)]) == 0
+    path.unlink()
+    assert main(["resume", str(folder)]) == 0
+
+
 def test_list_has_a_line_for_each_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
