@@ -4,12 +4,28 @@ BentoML would describe files as `type: file`, which OpenAPI 3 does not know, kno
 no status codes and no examples.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from serving.errors import (
+    FieldError,
+    ImageError,
+    InternalError,
+    MediaTypeError,
+    NotFoundError,
+    NotReadyError,
+    OverloadedError,
+    PickleError,
+    RequestError,
+    RequestTimeoutError,
+    SlowBodyError,
+    TooLargeError,
+    UnauthorizedError,
+)
 from serving.requests import DEFAULT_TOP_K, MAX_TOP_K
-from serving.responses import Classification, ErrorBody
+from serving.responses import Classification, ErrorBody, error_body
 
 Json = dict[str, Any]
 
@@ -30,23 +46,23 @@ CLASSIFICATION_EXAMPLE: Json = {
     ],
     "model": {"name": "fast", "version": "0123456789ab"},
 }
-ERROR_EXAMPLE: Json = {
-    "error": {
-        "code": "bad_image",
-        "message": "The bytes are not a PNG, JPEG, WebP, GIF or BMP image; send one of these formats.",
-    }
+ERRORS: dict[type[RequestError], str] = {
+    RequestError: "The form, or the JSON, cannot be read.",
+    ImageError: "The bytes are not a PNG, JPEG, WebP, GIF or BMP image, or the form cannot be read.",
+    PickleError: "The pickle or the form cannot be read.",
+    UnauthorizedError: "The service asks for a key, and the request lacks it.",
+    NotFoundError: "Another model or version.",
+    SlowBodyError: "The body took too long to arrive.",
+    TooLargeError: "More bytes, pixels, images or rows than the service allows.",
+    MediaTypeError: "A Content-Type that the endpoint does not read, or a Content-Encoding.",
+    FieldError: "A field that is missing, unknown or has an unusable value.",
+    InternalError: "A fault of the service; its log says why.",
+    NotReadyError: "Requests would be refused now.",
+    OverloadedError: "Too many requests wait, or the service stops; come again after Retry-After.",
+    RequestTimeoutError: "The answer took too long.",
 }
-ERRORS = {
-    400: "The image or the pickle cannot be read.",
-    401: "The service asks for a key, and the request lacks it.",
-    408: "The body took too long to arrive.",
-    413: "More bytes, pixels, images or rows than the service allows.",
-    415: "A Content-Type that the endpoint does not read, or a Content-Encoding.",
-    422: "A field that is missing, unknown or has an unusable value.",
-    500: "A fault of the service; its log says why.",
-    503: "Too many requests wait, or the service stops; try again after the seconds in Retry-After.",
-    504: "The answer took too long.",
-}
+OF_ANY = (UnauthorizedError, InternalError, OverloadedError, RequestTimeoutError)
+OF_A_BODY = (SlowBodyError, TooLargeError, MediaTypeError, FieldError)
 
 
 def openapi_document(base: Json, version: str) -> Json:
@@ -61,15 +77,18 @@ def openapi_document(base: Json, version: str) -> Json:
         ref_template="#/components/schemas/{model}",
     )[1]["$defs"]
     health = {path: item for path, item in base["paths"].items() if "get" in item}
+    not_ready = base["paths"]["/readyz"]["get"]
+    not_ready = {**not_ready, "responses": {**not_ready["responses"], **_errors(NotReadyError)}}
+    title = "CIFAR-10 classifier"
     info = {
-        "title": "CIFAR-10 classifier",
+        "title": title,  # which BentoML's page hides
         "version": version,
-        "description": "Classifies images into the classes of CIFAR-10.",
+        "description": f"# {title}\n\nClassifies images into the classes of CIFAR-10.",
     }
     return {
         **base,
         "info": info,
-        "paths": {**_paths(), **health},
+        "paths": {**_paths(), **health, "/readyz": {"get": not_ready}},
         "components": {"schemas": definitions},
     }
 
@@ -90,6 +109,7 @@ def _paths() -> Json:
                 },
                 {"application/json": _content(classification, CLASSIFICATION_EXAMPLE)},
                 [TOP_K_PARAMETER],
+                ImageError,
             )
         },
         "/classify_batch": {
@@ -105,10 +125,11 @@ def _paths() -> Json:
                 {
                     "application/json": _content(
                         {"type": "array", "items": {"oneOf": [classification, error]}},
-                        [CLASSIFICATION_EXAMPLE, ERROR_EXAMPLE],
+                        [CLASSIFICATION_EXAMPLE, error_body(ImageError.code, ERRORS[ImageError])],
                     )
                 },
                 [TOP_K_PARAMETER],
+                RequestError,
             )
         },
         "/submission": {
@@ -120,6 +141,7 @@ def _paths() -> Json:
                 {"multipart/form-data": _form({"file": FILE}, "file")},
                 {"text/csv": _content({"type": "string"}, "ID,Labels\n0,3\n1,8\n")},
                 [],
+                PickleError,
             )
         },
         "/model": {
@@ -137,7 +159,7 @@ def _paths() -> Json:
                             )
                         },
                     },
-                    **_errors(),
+                    **_errors(*OF_ANY),
                 },
             }
         },
@@ -151,44 +173,56 @@ def _inference_protocol() -> Json:
     json: Json = {"application/json": {"schema": {"type": "object"}}}
     answers: Json = {"200": {"description": "As the protocol has it.", "content": json}}
     failure: Json = {"type": "object", "properties": {"error": {"type": "string"}}}
-    refusals: Json = {
-        str(status): {"description": text, "content": {"application/json": {"schema": failure}}}
-        for status, text in {**ERRORS, 404: "Another model or version."}.items()
-    }
 
-    def operation(operation_id: str, summary: str, parameters: list[Json]) -> Json:
+    def operation(
+        operation_id: str, summary: str, parameters: list[Json], *errors: type[RequestError]
+    ) -> Json:
+        refusals = _refusals(errors, failure, lambda error: {"error": ERRORS[error]})
         return {
             "tags": ["Open Inference Protocol"],
             "operationId": operation_id,
             "summary": summary,
             "parameters": parameters,
-            "responses": answers if operation_id == "v2_live" else {**answers, **refusals},
+            "responses": {**answers, **refusals},
         }
 
     paths: Json = {
-        "/v2": {"get": operation("v2_server", "What the server can do", [])},
+        "/v2": {"get": operation("v2_server", "What the server can do", [], *OF_ANY)},
         "/v2/health/live": {"get": operation("v2_live", "Whether the process lives", [])},
-        "/v2/health/ready": {"get": operation("v2_ready", "Whether requests are taken", [])},
+        "/v2/health/ready": {
+            "get": operation("v2_ready", "Whether requests are taken", [], NotReadyError)
+        },
     }
+    of_a_model = (*OF_ANY, NotFoundError)
     version = {**name, "name": "version"}
     for path, kind, named in (
         ("/v2/models/{name}", "model", [name]),
         ("/v2/models/{name}/versions/{version}", "version", [name, version]),
     ):
         infer = operation(
-            f"v2_{kind}_infer", "images, UINT8 [N, 32, 32, 3], to logits and probabilities", named
+            f"v2_{kind}_infer",
+            "images, UINT8 [N, 32, 32, 3], to logits and probabilities",
+            named,
+            *(RequestError, *of_a_model, *OF_A_BODY),
         )
+        ready = operation(f"v2_{kind}_ready", "As /v2/health/ready", named, *of_a_model)
         infer["requestBody"] = {"required": True, "content": {**json, "application/octet-stream": {}}}
         paths |= {
-            path: {"get": operation(f"v2_{kind}", "The model's tensors", named)},
-            f"{path}/ready": {"get": operation(f"v2_{kind}_ready", "As /v2/health/ready", named)},
+            path: {"get": operation(f"v2_{kind}", "The model's tensors", named, *of_a_model)},
+            f"{path}/ready": {"get": ready},
             f"{path}/infer": {"post": infer},
         }
     return paths
 
 
 def _operation(
-    name: str, summary: str, description: str, request: Json, answer: Json, parameters: list[Json]
+    name: str,
+    summary: str,
+    description: str,
+    request: Json,
+    answer: Json,
+    parameters: list[Json],
+    unreadable: type[RequestError],
 ) -> Json:
     return {
         "tags": ["Service APIs"],
@@ -199,14 +233,26 @@ def _operation(
         "requestBody": {"required": True, "content": request},
         "responses": {
             "200": {"description": "The answer.", "content": answer},
-            **_errors(),
+            **_errors(unreadable, *OF_ANY, *OF_A_BODY),
         },
     }
 
 
-def _errors() -> Json:
-    error = {"application/json": _content({"$ref": "#/components/schemas/ErrorBody"}, ERROR_EXAMPLE)}
-    return {str(status): {"description": text, "content": error} for status, text in ERRORS.items()}
+def _errors(*errors: type[RequestError]) -> Json:
+    schema = {"$ref": "#/components/schemas/ErrorBody"}
+    return _refusals(errors, schema, lambda error: error_body(error.code, ERRORS[error]))
+
+
+def _refusals(
+    errors: Iterable[type[RequestError]], schema: Json, body: Callable[[type[RequestError]], Json]
+) -> Json:
+    return {
+        str(error.status): {
+            "description": ERRORS[error],
+            "content": {"application/json": _content(schema, body(error))},
+        }
+        for error in sorted(errors, key=lambda error: error.status)
+    }
 
 
 def _form(properties: Json, required: str) -> Json:

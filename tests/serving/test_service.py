@@ -424,6 +424,10 @@ def test_the_document_describes_the_endpoints(client: httpx.Client) -> None:
     for operation in operations.values():
         (content,) = operation["responses"]["200"]["content"].values()
         assert content["example"]
+    answers = {path: operation["responses"] for path, operation in operations.items()}
+    unreadable = answers["/submission"]["400"]["content"]["application/json"]["example"]
+    assert unreadable["error"]["code"] == "bad_pickle"
+    assert list(answers["/model"]) == ["200", "401", "500", "503", "504"]
     form = operations["/classify"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert form["properties"]["image"] == {"type": "string", "format": "binary"}
     assert form["required"] == ["image"]
@@ -432,4 +436,4 @@ def test_the_document_describes_the_endpoints(client: httpx.Client) -> None:
     }
     known = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
     assert references <= known
-    assert "/readyz" in document["paths"]
+    assert list(document["paths"]["/readyz"]["get"]["responses"]) == ["200", "503"]
