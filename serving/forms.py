@@ -4,16 +4,20 @@ They are read by the package `multipart`, which looks for the boundary by `bytes
 on which Starlette's own forms rest, calls back for each piece of a header.
 """
 
+import logging
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from tempfile import SpooledTemporaryFile
 
 from multipart import MultipartError, MultipartSegment, PushMultipartParser
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from serving.errors import FieldError, RequestError, TooLargeError
+from serving.access_log import request_id
+from serving.errors import FieldError, OverloadedError, RequestError, TooLargeError
+
+logger = logging.getLogger("serving")
 
 MAX_TEXTS = 16  # more are not a form of ours
 MAX_TEXT_BYTES = 1024
@@ -61,6 +65,11 @@ class Part:
         else:
             self.file.write(content)
 
+    def close(self) -> None:
+        """Let go of the bytes; a full disk may report once more what it had no room for."""
+        with suppress(OSError):
+            self.file.close()
+
 
 @asynccontextmanager
 async def received(request: Request, max_files: int) -> AsyncIterator[list[Part]]:
@@ -70,6 +79,7 @@ async def received(request: Request, max_files: int) -> AsyncIterator[list[Part]
         RequestError: the body is no multipart form.
         FieldError: it has several files where one is right, or a text that is too long.
         TooLargeError: it has more than `max_files` files.
+        OverloadedError: there is no room for its files.
     """
     parts: list[Part] = []
     try:
@@ -77,10 +87,13 @@ async def received(request: Request, max_files: int) -> AsyncIterator[list[Part]
             await _receive(request, max_files, parts)
         except MultipartError as error:
             raise RequestError(f"The multipart form cannot be read: {error.args[0]}.") from None
+        except OSError as error:  # a full disk, or too many open files
+            logger.error("a file cannot be kept (%s): %s", request_id.get(), error)
+            raise OverloadedError("There is no room for the file just now; try again later.") from None
         yield parts
     finally:
         for part in parts:
-            part.file.close()
+            part.close()
 
 
 async def _receive(request: Request, max_files: int, parts: list[Part]) -> None:

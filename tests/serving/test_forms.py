@@ -1,6 +1,7 @@
 """Forms as clients may send them, in pieces of any size."""
 
 import asyncio
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
-from serving.errors import FieldError, RequestError, TooLargeError
+from serving.errors import FieldError, OverloadedError, RequestError, TooLargeError
 from serving.forms import MAX_TEXT_BYTES, MAX_TEXTS, SPOOLED_BYTES, Part, received
 
 
@@ -59,6 +60,20 @@ def test_a_large_file_lies_on_disk() -> None:
     content = bytes(range(256)) * (SPOOLED_BYTES // 256)
     body = field("a", content) + field("b", content + b"!") + b"--x--"
     assert read(body) == [("a", True, content, False), ("b", True, content + b"!", True)]
+
+
+def test_no_room_for_a_file_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Files of more than some bytes are forbidden, as by a full disk."""
+    body = field("a", bytes(3 * SPOOLED_BYTES)) + b"--x--"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * SPOOLED_BYTES, limits[1]))
+    try:
+        with pytest.raises(OverloadedError, match="no room for the file"):
+            read(body)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in caplog.text
+    assert read(body)[0][3]
 
 
 @pytest.mark.parametrize(
