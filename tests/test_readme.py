@@ -20,6 +20,7 @@ from training.tables import markdown_table, percent, table_rows
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIGURES = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+PROSE = README.replace("\n", " ")  # wherever its lines are broken
 CARD = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
 
 
@@ -57,10 +58,9 @@ def test_linked_page_is_of_the_run_of_the_bundled_model(
 
 def test_unfinished_run_is_as_its_page_has_it() -> None:
     told = re.search(
-        r"^\*\*(\w+)\*\* has done (\d+) of its (\d+) epochs .+: (\S+ %) of the held-out images are "
-        r"right\.\n\[Its page\]\((.+?)\)",
-        README,
-        re.MULTILINE,
+        r"\*\*(\w+)\*\* has done (\d+) of its (\d+) epochs [^:]+: (\S+ %) of the held-out images are "
+        r"right\. \[Its page\]\((.+?)\)",
+        PROSE,
     )
     assert told
     name, done, epochs, accuracy, link = told.groups()
@@ -81,16 +81,17 @@ def test_runs_on_a_gpu_are_as_told() -> None:
             [percent(row.accuracy).removesuffix(" %") for row in fast],
         )
     )
-    text = README.replace("\n", " ")
-    assert f"`fast` took {seconds} s for {accuracies} % (seeds 0 to 2, beside other runs)" in text
-    assert f"and {eager.seconds} s for {percent(eager.accuracy)} (seed 0) without" in text
+    assert f"`fast` took {seconds} s for {accuracies} % (seeds 0 to 2, beside other runs)" in PROSE
+    assert f"and {eager.seconds} s for {percent(eager.accuracy)} (seed 0) without" in PROSE
     longer = [row for row in rows if row.recipe == "accurate"]
     summary = results.summary(longer, longer[0].recipe_digest)
     slowest = max(row.seconds for row in longer)
-    assert f"of 100 epochs, took {slowest:g} s at most, all three at once, and reached {summary}" in text
+    assert (
+        f"of 100 epochs, took {slowest:g} s at most, all three at once, and reached {summary}" in PROSE
+    )
     lines = (FOLDER / "results" / "A3-h200.jsonl").read_text().splitlines()
-    assert f"got through {len(lines)} of its" in text
-    assert f"epochs, in {json.loads(lines[-1])['seconds']:g} s" in text
+    assert f"got through {len(lines)} of its" in PROSE
+    assert f"epochs, in {json.loads(lines[-1])['seconds']:g} s" in PROSE
 
 
 def test_layouts_of_a_gpu_are_as_told() -> None:
@@ -105,13 +106,13 @@ def test_layouts_of_a_gpu_are_as_told() -> None:
 
 
 def test_suggested_rate_is_that_of_the_plot() -> None:
-    suggested = re.search(r"Here it suggests (\S+), a\nthird of that \(\[plot\]\((.+?)\)", README)
+    suggested = re.search(r"Here it suggests (\S+), a third of that \(\[plot\]\((.+?)\)", PROSE)
     assert suggested
     others = re.findall(
         r"suggested learning rate (\S+)", (FOLDER / "results" / "A3-lr-h200.txt").read_text()
     )
     shown = ", ".join(f"{float(rate):.4g}" for rate in others[:2]) + f" and {float(others[2]):.4g}"
-    assert f"Seeds 1 to 3 suggest {shown} on a GPU" in README.replace("\n", " ")
+    assert f"Seeds 1 to 3 suggest {shown} on a GPU" in PROSE
     plot = (ROOT / suggested[2]).read_text(encoding="utf-8")
     assert f"<!-- suggestion {suggested[1]} -->" in plot
     assert "<!-- recipe 0.1122 -->" in plot
