@@ -8,8 +8,10 @@ and only then lets uvicorn stop.
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -23,6 +25,7 @@ logger = logging.getLogger("serving")
 ARRIVING_SECONDS = 0.3  # in which requests that were sent before the signal still come in
 REFUSING_SECONDS = 0.3  # at least, in which clients on kept connections are told, not cut off
 CLOSING_SECONDS = 2  # for clients that do not read their answers, after all has been answered
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's <sys/prctl.h>
 
 
 class Drain:
@@ -48,7 +51,10 @@ class Drain:
         self._waiting: asyncio.Task[None] | None = None
 
     def listen(self, server: uvicorn.Server) -> None:
-        """Take the signals over from the server; called in its event loop, in the main thread."""
+        """Take the signals over from the server; called in its event loop, in the main thread.
+
+        The end of the supervisor, however it came, is as SIGTERM then (on Linux).
+        """
         server.config.timeout_graceful_shutdown = CLOSING_SECONDS
         loop = asyncio.get_running_loop()
 
@@ -61,6 +67,9 @@ class Drain:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
+        # It would outlive a supervisor that is killed, and hold its port.
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:

@@ -99,6 +99,16 @@ def test_a_stop_does_not_wait_for_ever(tmp_path: Path) -> None:
         assert server.process.wait(START_SECONDS) == 0
 
 
+def test_workers_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
+    with running(tmp_path, SERVING_PROVIDER="cpu", exit_code=-signal.SIGKILL) as server:
+        (worker,) = map(psutil.Process, server.workers())
+        server.process.kill()
+        _, alive = psutil.wait_procs([worker], START_SECONDS)
+        for left in alive:
+            left.kill()
+        assert alive == []
+
+
 def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
     tmp_path: Path, images: npt.NDArray[np.uint8]
 ) -> None:
