@@ -212,8 +212,9 @@ class WhitenedResNet(nn.Module):
     def whiten(self, images: Tensor, epsilon: float = 5e-4) -> None:
         """Set the stem from normalised training images, float [N, 3, H, W].
 
-        Its filters are the eigenvectors of the patches' covariance, each scaled to unit variance,
-        and their negatives; ``epsilon`` (in squared normalised pixels) bounds the scale.
+        Its filters are the eigenvectors of the patches' second moments (about 0, which is nearly their
+        mean), each scaled to 1, and their negatives; ``epsilon`` (in squared normalised pixels) bounds
+        the scale.
         """
         size = self.stem.kernel_size[0]
         patches = F.unfold(images.contiguous(), size).transpose(1, 2).flatten(0, 1)

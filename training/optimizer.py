@@ -144,7 +144,8 @@ def _muon_and_sgd(
 ) -> list[torch.optim.Optimizer]:
     assert isinstance(model, WhitenedResNet)  # as the recipe's validation has it
     # A rate here is for the mean loss over a batch; weight decay is a fraction lost a step at that
-    # rate whatever the rate is, as airbench has it.
+    # rate whatever the rate is, as airbench has it (and momentum multiplies the decay as it does the
+    # gradient).
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim == 1], "lr": config.bias_lr},
         {"params": [model.head.weight], "lr": config.head_lr},
