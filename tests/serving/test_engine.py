@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from onnxruntime import InferenceSession
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from serving import engine as engines
 from serving.engine import Engine
@@ -156,6 +157,8 @@ def test_runs_at_the_same_time_share_the_threads(
     images: Images, provider: ProviderName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(BUNDLED_MODEL, provider, 2, runs=2)
+    with pytest.raises(InvalidArgument, match="invalid dimensions"):
+        engine.run(images[:8, :16])  # a run that fails is over, too
     alone = engine.run(images[:8])
     both_began, sessions = threading.Barrier(engine.runs, timeout=60), []
     run = engines._logits

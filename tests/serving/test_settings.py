@@ -66,6 +66,7 @@ def test_links_to_services_of_kubernetes_are_no_settings(service: str) -> None:
         ("SERVING_THREADS", "5000"),
         ("SERVING_MAX_BATCH_SIZE", "100000000"),
         ("SERVING_REQUEST_TIMEOUT", "-1"),
+        ("SERVING_STOP_TIMEOUT", "-1"),
         ("SERVING_MAX_CONNECTIONS", "512"),  # no more than requests may wait
         ("SERVING_MAX_UPLOAD_BYTES", "1000"),  # fewer than a single body may have
         ("SERVING_API_KEY", ""),
