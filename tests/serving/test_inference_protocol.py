@@ -49,7 +49,7 @@ def test_client_reads_health_and_metadata(triton: Any, client: httpx.Client, mod
     assert ready == {"name": model.name, "ready": True}
     server = triton.get_server_metadata()
     assert (server["name"], server["version"]) == ("cifar10", model.version)
-    assert "binary_tensor_data" in server["extensions"]
+    assert server["extensions"] == ["binary_tensor_data", "classification"]
     assert triton.get_model_metadata(model.name, model.version) == {
         "name": model.name,
         "versions": [model.version],
@@ -89,12 +89,15 @@ def test_outputs_that_are_not_named_come_all_and_as_bytes(
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_client_classifies(triton: Any, model: Model, images: Pixels, binary: bool) -> None:
-    wanted = [InferRequestedOutput("probabilities", binary_data=binary, class_count=3)]
+@pytest.mark.parametrize(("asked", "given"), [(3, 3), (20, 10)])
+def test_client_classifies(
+    triton: Any, model: Model, images: Pixels, binary: bool, asked: int, given: int
+) -> None:
+    wanted = [InferRequestedOutput("probabilities", binary_data=binary, class_count=asked)]
     result = triton.infer(model.name, [sent(images[:4])], outputs=wanted).as_numpy("probabilities")
-    assert result.shape == (4, 3)
+    assert result.shape == (4, given)
     for row, probabilities in zip(result, softmax(model.logits(images[:4])), strict=True):
-        best = np.argsort(-probabilities)[:3]
+        best = np.argsort(-probabilities)[:given]
         for text, index in zip(row, best, strict=True):
             value, shown, label = (text.decode() if binary else text).split(":")
             assert float(value) == pytest.approx(probabilities[index], abs=1e-4)
@@ -132,10 +135,21 @@ def test_null_is_as_nothing(client: httpx.Client, model: Model, images: Pixels) 
     nothing = {"id": None, "parameters": None, "outputs": None}
     body = request(images[:1], parameters=None) | nothing
     path, wanted = infer(client, model), {"outputs": [{"name": "logits", "parameters": None}]}
-    both = client.post(path, json=body).json()["outputs"]
-    assert [part["name"] for part in both] == ["logits", "probabilities"]
+    answer = client.post(path, json=body).json()
+    assert [output["name"] for output in answer["outputs"]] == ["logits", "probabilities"]
+    assert "id" not in answer
     (logits,) = client.post(path, json=body | wanted).json()["outputs"]
     assert logits["shape"] == [1, 10]
+
+
+def test_what_an_output_says_goes_before_what_the_request_says_of_all(
+    client: httpx.Client, model: Model, images: Pixels
+) -> None:
+    outputs = [{"name": "logits", "parameters": {"binary_data": False}}, {"name": "probabilities"}]
+    body = request(images[:1]) | {"parameters": {"binary_data_output": True}, "outputs": outputs}
+    response = client.post(infer(client, model), json=body)
+    answer = json.loads(response.content[: int(response.headers["Inference-Header-Content-Length"])])
+    assert ["data" in output for output in answer["outputs"]] == [True, False]
 
 
 WRONG: list[tuple[dict[str, Any], int, str]] = [
@@ -215,15 +229,27 @@ def test_bodies_that_are_no_request(
     assert message in response.json()["error"]
 
 
-def test_bytes_after_json_need_a_size(client: httpx.Client, model: Model, images: Pixels) -> None:
-    head = json.dumps(request(images[:1])).encode()
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "There are bytes after the JSON"),
+        (
+            {"data": None, "parameters": {"binary_data_size": 3071}},
+            "images has binary_data_size 3071 and 3072 bytes after the JSON",
+        ),
+    ],
+)
+def test_bytes_after_json_need_their_size(
+    client: httpx.Client, model: Model, images: Pixels, change: dict[str, Any], message: str
+) -> None:
+    head = json.dumps(request(images[:1], **change)).encode()
     response = client.post(
         infer(client, model),
-        content=head + b"1",
+        content=head + images[0].tobytes(),
         headers={"Inference-Header-Content-Length": str(len(head))},
     )
     assert response.status_code == 422
-    assert response.json()["error"].startswith("There are bytes after the JSON")
+    assert response.json()["error"].startswith(message)
 
 
 def test_a_compressed_request_is_told_to_come_as_it_is(
@@ -253,6 +279,7 @@ def test_other_names_and_paths_are_not_found(client: httpx.Client, model: Model)
     assert response.json() == {
         "error": "There is nothing at /v2/repository/index; see / for what there is."
     }
+    assert client.get("/v20").json()["error"]["code"] == "not_found", "not the protocol's shape"
     response = client.get(f"/v2/models/{model.name}/infer")
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
