@@ -15,6 +15,7 @@ import pytest
 from serving.model import Model
 from serving.predictions import softmax
 from tests.serving.figures import read, value
+from tests.serving.models import CLASSES
 from tests.serving.raw import connected, post
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import ROOT, running, serving_slowly
@@ -31,6 +32,7 @@ def test_requests_images_and_runs_are_counted(
         client.post("/classify", files={"image": ("a.png", encoded(image))})
     client.post("/classify", files={"image": ("a.png", b"none")})
     client.post("/submission", files={"file": ("a.pkl", pickled({"data": images[:200]}))})
+    client.post(f"/v2/models/{model.name}/infer")
     after = read(client)
 
     def more(name: str, /, **labels: str) -> float:
@@ -39,6 +41,7 @@ def test_requests_images_and_runs_are_counted(
     assert more("cifar10_requests_total", route="/classify", status="200") == 5
     assert more("cifar10_requests_total", route="/classify", status="400") == 1
     assert more("cifar10_requests_total", route="/submission", status="200") == 1
+    assert more("cifar10_requests_total", route="/v2/infer", status="400") == 1
     assert more("cifar10_request_seconds_count", route="/classify") == 6
     assert more("cifar10_request_seconds_sum", route="/classify") > 0
     assert more("cifar10_batch_images_sum") == 205
@@ -143,7 +146,7 @@ def test_dashboard_shows_only_what_there_is(client: httpx.Client) -> None:
     assert {label for text in legends for label in re.findall(r"{{(\w+)}}", text)} <= labels
 
 
-def test_a_second_server_leaves_the_figures_of_the_first_alone(
+def test_figures_begin_at_0_and_a_second_server_leaves_those_of_the_first_alone(
     tmp_path: Path, model_file: Callable[..., Path]
 ) -> None:
     """Of the same user, so with one BENTOML_HOME."""
@@ -155,6 +158,13 @@ def test_a_second_server_leaves_the_figures_of_the_first_alone(
             return value(read(client), "cifar10_requests_total", route="/model", status="200")
 
     with running(tmp_path, SERVING_MODEL=model, SERVING_PROVIDER="cpu") as first:
+        with httpx.Client(base_url=first.url) as client:
+            begun = read(client)
+        for label in CLASSES:
+            assert begun["cifar10_predictions_total", frozenset({("label", label)})] == 0
+        for status in ("200", "500", "503", "504"):
+            labels = frozenset({("route", "/classify"), ("status", status)})
+            assert begun["cifar10_requests_total", labels] == 0
         assert answered(first.url) == 1
         with running(tmp_path, SERVING_MODEL=model, SERVING_PROVIDER="cpu") as second:
             assert answered(second.url) == 1
