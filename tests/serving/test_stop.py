@@ -109,6 +109,25 @@ def test_workers_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
         assert alive == []
 
 
+def test_ctrl_c_again_ends_what_waits(tmp_path: Path) -> None:
+    with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="600") as server:
+
+        def interrupt() -> None:
+            """As a terminal does it, which sends the signal to all of a program's processes at once."""
+            for process in (*server.workers(), server.process.pid):
+                os.kill(process, signal.SIGINT)
+
+        with connected(server.url) as slow, httpx.Client(base_url=server.url) as client:
+            slow.sendall(post("/classify", 100) + b"beginning")
+            while under_way(client) < 1:
+                pass
+            interrupt()
+            while client.get("/readyz").status_code == 200:
+                pass
+            interrupt()
+            assert server.process.wait(START_SECONDS) == 0
+
+
 def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
     tmp_path: Path, images: npt.NDArray[np.uint8]
 ) -> None:
@@ -116,9 +135,16 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
     with (
         running(tmp_path, SERVING_PROVIDER="cpu", SERVING_WORKERS="2", SERVING_THREADS="1") as server,
         ThreadPoolExecutor(4) as pool,
+        connected(server.url) as slow,
+        httpx.Client(base_url=server.url) as client,
     ):
+        slow.sendall(post("/classify", 100) + b"beginning")
+        while under_way(client) < 1:
+            pass
+        killed = _worker(server, slow.getsockname()[1])
         clients = _clients_of_each_worker(server, 2)
-        (killed, lost), (kept, spared) = clients.items()
+        lost = clients.pop(killed)
+        ((kept, spared),) = clients.items()
         stop = threading.Event()
 
         def ask_on(client: httpx.Client) -> list[int]:
@@ -141,9 +167,10 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
             assert set(statuses) == {200}
         for load in doomed:  # each broken connection is an error of the client's; it may come again
             assert load.exception() is None or isinstance(load.exception(), httpx.TransportError)
+        assert under_way(spared[0]) == 0, "without the request that has died with its worker"
         metrics = httpx.get(f"{server.url}/metrics").text
-        for client in [*lost, *spared, *(client for some in found.values() for client in some)]:
-            client.close()
+        for own in [*lost, *spared, *(own for some in found.values() for own in some)]:
+            own.close()
     assert "cifar10_model_info{" in metrics
 
 
@@ -156,14 +183,20 @@ def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.
         client = httpx.Client(base_url=server.url, timeout=60)
         response = client.get("/healthz")
         port = response.extensions["network_stream"].get_extra_info("client_addr")[1]
-        (owner,) = {
-            worker
-            for worker in server.workers()
-            for connection in psutil.Process(worker).net_connections("tcp")
-            if connection.raddr and connection.raddr.port == port
-        }
+        owner = _worker(server, port)
         if len(clients.setdefault(owner, [])) < count:
             clients[owner].append(client)
         else:
             client.close()
     return clients
+
+
+def _worker(server: Server, port: int) -> int:
+    """The process id of the worker that has the connection from a client's port."""
+    (owner,) = {
+        worker
+        for worker in server.workers()
+        for connection in psutil.Process(worker).net_connections("tcp")
+        if connection.raddr and connection.raddr.port == port
+    }
+    return owner
