@@ -75,6 +75,12 @@ class _Empty:
         self.memo_indices: list[int] = []
 
 
+class _Parts(tuple[Any, ...]):
+    """A tuple with parts in it that an array is made of, as the arguments of a call have them."""
+
+
+PARTS = _Symbol | _DType | _Empty | _Parts
+
 _MARK = object()
 
 
@@ -228,8 +234,12 @@ class _Machine:
             values.append(value)
         raise PickleError("The pickle lacks a MARK.")
 
+    def push_tuple(self, values: list[Any]) -> None:
+        kind = _Parts if any(isinstance(value, PARTS) for value in values) else tuple
+        self.push(kind(values))
+
     def tuple_of(self, count: int) -> None:
-        self.push(tuple([self.pop() for _ in range(count)][::-1]))
+        self.push_tuple([self.pop() for _ in range(count)][::-1])
 
     def top(self, kind: type) -> Any:
         if not self._stack or not isinstance(self._stack[-1], kind):
@@ -328,7 +338,7 @@ class _Machine:
 
 def _finished(value: Any) -> Any:
     """A value as it may stay in the result: not a part that an array was to be made of."""
-    if isinstance(value, _Symbol | _DType | _Empty):
+    if isinstance(value, PARTS):
         raise PickleError("The pickle holds a name, a dtype or an unfinished array as a value.")
     return value
 
@@ -407,7 +417,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "TUPLE1": lambda machine, _: machine.tuple_of(1),
     "TUPLE2": lambda machine, _: machine.tuple_of(2),
     "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
+    "TUPLE": lambda machine, _: machine.push_tuple(machine.pop_to_mark()),
     "APPEND": lambda machine, _: machine.append([machine.pop()]),
     "APPENDS": lambda machine, _: machine.append(machine.pop_to_mark()),
     "SETITEM": lambda machine, _: machine.set_items([machine.pop(), machine.pop()][::-1]),

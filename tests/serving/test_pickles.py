@@ -244,6 +244,17 @@ def test_memo_index_costs_no_memory(index: int) -> None:
         (b"\x80\x02}]K\x01s.", "keys must be"),
         (b"\x80\x02K\x01K\x01a.", "not a list"),
         (b"\x80\x02\xff.", "damaged"),
+        *(
+            (b"\x80\x02" + start + b"cnumpy\nndarray\n" + end + b".", "holds a name")
+            for start, end in [
+                (b"", b""),
+                (b"]", b"a"),
+                (b"}K\x01", b"s"),
+                (b"", b"\x85"),
+                (b"]K\x01", b"\x86\x85a"),
+                (b"}K\x01((", b"ttK\x01\x86s"),
+            ]
+        ),
         (pickle.dumps(Payload(os.system, "true")), r"'posix.system'; only NumPy arrays"),
     ],
 )
