@@ -122,8 +122,9 @@ def test_ctrl_c_again_ends_what_waits(tmp_path: Path) -> None:
             while under_way(client) < 1:
                 pass
             interrupt()
-            while client.get("/readyz").status_code == 200:
+            while client.get("/model").status_code == 200:
                 pass
+            assert client.get("/model").json()["error"]["code"] == "stopping"
             interrupt()
             assert server.process.wait(START_SECONDS) == 0
 
