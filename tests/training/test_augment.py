@@ -175,6 +175,10 @@ def test_alternating_flip_shows_both_sides_in_two_epochs() -> None:
     # The half is of the training set's images, wherever in the epoch they come.
     back = step.apply(PIXELS, step.draw(torch.arange(len(PIXELS)), 0, source()), 0)
     assert torch.equal(back[order], first)
+    other = Augmenter(loaded, len(PIXELS), 4, CPU)
+    assert not torch.equal(
+        other.apply(PIXELS, other.draw(torch.arange(len(PIXELS)), 0, source()), 0), back
+    )
     mirrored = ~torch.isclose(back, plain(loaded, PIXELS), atol=1e-5).flatten(1).all(1)
     assert 0.4 < mirrored.double().mean() < 0.6
 
@@ -194,12 +198,14 @@ def test_what_hides_comes_last_and_in_its_order() -> None:
 
 
 def test_resolution_changes_with_the_epoch() -> None:
-    fast = recipe.load("fast")
+    fast = recipe.load("fast", ["augment=[]"])
     step = Augmenter(fast, len(PIXELS), 0, CPU)
     for part in fast.resolution:
         drawn = step.draw(torch.arange(4), part.from_epoch, source())
         batch = step.apply(PIXELS[:4], drawn, part.from_epoch)
         assert batch.shape[-2:] == (part.size, part.size)
+        resized = functional.resize(plain(fast, PIXELS[:4]), [part.size, part.size], antialias=True)
+        torch.testing.assert_close(batch, resized)
         assert batch.is_contiguous(memory_format=torch.channels_last)
     assert step.image_size(fast.epochs - 1) == 32
 

@@ -1,7 +1,10 @@
 import torch
 from torch import nn
 
+from training import data, recipe
 from training.average import Average
+from training.learner import Learner
+from training.processes import Processes
 
 
 def test_average_follows_by_its_share() -> None:
@@ -39,3 +42,15 @@ def test_average_takes_no_gradient_and_leaves_the_network_alone() -> None:
     assert network.weight.requires_grad
     assert not any(parameter.requires_grad for parameter in average.network.parameters())
     assert not average.network.training
+
+
+def test_the_steps_of_earlier_epochs_count() -> None:
+    chosen = recipe.load("A1", ["averaging={decay=0.999}", "batch_size=100"])
+    learner = Learner(chosen, 0, data.load_sample().train, Processes())
+    assert learner.average is not None
+    averages = learner.average.network.state_dict()
+    before = {key: value.clone() for key, value in averages.items()}
+    learner.learn(next(learner.batches(2, 3)), float)
+    for key, value in learner.model.state_dict().items():
+        expected = before[key].lerp(value, 9 / (10 + 2 * 5 + 3))
+        torch.testing.assert_close(averages[key], expected)

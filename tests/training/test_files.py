@@ -36,6 +36,22 @@ def test_a_full_disk_says_which_file_it_has_no_room_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_brought_to_the_disk_replaces_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    beside = tmp_path / f"file.{os.getpid()}.new"
+    os.mkfifo(beside)  # takes what is written, but cannot be synced
+    reader = os.open(beside, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(OSError, match="Invalid argument"), replacing(path) as file:
+            file.write(b"new")
+        assert os.read(reader, 10) == b"new"
+    finally:
+        os.close(reader)
+    assert path.is_file()
+    assert path.read_bytes() == b"old"
+
+
 def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
     path = tmp_path / "file[1]"
     left, written, foreign = (tmp_path / f"file[1].{part}" for part in ("1.new", "2.new", "mine.new"))

@@ -74,3 +74,17 @@ def test_steps_of_several_processes_are_not_compiled(monkeypatch: pytest.MonkeyP
     chosen, images = recipe.load("A1"), data.load_sample().train
     with pytest.raises(TrainingError, match="in a single process only: leave out --compile"):
         Learner(chosen, 0, images, Processes(), compiled=True)
+
+
+@pytest.mark.parametrize(("name", "alike"), [("A1", True), ("D1", False)])
+def test_processes_mix_alike_and_drop_out_each_its_own(
+    name: str, alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["mixing={kind='mixup', alpha=1.0, p=0.5, epochs=[0, 1]}", "batch_size=64"]
+    settings += ["model.widths=[8,8,8,8]"] * (name == "D1")
+    chosen, images, losses = recipe.load(name, settings), data.load_sample().train.first(256), []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        learner = Learner(chosen, 0, images, Processes())
+        losses.append([learner.learn(batch, float)[0].item() for batch in learner.batches(0)])
+    assert (losses[0] == pytest.approx(losses[1], rel=1e-5)) == alike

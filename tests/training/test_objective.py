@@ -154,10 +154,13 @@ def test_a_teacher_that_does_not_fit_is_an_error_before_the_run(
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_a_complete_run_learns_from_a_complete_run(teacher: Path, tmp_path: Path) -> None:
-    state, trial = checkpoint.load(teacher), tmp_path / "trial.pt"
-    checkpoint.save(state.model_copy(update={"run": {**state.run, "complete": False}}), trial)
-    settings = f"distillation={{teacher='{trial}', temperature=2.0, weight=1.0}}"
+@pytest.mark.parametrize("change", [{"complete": False}, {"data": "cifar10"}])
+def test_a_complete_run_learns_from_a_complete_run_on_its_data_set(
+    change: dict[str, object], teacher: Path, tmp_path: Path
+) -> None:
+    state, other = checkpoint.load(teacher), tmp_path / "other.pt"
+    checkpoint.save(state.model_copy(update={"run": {**state.run, **change}}), other)
+    settings = f"distillation={{teacher='{other}', temperature=2.0, weight=1.0}}"
     student = recipe.load("A1", [settings])
     with pytest.raises(TrainingError, match="is of a trial, or of other images"):
         train.create(tmp_path / "run", student, "A1", 0, data.load_sample())

@@ -1,5 +1,6 @@
 """Data parallelism with real processes on this machine."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -126,6 +127,23 @@ def test_out_of_memory_in_one_process_ends_all(tmp_path: Path) -> None:
     process = torchrun(2, *arguments, *C1, program=[str(program)])
     assert process.returncode == 1
     assert "out of memory with a batch of 25 on cpu: try --set batch_size=12," in process.stderr
+
+
+def test_batch_norm_over_processes_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = nn.BatchNorm2d(3, eps=0.5, momentum=0.4)
+    network = nn.Sequential(copy.deepcopy(alone))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of which this one has the whole batch
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path / 'store'}")
+    try:
+        parallel, x = Processes().parallel(network), torch.randn(8, 3, 4, 4)
+        assert type(network[0]) is not nn.BatchNorm2d
+        for training in (True, False):
+            for module in (parallel, alone):
+                module.train(training)
+            torch.testing.assert_close(parallel(x), alone(x))
+        torch.testing.assert_close(network[0].state_dict(), alone.state_dict())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_shares_cover_a_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:

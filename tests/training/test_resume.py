@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from tests.training.conftest import SGD, Limited
-from training import data, recipe, results, train
+from training import checkpoint, data, recipe, results, train
 from training.data import DataSet, Images
 from training.evaluate import evaluate
 from training.learner import Learner, seed_of
@@ -85,12 +85,31 @@ def test_all_that_is_random_is_as_it_was() -> None:
     assert learner.order(1)[0][:5].tolist() == [191, 453, 61, 174, 445]
 
 
-def test_a_complete_run_has_its_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_run_has_its_row_once_and_of_all_its_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, out = tmp_path / "results.csv", tmp_path / "run"
     monkeypatch.setattr(results.record, "__defaults__", (path,))
-    dataset = replace(data.load_sample(), source="cifar10")
-    train.create(out, recipe.load("A1", ["epochs=1"]), "A1", 0, dataset)
+    dataset, console = replace(data.load_sample(), source="cifar10"), Console(quiet=True)
+    chosen = recipe.load("A1", ["epochs=2", "batch_size=64", "data.validation=0.2", SGD])
+    train.create(out, chosen, "A1", 0, dataset)
+    with pytest.raises(Stopped):
+        train.resume(out, dataset, console, Limited(2), Processes())
+    state = checkpoint.load(out / checkpoint.FILE)
+    (own,) = state.sessions
+    earlier = {"device": "a GPU", "precision": "float16", "python": "3.10", "torch": "1"}
+    other = {**own, **earlier, "processes": 2}
+    begun = state.model_copy(update={"seconds": 1000.0, "sessions": [other]})
+    checkpoint.save(begun, out / checkpoint.FILE)
+    with pytest.raises(Stopped):
+        train.resume(out, dataset, console, Limited(2), Processes())
+    assert checkpoint.load(out / checkpoint.FILE).seconds >= 1000
     for _ in range(2):
-        state = train.resume(out, dataset, Console(quiet=True), Watch(), Processes())
+        state = train.resume(out, dataset, console, Watch(), Processes())
         (row,) = results.read(path)
         assert row.model_dump() == state.result
+    assert row.seconds == state.history[-1]["seconds"] >= 1000
+    assert (row.train_images, row.val_accuracy) == (400, state.history[-1]["val_accuracy"])
+    assert row.device == f"2 x a GPU + {own['device']}"
+    for key in ("precision", "python", "torch"):
+        assert getattr(row, key) == f"{earlier[key]} + {own[key]}"

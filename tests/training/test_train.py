@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,15 @@ def test_copied_folder_of_a_finished_run_stays_as_it_is(uninterrupted: Path, tmp
     files = {path.name: path.read_bytes() for path in copy.iterdir()}
     assert main(["resume", str(copy)]) == 0
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == files
+
+
+def test_a_run_goes_on_with_its_own_data_set_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = replace(data.load_sample(), source="cifar10")
+    train.create(tmp_path, recipe.load("A1", ["epochs=1"]), "A1", 0, dataset, limit=64)
+    assert main(["resume", str(tmp_path)]) == 1
+    assert f"error: {tmp_path} trains on cifar10, not on sample" in capsys.readouterr().err
 
 
 def test_views_are_averaged_on_held_out_images_after_the_last_epoch_only(tmp_path: Path) -> None:
