@@ -23,7 +23,7 @@ from training.checkpoint import Checkpoint
 from training.data import DataSet, Images
 from training.initial import initial_network
 from training.model import CLASSES
-from training.report import charts, layers, pictures
+from training.report import charts, layers, pages, pictures
 
 NONE = "\N{EN DASH}"
 
@@ -155,6 +155,8 @@ def test_finished_run_shows_its_result_and_the_test_images(
     assert shown["system"] == state.sessions[0]["system"]
     figures = text(page)
     assert "62,006 parameters" in figures
+    assert "0.25 MB of parameters" in figures  # 248,024 bytes
+    assert "0.05 MB forward and backward" in figures  # 52,144
     assert "67.35 % reported by Angeles, Basic CNN" in figures
     for line in state.history:
         assert f"{100 * line['train_accuracy']:.2f} %" in figures
@@ -223,6 +225,12 @@ def test_trial_shows_its_held_out_images(
     assert "of the 50 val images (training images that were held out)" in text(section)
     check_predictions(page, state, data.split(sample.train, 0.2)[1].first(50))
     assert any(text(part) == f"val {accuracy}" for part in page.iter("text"))
+    # The size of the images changes with the second epoch, and is written where it does.
+    chart = page.findall(".//figure/svg")[0]
+    across = {text(part): float(part.attrib["x"]) for part in chart.iter("text")}
+    (line,) = [part for part in chart.iter("path") if "dasharray: 3,3" in part.get("style", "")]
+    change = float(line.attrib["d"].split()[1])
+    assert across["24 px"] < across["1"] < change < across["32 px"] < across["2"]
 
 
 def edited(source: Path, folder: Path, **changes: Any) -> Path:
@@ -239,9 +247,12 @@ def test_unfinished_run_without_held_out_images_shows_no_predictions(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data, "load", without_test_images)
-    history = checkpoint.load(uninterrupted / "checkpoint.pt").history[:1]
-    run = edited(uninterrupted, tmp_path / "half", epoch=1, step=4, history=history, result=None)
-    page = report(run, tmp_path)
+    history = [checkpoint.load(uninterrupted / "checkpoint.pt").history[0] | {"seconds": 150.0}]
+    done = {"epoch": 1, "step": 4, "history": history, "seconds": 190.4, "result": None}
+    page = report(edited(uninterrupted, tmp_path / "half", **done), tmp_path)
+    assert "3 min 10 s for 1 epoch" in text(page)
+    chart = page.findall(".//figure/svg")[-1]
+    assert chart.attrib["aria-label"] == "Time of an epoch, minutes; the median is 2.5"
     notice = text(page.find(".//p[@class='notice']"))
     assert notice == "Unfinished: 1 of 3 epochs are done, and 4 steps of the next."
     predictions = text(page.find(".//section[@id='predictions']"))
@@ -270,22 +281,24 @@ def test_run_that_was_only_created_has_a_page(tmp_path: Path) -> None:
 def test_every_fact_of_the_checkpoint_is_shown(uninterrupted: Path, tmp_path: Path) -> None:
     state = checkpoint.load(uninterrupted / "checkpoint.pt")
     other = {**state.sessions[0], "device": "another device"}
-    shown = facts(
-        report(edited(uninterrupted, tmp_path / "run", sessions=[*state.sessions, other]), tmp_path)
-    )
+    seconds = [10.0, 30.0, 45.5]
+    changes = {
+        "history": [line | {"seconds": end} for line, end in zip(state.history, seconds, strict=True)],
+        "seconds": seconds[-1],
+        "sessions": [*state.sessions, other],
+    }
+    page = report(edited(uninterrupted, tmp_path / "run", **changes), tmp_path)
+    shown = facts(page)
     assert state.result is not None
     assert shown["device"] == state.result["device"]
-    shown = facts(
-        report(
-            edited(
-                uninterrupted,
-                tmp_path / "resumed",
-                sessions=[*state.sessions, other],
-                result=None,
-            ),
-            tmp_path,
-        )
-    )
+    assert "45.5 s for 3 epochs" in text(page)
+    table = page.findall(".//details//table")[0]
+    assert text(table.find("caption")) == "Metrics by epoch"
+    assert [text(row[-1]) for row in table.findall("tbody/tr")] == ["10.0", "20.0", "15.5"]
+    resumed = changes | {"result": None, "seconds": 7500.0}
+    page = report(edited(uninterrupted, tmp_path / "resumed", **resumed), tmp_path)
+    shown = facts(page)
+    assert "2 h 5 min for 3 epochs" in text(page)
     assert shown["device"] == f"{state.sessions[0]['device']} + another device"
     assert shown["python"] == state.sessions[0]["python"]
 
@@ -349,6 +362,21 @@ def test_comparison_has_a_row_and_curves_for_each_run(
     assert [chart.attrib["aria-label"].partition(";")[0] for chart in drawn] == ["Accuracy", "Loss"]
     for chart in drawn:
         assert {"1 first", "2 second"} <= {text(part) for part in chart.iter("text")}
+
+
+def test_the_best_accuracies_of_a_comparison_are_bold(uninterrupted: Path, tmp_path: Path) -> None:
+    state, entries = checkpoint.load(uninterrupted / "checkpoint.pt"), []
+    for name, test, val in (("a", 0.5, 0.75), ("b", 0.6, 0.7), ("c", None, None)):
+        history = [state.history[-1] | ({"val_accuracy": val, "val_loss": 1.0} if val else {})]
+        result = (state.result or {}) | {"accuracy": test} if test else None
+        run = state.model_copy(update={"history": history, "result": result})
+        entries.append(pages.Entry(name, tmp_path / name, run, run.parsed_recipe(), run.network()))
+    path = tmp_path / pages.COMPARISON
+    path.write_text(pages.comparison_page(entries, tmp_path), encoding="utf-8")
+    bold = [
+        [text(part) for part in row.findall("td/b")[1:]] for row in read(path).findall(".//tbody/tr")
+    ]
+    assert bold == [["75.00 %"], ["60.00 %"], []]
 
 
 def test_comparison_says_where_train_figures_are_of_different_losses(
