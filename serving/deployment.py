@@ -1,6 +1,7 @@
 """A model that serves, and its replacement by a newer file without losing a request."""
 
 import asyncio
+import functools
 import logging
 import os
 import shutil
@@ -80,12 +81,14 @@ class Deployment:
         if FileState.of(path) != self.file:
             raise ModelError(f"{path} changed while it was loaded.")
         self._metrics = metrics
+        # Not a method of this: in a circle of references a model that was replaced would stay in memory
+        # until Python looks for such, which it hardly does (serving.service freezes what is there).
         self.batcher = Batcher(
-            self._run,
-            max_batch_size=self.model.batch_size,
-            chunk_size=self.model.chunk_size,
+            functools.partial(_run, model, metrics),
+            max_batch_size=model.batch_size,
+            chunk_size=model.chunk_size,
             waited=metrics.queue_seconds.observe,
-            threads=self.model.runs,
+            threads=model.runs,
         )
 
     def __str__(self) -> str:
@@ -96,12 +99,13 @@ class Deployment:
         self.batcher.start()
         self._metrics.serves(self.model)
 
-    def _run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """A run of the engine, counted."""
-        began = time.perf_counter()
-        logits = self.model.logits(images)
-        self._metrics.ran(self.model, logits, time.perf_counter() - began)
-        return logits
+
+def _run(model: Model, metrics: Any, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """A run of the engine, counted."""
+    began = time.perf_counter()
+    logits = model.logits(images)
+    metrics.ran(model, logits, time.perf_counter() - began)
+    return logits
 
 
 def deploy(settings: Settings, metrics: Any) -> Deployment:

@@ -59,10 +59,10 @@ class Drain:
         loop = asyncio.get_running_loop()
 
         def stop(number: int, frame: FrameType | None) -> None:
+            # An event loop that sleeps is not woken up by a handler alone.
             if self.stopping and number == signal.SIGINT:  # again Ctrl-C: at once
-                server.handle_exit(number, frame)
+                loop.call_soon_threadsafe(self._expire)
             else:
-                # An event loop that sleeps is not woken up by a handler alone.
                 loop.call_soon_threadsafe(self._begin, lambda: server.handle_exit(number, None))
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -111,7 +111,11 @@ class Drain:
                 await self._idle.wait()
         except TimeoutError:
             logger.warning("%d requests took over %g s to finish", len(self._under_way), self._limit)
-            self._expired = True
-            for task in self._under_way:
-                task.cancel()
+            self._expire()
         stop()
+
+    def _expire(self) -> None:
+        """Let go of the requests under way, and take no new ones."""
+        self.refusing = self._expired = True
+        for task in self._under_way:
+            task.cancel()

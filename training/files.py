@@ -36,7 +36,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
+        if error.errno is not None and error.filename is None:  # as of a full disk
+            error.filename = str(path)
         raise
     finally:
         beside.unlink(missing_ok=True)

@@ -79,10 +79,6 @@ class Teacher(nn.Module):
         self.register_buffer("scale", std / own_std)
         self.register_buffer("shift", (mean - own_mean) / own_std)
 
-    def train(self, mode: bool = True) -> "Teacher":
-        """A teacher stays in evaluation mode."""
-        return super().train(False)
-
     def loss(self, logits: Tensor, images: Tensor) -> Tensor:
         """Kullback-Leibler divergence at the temperature T, times T squared (Hinton et al., 2015)."""
         with torch.no_grad():

@@ -57,7 +57,7 @@ class Selector:
         return max(1, round(self._share * images))
 
     def select(self, inputs: Tensor, labels: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        """Choose from a batch, by the losses in training mode.
+        """Choose from a batch, by the losses of the network as it trains.
 
         Args:
             inputs: this process's share of the batch, float [N, 3, S, S].
@@ -69,7 +69,6 @@ class Selector:
             chosen, and which of ``inputs`` are: int64, ascending; as many as ``count`` says in all
             processes together.
         """
-        self._network.train()
         logits = self._forward(inputs, images)
         losses = F.cross_entropy(
             logits.float(), labels, label_smoothing=self._smoothing, reduction="none"

@@ -49,12 +49,15 @@ class Watch:
 
         def receive(number: int, frame: FrameType | None) -> None:
             self._signals.append(number)
-            signal.signal(number, before[number])
+            put_back()
+
+        def put_back() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
         for number in before:
             signal.signal(number, receive)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            put_back()

@@ -1,13 +1,16 @@
 """Looks at the model file."""
 
 import asyncio
+import gc
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serving import deployment
@@ -87,6 +90,24 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
     monkeypatch.setattr(deployment, "Model", loaded)
     with pytest.raises(ModelError, match="changed while it was loaded"):
         Deployment(path, Settings(provider="cpu", threads=1), None)
+
+
+def test_a_replaced_model_leaves_memory(model_file: Callable[..., Path]) -> None:
+    """Without a collection of garbage, which may never come."""
+    from serving import metrics
+
+    async def main() -> weakref.ref[Model]:
+        deployed = Deployment(model_file(), Settings(provider="cpu", threads=1), metrics)
+        deployed.start()
+        await deployed.batcher.one(np.zeros((32, 32, 3), np.uint8))
+        await deployed.batcher.finish()
+        return weakref.ref(deployed.model)
+
+    gc.disable()
+    try:
+        assert asyncio.run(main())() is None
+    finally:
+        gc.enable()
 
 
 def test_no_copy_is_kept_of_a_file_that_has_changed(tmp_path: Path) -> None:

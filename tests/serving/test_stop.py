@@ -126,6 +126,9 @@ def test_ctrl_c_again_ends_what_waits(tmp_path: Path) -> None:
                 pass
             assert client.get("/model").json()["error"]["code"] == "stopping"
             interrupt()
+            answer = slow.makefile("rb").read()
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b'"code":"stopping"' in answer
             assert server.process.wait(START_SECONDS) == 0
 
 

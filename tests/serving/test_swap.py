@@ -134,8 +134,7 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
             threads = worker.num_threads()
             replace(served, second)
             wait_until(lambda: outcomes(client)["done"] == 1, server)
-            # One that loads, and one of the old session, which is there until it is collected.
-            wait_until(lambda: worker.num_threads() <= threads + 2, server)
+            wait_until(lambda: worker.num_threads() <= threads + 1, server)  # one that looks and loads
             replace(served, first[:-1000])
             wait_until(lambda: outcomes(client)["refused"] == 1, server)
             replace(served, damaged_model)
