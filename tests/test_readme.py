@@ -120,6 +120,8 @@ def test_suggested_rate_is_that_of_the_plot() -> None:
 
 def test_pace_of_training_is_the_table_of_the_benchmark() -> None:
     assert training.markdown(read(training.Figures)) in README
+    for file in FOLDER.glob("training-*.json"):
+        assert training.markdown(read(training.Figures, file)) in FIGURES
 
 
 def test_pace_of_inference_is_the_tables_of_the_benchmark() -> None:
