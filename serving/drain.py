@@ -67,7 +67,7 @@ class Drain:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
-        # It would outlive a supervisor that is killed, and hold its port.
+        # A worker would outlive a supervisor that is killed, and hold its port.
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 

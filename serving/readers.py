@@ -42,7 +42,7 @@ class Readers:
         if is_small(content):
             return decode(content, self._max_pixels)
         try:
-            return await _in(self._short, decode, content, self._max_pixels, LARGE_PIXELS)
+            return await self.short(decode, content, self._max_pixels, LARGE_PIXELS)
         except LargeImageError:
             return await _in(self._large, decode, content, self._max_pixels)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from types import ModuleType
 
 import onnx
 import pytest
@@ -118,22 +119,13 @@ def test_suggested_rate_is_that_of_the_plot() -> None:
     assert "<!-- recipe 0.1122 -->" in plot
 
 
-def test_pace_of_training_is_the_table_of_the_benchmark() -> None:
-    assert training.markdown(read(training.Figures)) in README
-    for file in FOLDER.glob("training-*.json"):
-        assert training.markdown(read(training.Figures, file)) in FIGURES
-
-
-def test_pace_of_inference_is_the_tables_of_the_benchmark() -> None:
-    assert inference.markdown(read(inference.Figures)) in README
-    for file in FOLDER.glob("inference-*.json"):
-        assert inference.markdown(read(inference.Figures, file)) in FIGURES
-
-
-def test_pace_of_serving_is_the_table_of_the_benchmark() -> None:
-    assert serving.markdown(read(serving.Figures)) in README
-    for file in FOLDER.glob("serving-*.json"):
-        assert serving.markdown(read(serving.Figures, file)) in FIGURES
+@pytest.mark.parametrize("benchmark", [training, inference, serving])
+def test_pace_is_the_tables_of_the_benchmark(benchmark: ModuleType) -> None:
+    assert benchmark.markdown(read(benchmark.Figures)) in README
+    others = list(FOLDER.glob(f"{benchmark.Figures.benchmark}-*.json"))
+    assert others
+    for file in others:
+        assert benchmark.markdown(read(benchmark.Figures, file)) in FIGURES
 
 
 def test_soak_is_the_table_of_its_figures() -> None:

@@ -1,7 +1,6 @@
 """Forms as clients may send them, in pieces of any size."""
 
 import asyncio
-import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from starlette.types import Message
 
 from serving.errors import FieldError, OverloadedError, RequestError, TooLargeError
 from serving.forms import MAX_TEXT_BYTES, MAX_TEXTS, SPOOLED_BYTES, Part, received
+from tests.disk import room_for
 
 
 def field(name: str, content: bytes, *, file: bool = True) -> bytes:
@@ -63,15 +63,9 @@ def test_a_large_file_lies_on_disk() -> None:
 
 
 def test_no_room_for_a_file_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """Files of more than some bytes are forbidden, as by a full disk."""
     body = field("a", bytes(3 * SPOOLED_BYTES)) + b"--x--"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * SPOOLED_BYTES, limits[1]))
-    try:
-        with pytest.raises(OverloadedError, match="no room for the file"):
-            read(body)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with room_for(2 * SPOOLED_BYTES), pytest.raises(OverloadedError, match="no room for the file"):
+        read(body)
     assert "File too large" in caplog.text
     assert read(body)[0][3]
 

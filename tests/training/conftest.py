@@ -1,14 +1,20 @@
 """Short real runs on the bundled sample."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
 from typing_extensions import override
 
-from training import data, recipe
+from training import checkpoint, data, recipe, train
 from training.__main__ import main
-from training.watch import Watch
+from training.checkpoint import Checkpoint
+from training.processes import Processes
+from training.watch import Stopped, Watch
 
 SGD = "optimizer={kind='sgd', lr=0.05, momentum=0.9, nesterov=false, weight_decay=0.0}"
 
@@ -30,6 +36,38 @@ class Limited(Watch):
     def reason(self, needed: float) -> int:
         self.left -= 1
         return 15 * (self.left < 0)
+
+
+def interrupted_and_whole(
+    folder: Path, name: str, settings: Sequence[str]
+) -> tuple[Checkpoint, Checkpoint]:
+    """The ends of two runs: of one that was stopped after three steps, and of one that was not.
+
+    Their networks and histories are the same.
+    """
+    chosen, dataset, console = recipe.load(name, settings), data.load_sample(), Console(quiet=True)
+    whole, parts = folder / "whole", folder / "parts"
+    for each in (whole, parts):
+        train.create(each, chosen, name, 0, dataset, complete=False)
+    state = train.resume(whole, dataset, console, Watch(), Processes())
+    with pytest.raises(Stopped):
+        train.resume(parts, dataset, console, Limited(3), Processes())
+    begun = checkpoint.load(parts / checkpoint.FILE)
+    assert (begun.epoch, begun.step) == (0, 3)
+    torch.manual_seed(5)  # as in a process of its own
+    resumed = train.resume(parts, dataset, console, Watch(), Processes())
+    assert_same(resumed.model, state.model)
+    for line, other in zip(state.history, resumed.history, strict=True):
+        assert line | {"seconds": 0} == other | {"seconds": 0}
+    return resumed, state
+
+
+def assert_same(weights: dict[str, Tensor] | None, others: dict[str, Tensor] | None) -> None:
+    """Both are there, and bit for bit the same."""
+    assert weights is not None
+    assert others is not None
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[key], value) for key, value in others.items())
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 import os
-import resource
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.disk import room_for
 from training.files import LEFTOVER_SECONDS, replacing
 
 
@@ -25,13 +25,12 @@ def test_an_error_leaves_the_old_file_and_nothing_beside(tmp_path: Path) -> None
 
 def test_a_full_disk_says_which_file_it_has_no_room_for(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large") as told, replacing(path) as file:
-            file.write(b"new" * 100)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        room_for(100),
+        pytest.raises(OSError, match="File too large") as told,
+        replacing(path) as file,
+    ):
+        file.write(b"new" * 100)
     assert told.value.filename == str(path)
     assert list(tmp_path.iterdir()) == []
 

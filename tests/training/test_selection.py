@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from tests.training.conftest import SGD, Limited, selection
+from tests.training.conftest import SGD, assert_same, interrupted_and_whole, selection
 from training import checkpoint, data, recipe, train
 from training.checkpoint import CheckpointError
 from training.initial import initial_network
 from training.learner import Batch, Learner, TrainingError
 from training.processes import Processes
 from training.recipe import RecipeError
-from training.watch import Stopped, Watch
+from training.watch import Watch
 
 SELECTING = [SGD, "epochs=2", "batch_size=64", "label_smoothing=0.1", selection("A1", 0.25)]
 
@@ -57,26 +57,12 @@ def test_a_share_is_of_whole_images_and_one_at_least() -> None:
 
 
 def test_resumed_run_selects_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    chosen, dataset, console = recipe.load("A1", SELECTING), data.load_sample(), Console(quiet=True)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
-        train.create(folder, chosen, "A1", 0, dataset, complete=False)
-    state = train.resume(whole, dataset, console, Watch(), Processes())
-    with pytest.raises(Stopped):
-        train.resume(parts, dataset, console, Limited(3), Processes())
-    begun = checkpoint.load(parts / "checkpoint.pt")
-    assert (begun.epoch, begun.step) == (0, 3)
-    resumed = train.resume(parts, dataset, console, Watch(), Processes())
+    resumed, state = interrupted_and_whole(tmp_path, "A1", SELECTING)
+    assert_same(resumed.selector, state.selector)  # apart, as both networks have the same layers
     assert state.selector is not None
-    assert resumed.selector is not None
-    # Apart, as both networks have the same layers.
-    for ours, theirs in ((resumed.model, state.model), (resumed.selector, state.selector)):
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
-    initial = initial_network(chosen.model, chosen, 0, dataset.train).state_dict()
+    chosen = state.parsed_recipe()
+    initial = initial_network(chosen.model, chosen, 0, data.load_sample().train).state_dict()
     assert all(not torch.equal(state.selector[key], value) for key, value in initial.items())
-    for line, other in zip(state.history, resumed.history, strict=True):
-        assert line | {"seconds": 0} == other | {"seconds": 0}
     # Near ln 10: the mean is over those that were learned from, not over all.
     assert all(2 < line["train_loss"] < 3 for line in state.history)
 
