@@ -48,6 +48,9 @@ GONE = 499  # as nginx has it: the client left before the answer
 OPEN_PATHS = frozenset(
     {"/healthz", "/livez", "/readyz", "/metrics", f"{PREFIX}/health/live", f"{PREFIX}/health/ready"}
 )
+# A browser asks for these without a key; the page then takes the key for what is tried out on it.
+PAGE_PATHS = frozenset({"/", "/docs.json"})
+PAGE_FILES = "/static_content/"
 
 
 class Observed:
@@ -199,8 +202,11 @@ class Admission:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self.app(scope, receive, send)
             return
-        if self.key is not None and not any(
-            hmac.compare_digest(given, self.key) for given in _given_keys(scope)
+        of_page = scope["path"] in PAGE_PATHS or scope["path"].startswith(PAGE_FILES)
+        if (
+            self.key is not None
+            and not of_page
+            and not any(hmac.compare_digest(given, self.key) for given in _given_keys(scope))
         ):
             raise UnauthorizedError(
                 "The service asks for its key; send it as `Authorization: Bearer KEY` or as "

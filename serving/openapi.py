@@ -24,6 +24,7 @@ from serving.errors import (
     TooLargeError,
     UnauthorizedError,
 )
+from serving.middleware import OPEN_PATHS
 from serving.requests import DEFAULT_TOP_K, MAX_TOP_K
 from serving.responses import Classification, ErrorBody, error_body
 
@@ -34,10 +35,16 @@ TOP_K: Json = {
     "type": "integer",
     "minimum": 1,
     "maximum": MAX_TOP_K,
-    "default": DEFAULT_TOP_K,
     "description": "How many classes to answer with, most probable first.",
 }
-TOP_K_PARAMETER: Json = {"name": "top_k", "in": "query", "schema": TOP_K}
+TOP_K_FIELD: Json = {**TOP_K, "default": DEFAULT_TOP_K}
+# Without a default, which the page would send beside the field's: it is given twice then, an error.
+TOP_K_PARAMETER: Json = {
+    "name": "top_k",
+    "in": "query",
+    "description": "Instead of the form's field.",
+    "schema": TOP_K,
+}
 
 CLASSIFICATION_EXAMPLE: Json = {
     "predictions": [
@@ -65,12 +72,13 @@ OF_ANY = (UnauthorizedError, InternalError, OverloadedError, RequestTimeoutError
 OF_A_BODY = (SlowBodyError, TooLargeError, MediaTypeError, FieldError)
 
 
-def openapi_document(base: Json, version: str) -> Json:
+def openapi_document(base: Json, version: str, *, with_key: bool) -> Json:
     """BentoML's document `base` with our endpoints in place of BentoML's account of them.
 
     Args:
         base: what BentoML would show.
         version: of the model, shown as the document's.
+        with_key: whether the service asks for its key.
     """
     definitions = models_json_schema(
         [(Classification, "serialization"), (ErrorBody, "serialization")],
@@ -85,12 +93,18 @@ def openapi_document(base: Json, version: str) -> Json:
         "version": version,
         "description": f"# {title}\n\nClassifies images into the classes of CIFAR-10.",
     }
-    return {
+    document = {
         **base,
         "info": info,
         "paths": {**_paths(), **health, "/readyz": {"get": not_ready}},
         "components": {"schemas": definitions},
     }
+    if with_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+        for path in OPEN_PATHS:
+            document["paths"][path]["get"] |= {"security": []}
+    return document
 
 
 def _paths() -> Json:
@@ -104,7 +118,7 @@ def _paths() -> Json:
                 "A PNG, JPEG, WebP, GIF or BMP file of any size, as a form field or as the body. "
                 "The centred square of the image is what counts.",
                 {
-                    "multipart/form-data": _form({"image": FILE, "top_k": TOP_K}, "image"),
+                    "multipart/form-data": _form({"image": FILE, "top_k": TOP_K_FIELD}, "image"),
                     "image/*": {"schema": FILE},
                 },
                 {"application/json": _content(classification, CLASSIFICATION_EXAMPLE)},
@@ -119,7 +133,7 @@ def _paths() -> Json:
                 "Answers in the order of the images; the answer to a bad image is its error.",
                 {
                     "multipart/form-data": _form(
-                        {"images": {"type": "array", "items": FILE}, "top_k": TOP_K}, "images"
+                        {"images": {"type": "array", "items": FILE}, "top_k": TOP_K_FIELD}, "images"
                     )
                 },
                 {

@@ -412,7 +412,9 @@ async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.ND
 
 @functools.lru_cache(maxsize=1)  # it takes as long as ten classifications
 def _document(version: str) -> bytes:
-    document = openapi_document(service.openapi_spec.asdict(), version)
+    document = openapi_document(
+        service.openapi_spec.asdict(), version, with_key=SETTINGS.api_key is not None
+    )
     return bytes(JSONResponse(document).body)
 
 

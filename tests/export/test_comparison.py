@@ -45,25 +45,25 @@ class Rounding:
 
 
 def test_other_providers_are_measured_by_limits_of_their_own(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.comparison.others", lambda content: iter([Rounding()]))
     out = tmp_path / "model.onnx"
-    assert main(["write", str(trained), str(out)]) == 0
+    assert main(["write", str(train("A1")), str(out)]) == 0
     (other,) = json.loads(described(out)["providers"])
     assert (other["provider"], other["reference"]) == (Rounding.name, CPU.name)
     assert other["max_scaled_difference"] == pytest.approx(0.002, rel=0.1)
 
 
 def test_accuracy_on_the_sample_is_that_of_its_own_images(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = data.load_sample().test
     few = comparison.TestImages(images.first(50), "cifar10")
     with monkeypatch.context() as patch:
         patch.setattr(comparison.TestImages, "load", lambda: few)
         out = tmp_path / "model.onnx"
-        assert main(["write", str(trained), str(out)]) == 0
+        assert main(["write", str(train("A1")), str(out)]) == 0
     values = described(out)
     logits = CPU.logits(out.read_bytes(), images.pixels.numpy())
     sample = comparison.TestImages(images, "sample").accuracy(logits)
@@ -114,11 +114,11 @@ def test_commit_of_a_member_is_of_all_that_trained_it(train: Train) -> None:
 
 
 def test_all_are_on_the_disk_before_the_first_takes_its_place(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_sync: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda file: at_sync.append(len(list(tmp_path.glob("*.onnx")))))
-    assert main(["write", str(trained), str(tmp_path / "model.onnx"), "--precision", "all"]) == 0
+    assert main(["write", str(train("A1")), str(tmp_path / "model.onnx"), "--precision", "all"]) == 0
     assert at_sync[:3] == [0, 0, 0]
 
 

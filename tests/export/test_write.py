@@ -62,7 +62,7 @@ def test_recipe_in_the_metadata_is_the_resolved_one(
 def test_every_precision_comes_from_one_command_within_its_limits(
     files: dict[parity.Precision, Path],
 ) -> None:
-    images, logits = data.load_sample().test, {}
+    images, logits = data.load_sample().test.first(500), {}
     sample = comparison.TestImages(images, "sample")
     few = comparison.TestImages(images.first(TEST), "sample")
     for precision, path in files.items():  # fp32 first
@@ -90,11 +90,18 @@ def test_what_computes_something_else_is_another_version(
 
 
 def test_same_checkpoint_gives_the_same_bytes(
-    files: dict[str, Path], trained: Path, tmp_path: Path
+    files: dict[str, Path], trained: Path, train: Train, tmp_path: Path
 ) -> None:
-    assert main(["write", str(trained), str(tmp_path / "model.onnx"), "--precision", "all"]) == 0
-    again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert again == {path.name: path.read_bytes() for path in files.values()}
+    again = tmp_path / "model.onnx"
+    assert main(["write", str(trained), str(again), "--precision", "int8"]) == 0
+    assert again.read_bytes() == files["int8"].read_bytes()
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        arguments = ["write", str(train("A1")), str(folder / "model.onnx"), "--precision", "all"]
+        assert main(arguments) == 0
+    one, other = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert one == other
+    assert len(one) == 3
 
 
 def test_tta_takes_the_place_of_the_recipes_views(train: Train, tmp_path: Path) -> None:
@@ -188,7 +195,10 @@ def test_broken_parity_leaves_no_file(
 
 
 def test_a_broken_int8_file_leaves_none_of_all_three(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundled: Bundled,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # One layer's activations at a tenth of their scale, as bad calibration would make it.
     int8 = quantize.int8
@@ -202,15 +212,16 @@ def test_a_broken_int8_file_leaves_none_of_all_three(
         return model
 
     monkeypatch.setattr(quantize, "int8", broken)
-    assert main(["write", str(trained), str(tmp_path / "model.onnx"), "--precision", "all"]) == 1
+    arguments = ["write", str(bundled(views="none")), str(tmp_path / "model.onnx")]
+    assert main([*arguments, "--precision", "all"]) == 1
     assert "differs from fp32" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_provider_that_computes_something_else_leaves_no_file(
-    trained: Path, off_by_one: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, off_by_one: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["write", str(trained), str(tmp_path / "model.onnx")]) == 1
+    assert main(["write", str(train("A1")), str(tmp_path / "model.onnx")]) == 1
     error = capsys.readouterr().err
     assert f"the model file on {off_by_one} differs from CPUExecutionProvider" in error
     assert list(tmp_path.iterdir()) == []

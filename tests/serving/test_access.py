@@ -15,6 +15,7 @@ from tests.transcripts import assert_as_shown
 
 KEY = "clé secrète"
 PICTURE = {"image": ("a.png", encoded(np.zeros((32, 32, 3), np.uint8)))}
+WATCHED = ("/healthz", "/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
@@ -56,7 +57,7 @@ def test_the_key_opens(server: Server, name: str, value: str) -> None:
         {b"X-API-Key": KEY.encode() + b"x"},
     ],
 )
-@pytest.mark.parametrize("path", ["/classify", "/v2/models/fast/infer", "/", "/model", "/nothing"])
+@pytest.mark.parametrize("path", ["/classify", "/v2/models/fast/infer", "/model", "/nothing"])
 def test_nothing_else_does(server: Server, path: str, headers: dict[bytes, bytes]) -> None:
     answer = httpx.post(f"{server.url}{path}", files=PICTURE, headers=headers)
     assert answer.status_code == 401
@@ -75,11 +76,23 @@ def test_a_missing_key_is_answered_as_shown(server: Server) -> None:
     assert_as_shown("unauthorized", server.url)
 
 
-@pytest.mark.parametrize(
-    "path", ["/healthz", "/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"]
-)
+@pytest.mark.parametrize("path", WATCHED)
 def test_what_watches_the_service_needs_no_key(server: Server, path: str) -> None:
     assert httpx.get(f"{server.url}{path}").status_code == 200
+
+
+def test_the_page_needs_no_key_and_says_where_one_is_needed(server: Server) -> None:
+    for path in ("/", "/static_content/swagger-ui.css"):
+        assert httpx.get(f"{server.url}{path}").status_code == 200
+    document = httpx.get(f"{server.url}/docs.json").json()
+    schemes = document["components"]["securitySchemes"]
+    assert document["security"] == [{name: []} for name in schemes]
+    open_paths = {
+        path for path, item in document["paths"].items() if item.get("get", {}).get("security") == []
+    }
+    assert open_paths == {*WATCHED}
+    answer = httpx.get(f"{server.url}/static_content/%2e%2e/model")
+    assert answer.status_code == 404
 
 
 def test_the_key_is_not_in_the_log(server: Server) -> None:
@@ -109,7 +122,7 @@ def test_headers_tell_little(client: httpx.Client, path: str) -> None:
 
 
 def test_the_page_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
-    answer = client.get("/", headers={b"X-API-Key": KEY.encode()})
+    answer = client.get("/")
     assert answer.headers["content-type"].startswith("text/html")
     rules = dict(rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; "))
     assert rules["default-src"] == "'self'"

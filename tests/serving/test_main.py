@@ -23,7 +23,7 @@ def submit(folder: Path, *arguments: object, **settings: str) -> "subprocess.Com
     return subprocess.run(
         [sys.executable, "-m", "serving", "submit", *map(str, arguments)],
         cwd=ROOT,
-        env=service_environment(folder, **settings),
+        env=service_environment(folder, **{"SERVING_PROVIDER": "cpu", **settings}),
         capture_output=True,
         text=True,
         timeout=120,
@@ -33,36 +33,44 @@ def submit(folder: Path, *arguments: object, **settings: str) -> "subprocess.Com
 
 @pytest.fixture
 def test_pickle(tmp_path: Path, images: npt.NDArray[np.uint8]) -> Path:
-    path = tmp_path / "test.pkl"
+    path, images = tmp_path / "test.pkl", images[:300]
     ids = np.random.default_rng(1).permutation(len(images))
     path.write_bytes(pickled({b"data": images, b"ids": ids}, 4, old=True))
     return path
 
 
+@pytest.fixture
+def tiny(model_file: Callable[..., Path]) -> Path:
+    """A model file that labels the images in no time."""
+    return model_file(METADATA)
+
+
 def test_same_bytes_as_the_endpoint(client: httpx.Client, test_pickle: Path, tmp_path: Path) -> None:
     csv = tmp_path / "submission.csv"
-    result = submit(tmp_path, test_pickle, csv, SERVING_PROVIDER="cpu")
-    assert (result.returncode, result.stdout) == (0, f"1000 labels in {csv}\n")
-    assert "1000/1000" in result.stderr
+    result = submit(tmp_path, test_pickle, csv)
+    assert (result.returncode, result.stdout) == (0, f"300 labels in {csv}\n")
+    assert "300/300" in result.stderr
     response = client.post("/submission", files={"file": test_pickle.read_bytes()})
     assert csv.read_bytes() == response.content
     assert csv.read_bytes().startswith(b"ID,Labels\n")
 
 
-def test_replaces_a_file(test_pickle: Path, tmp_path: Path) -> None:
+def test_replaces_a_file(tiny: Path, test_pickle: Path, tmp_path: Path) -> None:
     csv = tmp_path / "submission.csv"
     csv.write_text("old")
-    assert submit(tmp_path, test_pickle, csv).returncode == 0
+    assert submit(tmp_path, test_pickle, csv, "--model", tiny).returncode == 0
     assert csv.read_text().startswith("ID,Labels\n")
     assert not list(tmp_path.glob(".submission*"))
 
 
-def test_what_a_link_leads_to_is_replaced_and_the_link_stays(test_pickle: Path, tmp_path: Path) -> None:
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(
+    tiny: Path, test_pickle: Path, tmp_path: Path
+) -> None:
     link, target = tmp_path / "link.csv", tmp_path / "there" / "target.csv"
     target.parent.mkdir()
     target.write_text("old")
     link.symlink_to(target)
-    assert submit(tmp_path, test_pickle, link).returncode == 0
+    assert submit(tmp_path, test_pickle, link, "--model", tiny).returncode == 0
     assert link.is_symlink()
     assert target.read_text().startswith("ID,Labels\n")
     assert list(target.parent.iterdir()) == [target]
@@ -99,7 +107,7 @@ def test_a_model_that_fails_on_an_image(tmp_path: Path, pixel: int, message: str
     (tmp_path / "test.pkl").write_bytes(pickle.dumps({"data": images}))
     csv = tmp_path / "a.csv"
     model = write_fragile_model(tmp_path)
-    result = submit(tmp_path, tmp_path / "test.pkl", csv, "--model", model, SERVING_PROVIDER="cpu")
+    result = submit(tmp_path, tmp_path / "test.pkl", csv, "--model", model)
     assert result.returncode == 1
     error = result.stderr.splitlines()[-1]
     assert error.startswith(
@@ -115,7 +123,7 @@ def test_a_name_with_brackets(
 ) -> None:
     model = model_file(METADATA | {"name": "[/]tiny[1]"})
     csv = tmp_path / "a.csv"
-    result = submit(tmp_path, test_pickle, csv, "--model", model, SERVING_PROVIDER="cpu")
+    result = submit(tmp_path, test_pickle, csv, "--model", model)
     assert result.returncode == 0
     assert "[/]tiny[1] 12e456789012" in result.stderr
 
@@ -129,14 +137,14 @@ def test_a_pipe_is_told(tmp_path: Path) -> None:
     assert "pipe.pkl: this is a pipe, which is read once only" in result.result().stderr
 
 
-def test_a_file_that_cannot_be_written_is_told(test_pickle: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_told(tiny: Path, test_pickle: Path, tmp_path: Path) -> None:
     """Files of more than some bytes are forbidden, as by a full disk, whose error has no file's name."""
     csv = tmp_path / "a.csv"
-    program = f"ulimit -f 4; exec {sys.executable} -m serving submit {test_pickle} {csv}"
+    program = f"ulimit -f 1; exec {sys.executable} -m serving submit {test_pickle} {csv}"
     result = subprocess.run(
         ["sh", "-c", program],
         cwd=ROOT,
-        env=service_environment(tmp_path, SERVING_PROVIDER="cpu"),
+        env=service_environment(tmp_path, SERVING_PROVIDER="cpu", SERVING_MODEL=str(tiny)),
         capture_output=True,
         text=True,
         timeout=120,
@@ -188,13 +196,14 @@ def test_a_folder_of_others_is_told_before_the_work(test_pickle: Path, tmp_path:
     assert "closed: this folder cannot be written to" in result.stderr
 
 
-def test_nobody_reads_the_last_line(test_pickle: Path, tmp_path: Path) -> None:
+def test_nobody_reads_the_last_line(tiny: Path, test_pickle: Path, tmp_path: Path) -> None:
     csv, (reader, writer) = tmp_path / "a.csv", os.pipe()
     os.close(reader)
+    environment = service_environment(tmp_path, SERVING_PROVIDER="cpu", SERVING_MODEL=str(tiny))
     process = subprocess.run(
         [sys.executable, "-m", "serving", "submit", test_pickle, csv],
         cwd=ROOT,
-        env=service_environment(tmp_path, SERVING_PROVIDER="cpu") | {"PYTHONUNBUFFERED": ""},
+        env=environment | {"PYTHONUNBUFFERED": ""},
         stdout=writer,
         stderr=subprocess.PIPE,
         timeout=120,

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.browser import open_page
 from training import checkpoint, data, recipe, train
 from training.__main__ import main
 from training.checkpoint import Checkpoint
@@ -194,6 +195,31 @@ def test_page_is_one_file_that_refers_to_nothing(uninterrupted: Path, tmp_path: 
     assert all(image.get("alt") for image in page.iter("img"))
     assert all(chart.get("aria-label") for chart in page.iter("svg"))
     assert all(table.find("caption") is not None for table in page.iter("table"))
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_all_of_it(uninterrupted: Path, trial: Path, tmp_path: Path, width: int) -> None:
+    assert main(["report", str(uninterrupted), str(trial), "--out", str(tmp_path)]) == 0
+    said: list[str] = []
+    with open_page(width) as shown:
+        shown.on("console", lambda message: said.append(message.text))
+        shown.goto((tmp_path / "comparison.html").as_uri())
+        for name in ("comparison", "run", "trial"):
+            if name != "comparison":
+                shown.get_by_role("link", name=name, exact=True).click()
+            assert shown.url == (tmp_path / f"{name}.html").as_uri()
+            assert shown.evaluate("document.documentElement.scrollWidth") == width  # none is cut off
+            charts = shown.locator("svg[aria-label]")
+            assert charts.count() >= 2
+            for chart in charts.all():
+                box = chart.bounding_box()
+                assert box is not None
+                assert min(box["width"], box["height"]) > 50
+            broken = "[...document.images].filter(image => !image.naturalWidth).length"
+            assert (shown.evaluate(broken), said) == (0, [])
+            if name != "comparison":
+                assert shown.evaluate("document.images.length") > 10
+                shown.go_back()
 
 
 def test_same_run_same_bytes(uninterrupted: Path, trial: Path, tmp_path: Path) -> None:

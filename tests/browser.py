@@ -1,0 +1,28 @@
+"""A browser that shows a page to a test, as it does to a person."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from playwright.sync_api import Error, Page, sync_playwright
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+@contextmanager
+def open_page(width: int = 1280) -> Iterator[Page]:
+    """An empty page so many CSS pixels wide, in Chromium: the system's, or that of Playwright.
+
+    Skips the test where there is neither.
+    """
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=found)
+        except Error as error:
+            if found is not None:
+                raise
+            pytest.skip(f"no browser (.venv/bin/playwright install chromium): {error.message[:100]}")
+        yield browser.new_page(viewport={"width": width, "height": 800})
+        browser.close()
