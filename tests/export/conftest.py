@@ -22,7 +22,7 @@ from training import checkpoint, data, model, recipe
 from training.__main__ import main
 from training.checkpoint import Checkpoint
 
-TRAIN, TEST = 500, 250
+TRAIN, TEST = 500, 150
 BUNDLED = ROOT / "models" / "default.onnx"
 
 Train = Callable[..., Path]
@@ -31,7 +31,7 @@ Bundled = Callable[..., Path]
 
 @pytest.fixture(scope="package", autouse=True)
 def _few_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The sample's training images and its first test images: a quarter of the time."""
+    """The sample's training images and its first test images: a sixth of the time."""
     path = tmp_path_factory.mktemp("images") / "few.npz"
     with np.load(data.SAMPLE) as sample:
         np.savez(path, **{name: sample[name][: TRAIN if "train" in name else TEST] for name in sample})
