@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving import inference_protocol
 from serving.access_log import open_access_log, request_id
+from serving.address import check_address
 from serving.deployment import Deployment, deploy, deploy_kept, replacements
 from serving.drain import Drain
 from serving.errors import (
@@ -297,8 +298,9 @@ class Classifier:
     @bentoml.on_deployment
     @staticmethod
     def check() -> None:
-        """Before any worker starts: an unusable model ends `bentoml serve` with its reason."""
+        """Before any worker starts: what makes it useless ends `bentoml serve` with its reason."""
         try:
+            check_address()
             # What "auto" means is for the workers to find out, once.
             provider = "cpu" if SETTINGS.provider == "auto" else SETTINGS.provider
             Model(SETTINGS.model, provider, SETTINGS.threads)

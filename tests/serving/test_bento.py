@@ -2,6 +2,7 @@
 
 import ast
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -51,6 +52,23 @@ def test_a_service_that_cannot_start_says_why_and_ends(
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("127.0.0.1", "something else listens there"),
+        ("192.0.2.1", "this machine has no such address"),  # kept for documentation, RFC 5737
+    ],
+)
+def test_an_address_that_cannot_be_had_is_told(tmp_path: Path, host: str, message: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = bento(tmp_path, "serve", "--host", host, "--port", port)
+    assert result.returncode != 0
+    assert f"cannot listen on {host}, port {port}: " in result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_built_bento_serves_from_another_folder(
