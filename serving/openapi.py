@@ -24,6 +24,7 @@ from serving.errors import (
     TooLargeError,
     UnauthorizedError,
 )
+from serving.inference_protocol import InferenceRequest
 from serving.middleware import OPEN_PATHS
 from serving.requests import DEFAULT_TOP_K, MAX_TOP_K
 from serving.responses import Classification, ErrorBody, error_body
@@ -53,6 +54,10 @@ CLASSIFICATION_EXAMPLE: Json = {
     ],
     "model": {"name": "fast", "version": "0123456789ab"},
 }
+INFERENCE_EXAMPLE: Json = {
+    "inputs": [{"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [0]}],
+    "outputs": [{"name": "probabilities", "parameters": {"classification": DEFAULT_TOP_K}}],
+}
 ERRORS: dict[type[RequestError], str] = {
     RequestError: "The form, or the JSON, cannot be read.",
     ImageError: "The bytes are not a PNG, JPEG, WebP, GIF or BMP image, or the form cannot be read.",
@@ -81,7 +86,11 @@ def openapi_document(base: Json, version: str, *, with_key: bool) -> Json:
         with_key: whether the service asks for its key.
     """
     definitions = models_json_schema(
-        [(Classification, "serialization"), (ErrorBody, "serialization")],
+        [
+            (Classification, "serialization"),
+            (ErrorBody, "serialization"),
+            (InferenceRequest, "validation"),
+        ],
         ref_template="#/components/schemas/{model}",
     )[1]["$defs"]
     health = {path: item for path, item in base["paths"].items() if "get" in item}
@@ -220,7 +229,12 @@ def _inference_protocol() -> Json:
             *(RequestError, *of_a_model, *OF_A_BODY),
         )
         ready = operation(f"v2_{kind}_ready", "As /v2/health/ready", named, *of_a_model)
-        infer["requestBody"] = {"required": True, "content": {**json, "application/octet-stream": {}}}
+        request = _content({"$ref": "#/components/schemas/InferenceRequest"}, INFERENCE_EXAMPLE)
+        infer["requestBody"] = {
+            "description": "`data` has the 3,072 values of each image, of which the example shows one.",
+            "required": True,
+            "content": {"application/json": request, "application/octet-stream": {}},
+        }
         paths |= {
             path: {"get": operation(f"v2_{kind}", "The model's tensors", named, *of_a_model)},
             f"{path}/ready": {"get": ready},

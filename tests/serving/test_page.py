@@ -1,5 +1,6 @@
 """The page at /, where a person in a browser tries the endpoints out."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +22,9 @@ def page() -> Iterator[Page]:
         yield page
 
 
-def tried_out(page: Page, operation: str, *files: Path) -> Locator:
+def tried_out(page: Page, operation: str, *files: Path, tag: str = "Service_APIs") -> Locator:
     """An operation of the page, opened, all as the page has filled it in but for the files."""
-    block = page.locator(f"#operations-Service_APIs-{operation}")
+    block = page.locator(f"#operations-{tag}-{operation}")
     block.locator(".opblock-summary").click()
     block.get_by_role("button", name="Try it out").click()
     for number, file in enumerate(files):
@@ -61,6 +62,20 @@ def test_everything_can_be_tried_out(url: str, page: Page, tmp_path: Path) -> No
     assert submission.text().startswith("ID,Labels\n0,")
     assert executed(page, tried_out(page, "model"), "/model").json()["name"] == "accurate"
     assert all(address.startswith((f"{url}/", "data:", "blob:")) for address in requested)
+
+
+def test_the_example_of_an_inference_lacks_no_more_than_it_says(url: str, page: Page) -> None:
+    page.goto(url)
+    block = tried_out(page, "v2_model_infer", tag="Open_Inference_Protocol")
+    block.get_by_placeholder("name").fill("accurate")
+    short = executed(page, block, "/infer")
+    assert (short.status, "3072" in short.text()) == (422, True)
+    body = block.locator("textarea")
+    example = json.loads(body.input_value())
+    example["inputs"][0]["data"] *= 3072
+    body.fill(json.dumps(example))
+    answer = executed(page, block, "/infer")
+    assert (answer.status, len(answer.json()["outputs"][0]["data"])) == (200, 5)
 
 
 def test_the_key_can_be_given(page: Page, tmp_path: Path) -> None:
