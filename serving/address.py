@@ -32,5 +32,5 @@ def check_address() -> None:
     try:
         socket.create_server((host, port), family=family).close()
     except (OSError, OverflowError) as error:
-        reason = REASONS.get(error.errno or 0, str(error)) if isinstance(error, OSError) else str(error)
+        reason = REASONS.get(getattr(error, "errno", 0), str(error))
         raise StartError(f"The service cannot listen on {host}, port {port}: {reason}") from None
