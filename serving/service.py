@@ -42,7 +42,15 @@ from serving.errors import (
 )
 from serving.forms import SPOOLED_BYTES
 from serving.limits import Budget
-from serving.middleware import FREE_BYTES, GONE, Admission, ErrorShape, Observed, Reception
+from serving.middleware import (
+    FREE_BYTES,
+    GONE,
+    OPEN_PATHS,
+    Admission,
+    ErrorShape,
+    Observed,
+    Reception,
+)
 from serving.model import Model
 from serving.openapi import openapi_document
 from serving.predictions import top_predictions
@@ -74,6 +82,15 @@ try:
     SETTINGS = Settings.from_environment()
 except SettingsError as error:
     raise BentoMLConfigException(str(error)) from None
+
+# Where the spans go is for OpenTelemetry's own variables to say.
+TRACING = {
+    "exporter_type": "otlp",
+    "otlp": {"protocol": "http"},
+    "sample_rate": SETTINGS.tracing,
+    "excluded_urls": sorted(OPEN_PATHS),
+}
+NO_TRACING = {"excluded_urls": ".*"}  # BentoML makes spans also where they are sent nowhere
 
 # Large submissions in memory: one that the engine works on, and one that is read meanwhile.
 LARGE_FILES = 2
@@ -268,8 +285,7 @@ for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
     workers=SETTINGS.workers,
     logging={"access": {"enabled": False}},  # serving.access_log has its own
     metrics={"enabled": False},  # serving.metrics says why
-    # BentoML makes spans also where they are sent nowhere.
-    tracing={} if SETTINGS.tracing else {"excluded_urls": ".*"},
+    tracing=TRACING if SETTINGS.tracing else NO_TRACING,
 )
 class Classifier:
     """Classifies images into the classes of CIFAR-10."""

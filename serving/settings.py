@@ -106,9 +106,11 @@ class Settings(BaseModel):
     api_key: SecretStr | None = Field(
         None, min_length=1, description="The key that requests must bring; without it anybody may ask."
     )
-    tracing: bool = Field(
-        False,
-        description="Spans (OpenTelemetry) for each request, as BentoML's configuration says.",
+    tracing: float = Field(
+        0,
+        ge=0,
+        le=1,
+        description="Share of the requests, from 0 to 1, that have spans (OpenTelemetry).",
     )
     access_log: bool = Field(False, description="Log a line of JSON per request.")
 

@@ -1,0 +1,93 @@
+"""Spans, as a collector of OpenTelemetry's gets them."""
+
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from tests.serving.samples import encoded
+from tests.serving.server import serving
+
+PICTURE = {"image": ("a.png", encoded(np.zeros((32, 32, 3), np.uint8)))}
+SENDER = "00f067aa0ba902b7"
+SERVER = 2  # the kind of the span that is the request's
+
+Spans = Queue[Any]
+
+
+@pytest.fixture
+def spans() -> Iterator[tuple[str, Spans]]:
+    """The address of a collector, and the spans that it gets, but for those within a request's."""
+    got: Spans = Queue()
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/v1/traces"
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                for scope in resource.scope_spans:
+                    for span in scope.spans:
+                        if span.kind == SERVER:
+                            got.put(span)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        Thread(target=collector.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{collector.server_port}", got
+        collector.shutdown()
+
+
+def parent(trace: str, recorded: bool) -> dict[str, str]:
+    return {"traceparent": f"00-{trace}-{SENDER}-{'01' if recorded else '00'}"}
+
+
+def test_spans_continue_the_senders_trace(tmp_path: Path, spans: tuple[str, Spans]) -> None:
+    collector, got = spans
+    with serving(
+        tmp_path,
+        SERVING_PROVIDER="cpu",
+        SERVING_TRACING="1",
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector,
+        OTEL_BSP_SCHEDULE_DELAY="100",  # milliseconds
+    ) as url:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            assert client.get("/readyz").status_code == 200
+            client.post("/classify", files=PICTURE, headers=parent("1" * 32, recorded=False))
+            client.post("/classify", files=PICTURE, headers=parent("2" * 32, recorded=True))
+            client.get("/nothing")
+        continued, own = got.get(timeout=60), got.get(timeout=60)
+    assert (continued.trace_id.hex(), continued.parent_span_id.hex()) == ("2" * 32, SENDER)
+    assert continued.name == "POST /classify"
+    status = {item.key: item.value.int_value for item in own.attributes}["http.status_code"]
+    assert (own.parent_span_id, own.name, status) == (b"", "GET /nothing", 404)
+    assert got.empty()
+
+
+def test_a_collector_that_is_not_there_harms_nothing(tmp_path: Path) -> None:
+    with serving(
+        tmp_path,
+        SERVING_PROVIDER="cpu",
+        SERVING_TRACING="0.5",
+        OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
+    ) as url:
+        answer = httpx.post(f"{url}/classify", files=PICTURE, headers=parent("4" * 32, recorded=True))
+        assert answer.status_code == 200
+
+
+def test_without_it_there_are_none(tmp_path: Path, spans: tuple[str, Spans]) -> None:
+    collector, got = spans
+    with serving(tmp_path, SERVING_PROVIDER="cpu", OTEL_EXPORTER_OTLP_ENDPOINT=collector) as url:
+        answer = httpx.post(f"{url}/classify", files=PICTURE, headers=parent("3" * 32, recorded=True))
+        assert answer.status_code == 200
+    assert got.empty()  # what is left is sent as the service ends
