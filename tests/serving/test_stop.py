@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from benchmarks.server import is_ready, reached
 from tests.serving.figures import under_way
 from tests.serving.models import write_slow_model
 from tests.serving.raw import connected, post
@@ -176,6 +177,16 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
         for own in [*lost, *spared, *(own for some in found.values() for own in some)]:
             own.close()
     assert "cifar10_model_info{" in metrics
+
+
+def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
+    with running(tmp_path, SERVING_PROVIDER="cpu") as server:
+        (old,) = server.workers()
+        server.process.send_signal(signal.SIGHUP)
+        wait_for_workers(server, 1, without=old)
+        deadline = time.monotonic() + START_SECONDS
+        while not reached(server.url, is_ready):
+            assert time.monotonic() < deadline, server.log.read_text()
 
 
 def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.Client]]:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -148,6 +149,27 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
             wait_until(lambda: client.get("/model").json()["version"] == FIRST, server)
     log = server.log.read_text()
     assert "the last model file that passed serves on; the present one is refused: " in log
+
+
+def test_who_does_not_watch_keeps_the_model(tmp_path: Path, model_file: Callable[..., Path]) -> None:
+    first, second = (
+        model_file(METADATA | {"version": version}, name=f"{version}.onnx").read_bytes()
+        for version in (FIRST, SECOND)
+    )
+    served = tmp_path / "served.onnx"
+    served.write_bytes(first)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    start = partial(running, SERVING_PROVIDER="cpu", SERVING_MODEL=str(served))
+    with start(tmp_path, SERVING_WATCH_MODEL="false") as one, start(elsewhere) as other:
+        for content, version in ((second, SECOND), (first, FIRST), (second, SECOND)):
+            replace(served, content)
+            wait_until(partial(serves, other, version), other)
+        assert serves(one, FIRST)
+
+
+def serves(server: Server, version: str) -> bool:
+    return bool(httpx.get(f"{server.url}/model").json()["version"] == version)
 
 
 def wait_until(holds: Callable[[], bool], server: Server) -> None:
