@@ -1,6 +1,8 @@
 """CIFAR-10 as uint8 tensors: the official files by way of torchvision, or a small sample file."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +14,7 @@ import torchvision
 from torch import Tensor
 
 from training.errors import ExplainedError
+from training.files import locked
 
 ROOT_VARIABLE = "CIFAR10_ROOT"
 SAMPLE = Path(__file__).parent / "cifar10_sample.npz"
@@ -59,7 +62,8 @@ def load() -> DataSet:
 
     ``CIFAR10_ROOT`` is a folder that holds the official ``cifar-10-batches-py`` (it is only read), or
     a sample file (``.npz``) like the bundled ``training/cifar10_sample.npz``. Without the variable
-    torchvision downloads the files (170 MB, once). Their MD5 sums are checked in either case.
+    torchvision downloads the files (170 MB, once, by one process while others wait for it). Their MD5
+    sums are checked in either case.
 
     Raises:
         DataError: missing, damaged, not to be read, or the download failed.
@@ -69,10 +73,11 @@ def load() -> DataSet:
         return load_sample(Path(named))
     root = Path(named) if named else _cache_folder()
     try:
-        parts = [
-            torchvision.datasets.CIFAR10(root, train=train, download=not named)
-            for train in (True, False)
-        ]
+        with nullcontext() if named else _alone(root):
+            parts = [
+                torchvision.datasets.CIFAR10(root, train=train, download=not named)
+                for train in (True, False)
+            ]
     except (URLError, OSError) as error:
         if named:
             raise DataError(
@@ -92,6 +97,17 @@ def load() -> DataSet:
         ) from error
     train, test = (Images(torch.from_numpy(p.data), torch.tensor(p.targets)) for p in parts)
     return DataSet(train, test, "cifar10")
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Let one process at a time fill the cache folder, of runs that are started side by side, say."""
+    root.mkdir(parents=True, exist_ok=True)
+    if not os.access(root, os.W_OK):  # then nobody fills it
+        yield
+        return
+    with locked(root / ".lock"):
+        yield
 
 
 def present() -> bool:

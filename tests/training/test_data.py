@@ -1,13 +1,25 @@
+import hashlib
+import json
 import os
+import pickle
 import shutil
+import subprocess
+import sys
+import tarfile
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 
 from training import data
+from training.files import locked
+from training.model import CLASSES
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT = os.environ.get(data.ROOT_VARIABLE, "")
 needs_cifar10 = pytest.mark.skipif(
     not (Path(ROOT) / data.FOLDER).is_dir() or not ROOT,
@@ -78,6 +90,84 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(data.DataError, match=r"could not download CIFAR-10.*CIFAR10_ROOT"):
         data.load()
+
+
+# A data set of the sample's images, as torchvision would have it if it were the official one.
+OTHERWISE = """
+import json, sys
+from pathlib import Path
+from torchvision.datasets import CIFAR10
+from training import data
+
+url, *sums = json.loads(Path(sys.argv[1]).read_text())
+CIFAR10.url, CIFAR10.tgz_md5, CIFAR10.meta["md5"], *files = url, *sums
+for kept, md5 in zip(CIFAR10.train_list + CIFAR10.test_list, files, strict=True):
+    kept[1] = md5
+found = data.load()
+print(len(found.train), len(found.test), found.test.pixels.sum().item())
+"""
+
+
+def write_archive(folder: Path) -> list[str]:
+    """An archive of the sample, and the MD5 sums of it, of its metadata and of its batches."""
+    sample = data.load_sample()
+    batches = folder / data.FOLDER
+    batches.mkdir()
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CLASSES)}))
+    parts = [(f"data_batch_{i + 1}", sample.train, slice(100 * i, 100 * i + 100)) for i in range(5)]
+    for name, images, rows in [*parts, ("test_batch", sample.test, slice(None))]:
+        planes = images.pixels[rows].permute(0, 3, 1, 2).reshape(-1, 3072).numpy()
+        content = {"data": planes, "labels": images.labels[rows].tolist()}
+        (batches / name).write_bytes(pickle.dumps(content))
+    archive = folder / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(batches, data.FOLDER)
+    files = [archive, batches / "batches.meta", *(batches / name for name, _, _ in parts)]
+    return [hashlib.md5(path.read_bytes()).hexdigest() for path in [*files, batches / "test_batch"]]
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="who waits for a file is not shown here")
+def test_one_process_downloads_while_others_wait(tmp_path: Path) -> None:
+    cache, served = tmp_path / "cache" / "cifar10", tmp_path / "served"
+    cache.mkdir(parents=True)
+    served.mkdir()
+    sums = write_archive(served)
+    fetched: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, form: str, *values: object) -> None:
+            fetched.append(self.path)
+
+    def waiting() -> set[int]:
+        """The processes that wait for a file that another one has."""
+        rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return {int(row[5]) for row in rows if row[1] == "->"}
+
+    environment = {name: value for name, value in os.environ.items() if name != data.ROOT_VARIABLE}
+    environment |= {"XDG_CACHE_HOME": str(cache.parent), "no_proxy": "*", "PYTHONPATH": str(REPOSITORY)}
+    facts = tmp_path / "facts.json"
+    with HTTPServer(("127.0.0.1", 0), partial(Handler, directory=served)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+        facts.write_text(json.dumps([url, *sums]))
+        with locked(cache / ".lock"):
+            processes = [
+                subprocess.Popen(
+                    [sys.executable, "-c", OTHERWISE, str(facts)],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                for _ in range(2)
+            ]
+            while waiting() < {process.pid for process in processes}:
+                assert [process.poll() for process in processes] == [None, None]
+            assert fetched == []
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        server.shutdown()
+    assert 1 <= len(fetched) <= 2  # torchvision asks once more, for redirects
+    total = data.load_sample().test.pixels.sum().item()
+    assert [output.splitlines()[-1] for output in outputs] == [f"500 1000 {total}"] * 2
 
 
 @pytest.mark.parametrize(
