@@ -19,7 +19,6 @@ from training import data
 from training.files import locked
 from training.model import CLASSES
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT = os.environ.get(data.ROOT_VARIABLE, "")
 needs_cifar10 = pytest.mark.skipif(
     not (Path(ROOT) / data.FOLDER).is_dir() or not ROOT,
@@ -144,7 +143,7 @@ def test_one_process_downloads_while_others_wait(tmp_path: Path) -> None:
         return {int(row[5]) for row in rows if row[1] == "->"}
 
     environment = {name: value for name, value in os.environ.items() if name != data.ROOT_VARIABLE}
-    environment |= {"XDG_CACHE_HOME": str(cache.parent), "no_proxy": "*", "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"XDG_CACHE_HOME": str(cache.parent), "no_proxy": "*"}
     facts = tmp_path / "facts.json"
     with HTTPServer(("127.0.0.1", 0), partial(Handler, directory=served)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
