@@ -202,11 +202,10 @@ class Admission:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self.app(scope, receive, send)
             return
-        of_page = scope["path"] in PAGE_PATHS or scope["path"].startswith(PAGE_FILES)
-        if (
-            self.key is not None
-            and not of_page
-            and not any(hmac.compare_digest(given, self.key) for given in _given_keys(scope))
+        if self.key is not None and not (
+            scope["path"] in PAGE_PATHS
+            or scope["path"].startswith(PAGE_FILES)
+            or any(hmac.compare_digest(given, self.key) for given in _given_keys(scope))
         ):
             raise UnauthorizedError(
                 "The service asks for its key; send it as `Authorization: Bearer KEY` or as "

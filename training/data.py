@@ -1,8 +1,7 @@
 """CIFAR-10 as uint8 tensors: the official files by way of torchvision, or a small sample file."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -99,15 +98,11 @@ def load() -> DataSet:
     return DataSet(train, test, "cifar10")
 
 
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def _alone(root: Path) -> AbstractContextManager[None]:
     """Let one process at a time fill the cache folder, of runs that are started side by side, say."""
     root.mkdir(parents=True, exist_ok=True)
-    if not os.access(root, os.W_OK):  # then nobody fills it
-        yield
-        return
-    with locked(root / ".lock"):
-        yield
+    filled_by_nobody = not os.access(root, os.W_OK)
+    return nullcontext() if filled_by_nobody else locked(root / ".lock")
 
 
 def present() -> bool:

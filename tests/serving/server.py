@@ -1,7 +1,7 @@
 """A real `bentoml serve` process."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,3 +69,10 @@ def wait_for_workers(server: Server, count: int, *, without: int) -> set[int]:
         if len(workers) == count:
             return workers
     raise AssertionError(f"{count} workers did not run: {server.log.read_text()}")
+
+
+def wait_until(holds: Callable[[], bool], server: Server) -> None:
+    """Ask until it holds of the server."""
+    deadline = time.monotonic() + START_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, server.log.read_text()

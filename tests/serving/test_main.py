@@ -23,7 +23,7 @@ def submit(folder: Path, *arguments: object, **settings: str) -> "subprocess.Com
     return subprocess.run(
         [sys.executable, "-m", "serving", "submit", *map(str, arguments)],
         cwd=ROOT,
-        env=service_environment(folder, **{"SERVING_PROVIDER": "cpu", **settings}),
+        env=service_environment(folder, **settings),
         capture_output=True,
         text=True,
         timeout=120,
@@ -47,7 +47,7 @@ def tiny(model_file: Callable[..., Path]) -> Path:
 
 def test_same_bytes_as_the_endpoint(client: httpx.Client, test_pickle: Path, tmp_path: Path) -> None:
     csv = tmp_path / "submission.csv"
-    result = submit(tmp_path, test_pickle, csv)
+    result = submit(tmp_path, test_pickle, csv, SERVING_PROVIDER="cpu")
     assert (result.returncode, result.stdout) == (0, f"300 labels in {csv}\n")
     assert "300/300" in result.stderr
     response = client.post("/submission", files={"file": test_pickle.read_bytes()})
@@ -107,7 +107,7 @@ def test_a_model_that_fails_on_an_image(tmp_path: Path, pixel: int, message: str
     (tmp_path / "test.pkl").write_bytes(pickle.dumps({"data": images}))
     csv = tmp_path / "a.csv"
     model = write_fragile_model(tmp_path)
-    result = submit(tmp_path, tmp_path / "test.pkl", csv, "--model", model)
+    result = submit(tmp_path, tmp_path / "test.pkl", csv, "--model", model, SERVING_PROVIDER="cpu")
     assert result.returncode == 1
     error = result.stderr.splitlines()[-1]
     assert error.startswith(
@@ -123,7 +123,7 @@ def test_a_name_with_brackets(
 ) -> None:
     model = model_file(METADATA | {"name": "[/]tiny[1]"})
     csv = tmp_path / "a.csv"
-    result = submit(tmp_path, test_pickle, csv, "--model", model)
+    result = submit(tmp_path, test_pickle, csv, "--model", model, SERVING_PROVIDER="cpu")
     assert result.returncode == 0
     assert "[/]tiny[1] 12e456789012" in result.stderr
 

@@ -1,12 +1,11 @@
 """The service over HTTP: a real process, real images, the bundled model."""
 
 import asyncio
-import http.server
 import json
 import pickle
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 
 from serving.model import Model
 from serving.predictions import top_predictions
+from tests.listener import listening
 from tests.serving.figures import under_way
 from tests.serving.models import CLASSES
 from tests.serving.samples import encoded, pickled
@@ -377,7 +377,7 @@ def test_a_url_is_never_fetched(client: httpx.Client) -> None:
     """BentoML's own parsing would fetch it; here a server counts that nobody comes."""
     visits: list[str] = []
 
-    class Counter(http.server.BaseHTTPRequestHandler):
+    class Counter(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             visits.append(self.path)
             self.send_response(200)
@@ -387,9 +387,8 @@ def test_a_url_is_never_fetched(client: httpx.Client) -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counter) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/a.png"
+    with listening(Counter) as server:
+        address = f"{server}/a.png"
         for path, name in [
             ("/classify", "image"),
             ("/classify_batch", "images"),
@@ -408,7 +407,6 @@ def test_a_url_is_never_fetched(client: httpx.Client) -> None:
         assert visits == []
         assert httpx.get(address).status_code == 200  # it would have been seen
         assert visits == ["/a.png"]
-        server.shutdown()
 
 
 def test_the_document_describes_the_endpoints(client: httpx.Client) -> None:

@@ -17,7 +17,7 @@ from tests.serving.figures import under_way
 from tests.serving.models import write_slow_model
 from tests.serving.raw import connected, post
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import START_SECONDS, Server, running, wait_for_workers
+from tests.serving.server import START_SECONDS, Server, running, wait_for_workers, wait_until
 from tests.transcripts import assert_as_shown
 
 
@@ -184,9 +184,7 @@ def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
         (old,) = server.workers()
         server.process.send_signal(signal.SIGHUP)
         wait_for_workers(server, 1, without=old)
-        deadline = time.monotonic() + START_SECONDS
-        while not reached(server.url, is_ready):
-            assert time.monotonic() < deadline, server.log.read_text()
+        wait_until(lambda: reached(server.url, is_ready), server)
 
 
 def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.Client]]:

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,15 +12,26 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import psutil
+import pytest
 
 from benchmarks.server import is_ready, reached
 from serving.model import Model
 from tests.serving.figures import read, value
 from tests.serving.models import METADATA
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import START_SECONDS, Server, running, wait_for_workers
+from tests.serving.server import Server, running, wait_for_workers, wait_until
 
 FIRST, SECOND = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
+
+
+@pytest.fixture
+def contents(model_file: Callable[..., Path]) -> tuple[bytes, bytes]:
+    """Of model files of the first and of the second version."""
+    first, second = (
+        model_file(METADATA | {"version": version}, name=f"{version}.onnx").read_bytes()
+        for version in (FIRST, SECOND)
+    )
+    return first, second
 
 
 def replace(file: Path, content: bytes) -> None:
@@ -118,12 +128,9 @@ def test_a_new_file_takes_over_between_requests_and_a_bad_one_is_refused(
 
 
 def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
-    tmp_path: Path, model_file: Callable[..., Path], damaged_model: bytes
+    tmp_path: Path, contents: tuple[bytes, bytes], damaged_model: bytes
 ) -> None:
-    first, second = (
-        model_file(METADATA | {"version": version}, name=f"{version}.onnx").read_bytes()
-        for version in (FIRST, SECOND)
-    )
+    first, second = contents
     served = tmp_path / "served.onnx"
     served.write_bytes(first)
     with running(
@@ -151,11 +158,8 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
     assert "the last model file that passed serves on; the present one is refused: " in log
 
 
-def test_who_does_not_watch_keeps_the_model(tmp_path: Path, model_file: Callable[..., Path]) -> None:
-    first, second = (
-        model_file(METADATA | {"version": version}, name=f"{version}.onnx").read_bytes()
-        for version in (FIRST, SECOND)
-    )
+def test_who_does_not_watch_keeps_the_model(tmp_path: Path, contents: tuple[bytes, bytes]) -> None:
+    first, second = contents
     served = tmp_path / "served.onnx"
     served.write_bytes(first)
     elsewhere = tmp_path / "elsewhere"
@@ -170,9 +174,3 @@ def test_who_does_not_watch_keeps_the_model(tmp_path: Path, model_file: Callable
 
 def serves(server: Server, version: str) -> bool:
     return bool(httpx.get(f"{server.url}/model").json()["version"] == version)
-
-
-def wait_until(holds: Callable[[], bool], server: Server) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, server.log.read_text()

@@ -1,10 +1,9 @@
 """Spans, as a collector of OpenTelemetry's gets them."""
 
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from queue import Queue
-from threading import Thread
 from typing import Any
 
 import httpx
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from tests.listener import listening
 from tests.serving.samples import encoded
 from tests.serving.server import serving
 
@@ -42,10 +42,8 @@ def spans() -> Iterator[tuple[str, Spans]]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
-        Thread(target=collector.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{collector.server_port}", got
-        collector.shutdown()
+    with listening(Collector) as address:
+        yield address, got
 
 
 def parent(trace: str, recorded: bool) -> dict[str, str]:

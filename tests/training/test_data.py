@@ -7,14 +7,14 @@ import subprocess
 import sys
 import tarfile
 from functools import partial
-from http.server import HTTPServer, SimpleHTTPRequestHandler
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 
+from tests.listener import listening
 from training import data
 from training.files import locked
 from training.model import CLASSES
@@ -114,7 +114,8 @@ def write_archive(folder: Path) -> list[str]:
     batches.mkdir()
     (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CLASSES)}))
     parts = [(f"data_batch_{i + 1}", sample.train, slice(100 * i, 100 * i + 100)) for i in range(5)]
-    for name, images, rows in [*parts, ("test_batch", sample.test, slice(None))]:
+    parts.append(("test_batch", sample.test, slice(None)))
+    for name, images, rows in parts:
         planes = images.pixels[rows].permute(0, 3, 1, 2).reshape(-1, 3072).numpy()
         content = {"data": planes, "labels": images.labels[rows].tolist()}
         (batches / name).write_bytes(pickle.dumps(content))
@@ -122,7 +123,7 @@ def write_archive(folder: Path) -> list[str]:
     with tarfile.open(archive, "w:gz") as file:
         file.add(batches, data.FOLDER)
     files = [archive, batches / "batches.meta", *(batches / name for name, _, _ in parts)]
-    return [hashlib.md5(path.read_bytes()).hexdigest() for path in [*files, batches / "test_batch"]]
+    return [hashlib.md5(path.read_bytes()).hexdigest() for path in files]
 
 
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="who waits for a file is not shown here")
@@ -145,10 +146,8 @@ def test_one_process_downloads_while_others_wait(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != data.ROOT_VARIABLE}
     environment |= {"XDG_CACHE_HOME": str(cache.parent), "no_proxy": "*"}
     facts = tmp_path / "facts.json"
-    with HTTPServer(("127.0.0.1", 0), partial(Handler, directory=served)) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
-        facts.write_text(json.dumps([url, *sums]))
+    with listening(partial(Handler, directory=served)) as address:
+        facts.write_text(json.dumps([f"{address}/cifar-10-python.tar.gz", *sums]))
         with locked(cache / ".lock"):
             processes = [
                 subprocess.Popen(
@@ -159,11 +158,10 @@ def test_one_process_downloads_while_others_wait(tmp_path: Path) -> None:
                 )
                 for _ in range(2)
             ]
-            while waiting() < {process.pid for process in processes}:
+            while not waiting() >= {process.pid for process in processes}:
                 assert [process.poll() for process in processes] == [None, None]
             assert fetched == []
         outputs = [process.communicate(timeout=120)[0] for process in processes]
-        server.shutdown()
     assert 1 <= len(fetched) <= 2  # torchvision asks once more, for redirects
     total = data.load_sample().test.pixels.sum().item()
     assert [output.splitlines()[-1] for output in outputs] == [f"500 1000 {total}"] * 2
