@@ -41,6 +41,7 @@ from benchmarks.server import environment
 from benchmarks.stored import BenchmarkError
 from export import graph, metadata, quantize
 from export.ensemble import Ensemble, half
+from export.metadata import CONTRACT
 from export.provider import others
 from serving.providers import obstacle
 from serving.settings import BUNDLED_MODEL, ProviderName
@@ -163,7 +164,7 @@ def _built(name: str, precisions: Sequence[str], folder: Path) -> Model:
         graphs["fp16"] = graph.build(half(classifier))
     if "int8" in precisions:
         graphs["int8"] = quantize.int8(graphs["fp32"])
-    described = {"contract": "1", "name": name, "version": "random", "classes": json.dumps(CLASSES)}
+    described = {"contract": CONTRACT, "name": name, "version": "random", "classes": json.dumps(CLASSES)}
     folder.mkdir()
     files = {}
     for precision, content in graphs.items():

@@ -131,14 +131,13 @@ class State:
     @classmethod
     def of(cls, process: psutil.Process) -> "State":
         """As it is now."""
-        all_ = family(process)
         sizes = memory(process)
-        return cls(
-            sum(sizes),
-            max(sizes),
-            sum(each.num_fds() for each in all_),
-            sum(each.num_threads() for each in all_),
-        )
+        descriptors = threads = 0
+        for each in family(process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descriptors += each.num_fds()
+                threads += each.num_threads()
+        return cls(sum(sizes), max(sizes), descriptors, threads)
 
 
 # -- the load ---------------------------------------------------------------------------------------

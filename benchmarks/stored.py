@@ -121,6 +121,7 @@ def main(
         "--markdown", action="store_true", help="measure nothing; print the tables of the figures"
     )
     options = parser.parse_args(arguments)
+    device.limit_threads()
     try:
         if options.markdown:
             figures = read(kind, options.figures)

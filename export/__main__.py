@@ -13,9 +13,11 @@ from export import graph, reliability
 from export.metadata import Description
 from export.parity import ELSEWHERE, LIMITS, Finding, Parity, Precision
 from export.verify import verify
-from export.write import PRECISIONS, Written, make_place, write
+from export.write import PRECISIONS, Written, write
 from serving.errors import ProviderError
+from training import device
 from training.errors import ExplainedError
+from training.files import make_place
 from training.plots import file_format
 from training.recipe import Views
 from training.tables import percent
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
         for stderr in (False, True)
     )
+    device.limit_threads()
     try:
         if options.command == "write":
             _write(options, console)

@@ -28,7 +28,7 @@ class TestImages:
         Raises:
             DataError: a data set that is present but damaged.
         """
-        dataset = data.load() if data.present() else data.load_sample()
+        dataset = data.load_present()
         return cls(dataset.test, dataset.source)
 
     @property

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from export import reliability
 from export.ensemble import Ensemble
 from export.member import Member
+from export.provider import BATCH
 from training import data
 from training.data import Images
 from training.errors import ExplainedError
@@ -87,7 +88,7 @@ def fit(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
 
 def _fit(trials: Sequence[Member], images: Images) -> Temperature:
     ensemble = Ensemble([trial.classifier() for trial in trials])
-    values, labels = logits(ensemble, images.pixels).numpy(), images.labels.numpy()
+    values, labels = logits(ensemble, images.pixels, BATCH).numpy(), images.labels.numpy()
     if not np.isfinite(values).all():
         raise TemperatureError(
             f"the logits of {', '.join(map(str, trials))} are no finite numbers: a network that diverged"
@@ -107,7 +108,7 @@ def _held_out(members: Sequence[Member]) -> Images:
     share = min(member.recipe.data.validation for member in members)
     if share == 0:
         raise TemperatureError("all training images were trained on, none was held out")
-    dataset = data.load() if data.present() else data.load_sample()
+    dataset = data.load_present()
     for member in members:
         source = member.checkpoint.run["data"]
         if source != dataset.source:

@@ -19,9 +19,8 @@ from export.parity import ELSEWHERE, LIMITS, PYTORCH, Parity, Precision
 from export.provider import CPU
 from export.reliability import Bins
 from export.temperature import Temperature
-from serving.files import check_replaceable
 from training import data
-from training.files import replacing
+from training.files import make_place, replacing
 from training.recipe import Views
 
 PRECISIONS = tuple(LIMITS)
@@ -91,16 +90,6 @@ def write(
             file.flush()
             os.fsync(file.fileno())
     return [written for _, written in made]
-
-
-def make_place(path: Path) -> None:
-    """Make the folder of a file to be written.
-
-    Raises:
-        OSError: it cannot be made or written to, or something else than a file is at ``path``.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_replaceable(path)
 
 
 @dataclass(frozen=True)

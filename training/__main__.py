@@ -4,13 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from training import STARTED, checkpoint, data, plots, range_test, recipe, results, train
+from training import STARTED, checkpoint, data, device, plots, range_test, recipe, results, train
 from training.checkpoint import Checkpoint
 from training.errors import ExplainedError
+from training.files import make_place
 from training.learner import Learner, TrainingError
 from training.processes import Processes
 from training.report import pages
@@ -29,6 +31,7 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
     processes = Processes()
     console = Console(highlight=False, soft_wrap=True, quiet=not processes.first)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    device.limit_threads()
     try:
         if options.command == "list":
             _list(console, options.markdown)
@@ -48,6 +51,9 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
             return _train(options, processes, watch, console, errors)
     except (ExplainedError, OSError) as error:
         errors.print(f"error: {error}", markup=False)
+        return 1
+    except torch.OutOfMemoryError as error:  # before the first step: of a GPU that others fill, say
+        errors.print(f"error: {str(error).partition(chr(10))[0]}", markup=False)
         return 1
     except KeyboardInterrupt:
         kept = "; what was finished before is in the run's last checkpoint"
@@ -94,7 +100,8 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     tried = range_test.rates(options.low, options.high, options.steps)
     name = _name(options.recipe)
     out = options.out or Path("runs") / f"{name}-lr.png"
-    plots.make_place(out)  # before the steps, which may take long
+    plots.file_format(out)
+    make_place(out)
     train_images, _ = data.split(data.load().train, chosen.data.validation)
     # A hundred steps are not worth what it takes to compile them.
     learner = Learner(chosen, options.seed, train_images, Processes(), compiled=False)

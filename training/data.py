@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -77,7 +76,7 @@ def load() -> DataSet:
                 torchvision.datasets.CIFAR10(root, train=train, download=not named)
                 for train in (True, False)
             ]
-    except (URLError, OSError) as error:
+    except OSError as error:
         if named:
             raise DataError(
                 f"could not read CIFAR-10 in {root / FOLDER}: {error}. Make its files readable, or set "
@@ -105,9 +104,14 @@ def _alone(root: Path) -> AbstractContextManager[None]:
     return nullcontext() if filled_by_nobody else locked(root / ".lock")
 
 
-def present() -> bool:
-    """Whether ``load`` would find something without downloading it (perhaps damaged)."""
-    return bool(os.environ.get(ROOT_VARIABLE)) or (_cache_folder() / FOLDER).is_dir()
+def load_present() -> DataSet:
+    """The data set that ``load`` finds without downloading it, else the bundled sample.
+
+    Raises:
+        DataError: a data set that is here but damaged.
+    """
+    here = os.environ.get(ROOT_VARIABLE) or (_cache_folder() / FOLDER).is_dir()
+    return load() if here else load_sample()
 
 
 def load_sample(path: Path = SAMPLE) -> DataSet:

@@ -22,13 +22,14 @@ def choose(index: int = 0) -> torch.device:
 def precision(amp: Amp, device: torch.device) -> torch.dtype:
     """The dtype of a recipe's ``amp`` on ``device``.
 
-    A GPU takes what the recipe says. A CPU takes bf16 for either half type where it multiplies bf16
-    natively (AMX or AVX512-BF16), and float32 where bf16 would only be emulated.
+    A GPU takes what the recipe says, but fp16 where it would only emulate bf16 (before Ampere). A CPU
+    takes bf16 for either half type where it multiplies bf16 natively (AMX or AVX512-BF16), else float32.
     """
     if amp == "off":
         return torch.float32
     if device.type == "cuda":
-        return torch.float16 if amp == "fp16" else torch.bfloat16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if amp == "bf16" and native else torch.float16
     abilities = torch.cpu.get_capabilities()
     native = abilities.get("amx_bf16") or abilities.get("avx512_bf16")
     return torch.bfloat16 if native else torch.float32

@@ -76,7 +76,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def logits(classifier: nn.Module, pixels: Tensor, batch_size: int = AT_ONCE) -> Tensor:
+def logits(classifier: nn.Module, pixels: Tensor, batch_size: int) -> Tensor:
     """Logits, float32 [N, 10], of ``pixels``, uint8 [N, 32, 32, 3], in evaluation mode."""
     classifier.eval()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

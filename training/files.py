@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EACCES, EEXIST
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +14,20 @@ if sys.platform != "win32":
     import fcntl
 
 LEFTOVER_SECONDS = 3600.0  # no file takes so long to write
+
+
+def make_place(path: Path) -> None:
+    """Make the folder of a file that `replacing` is to write, before the work that makes its content.
+
+    Raises:
+        OSError: it cannot be made or written to, or something else than a file is at ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(EEXIST, "not a file that can be replaced", str(path))
+    folder = Path(os.path.realpath(path)).parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(EACCES, "this folder cannot be written to", str(folder))
 
 
 @contextmanager

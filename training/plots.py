@@ -25,19 +25,6 @@ def file_format(path: Path) -> str:
     return kind
 
 
-def make_place(path: Path) -> None:
-    """Make the folder of a plot to be written.
-
-    Raises:
-        PlotError: it would be of no known kind, or a folder is in its place.
-        OSError: the folder cannot be made.
-    """
-    file_format(path)
-    if path.is_dir():
-        raise PlotError(f"{path} is a folder; a plot is a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-
 def save(figure: Figure, path: Path) -> None:
     """Write a figure to a file; as PNG or SVG, the same figure gives the same bytes.
 

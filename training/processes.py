@@ -77,10 +77,12 @@ class Processes:
         return int(highest)
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum of the processes' tensors, in every process."""
-        if self.count > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        """The sum of the processes' tensors, in every process; ``tensor`` stays as it is."""
+        if self.count == 1:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
 
     def parallel(self, network: nn.Module) -> nn.Module:
         """``network`` as a module whose backward pass averages the gradients over the processes.
@@ -91,7 +93,7 @@ class Processes:
             return network
         _synchronise(network)
         # Statistics need no broadcast: they are computed from the same sums everywhere.
-        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
 
 
 class Total(torch.autograd.Function):

@@ -83,7 +83,7 @@ class Run:
         self.test_images = dataset.test.first(limit)
         state.load_into(self.learner.model, state.model)
         if self.learner.average is not None:
-            state.load_into(self.learner.average.network, state.average or state.model)
+            state.load_into(self.learner.average.network, state.average or {})
         if self.learner.selector is not None:
             state.load_into(self.learner.selector.network, state.selector or {})
         if state.sessions:
@@ -213,8 +213,8 @@ class Run:
         progress.update(task, epoch=f"{state.epoch + 1}/{self.recipe.epochs}")
 
         def keep() -> None:
-            state.loss_sum = self.processes.total(loss_sum.clone()).item()
-            state.correct = int(self.processes.total(correct.clone()).item())
+            state.loss_sum = self.processes.total(loss_sum).item()
+            state.correct = int(self.processes.total(correct).item())
             state.seconds = seconds_before + time.monotonic() - began
             self._save()
 

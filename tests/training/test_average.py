@@ -1,10 +1,16 @@
+from pathlib import Path
+
+import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
-from training import data, recipe
+from training import checkpoint, data, recipe, train
 from training.average import Average
+from training.checkpoint import CheckpointError
 from training.learner import Learner
 from training.processes import Processes
+from training.watch import Watch
 
 
 def test_average_follows_by_its_share() -> None:
@@ -42,6 +48,15 @@ def test_average_takes_no_gradient_and_leaves_the_network_alone() -> None:
     assert network.weight.requires_grad
     assert not any(parameter.requires_grad for parameter in average.network.parameters())
     assert not average.network.training
+
+
+def test_a_checkpoint_without_the_average_is_an_error(tmp_path: Path) -> None:
+    chosen, dataset = recipe.load("A1", ["averaging={decay=0.999}"]), data.load_sample()
+    train.create(tmp_path, chosen, "A1", 0, dataset, complete=False)
+    path = tmp_path / checkpoint.FILE
+    checkpoint.save(checkpoint.load(path).model_copy(update={"average": None}), path)
+    with pytest.raises(CheckpointError, match=r"(?s)the weights do not fit recipe A1: .*Missing key"):
+        train.resume(tmp_path, dataset, Console(quiet=True), Watch(), Processes())
 
 
 def test_the_steps_of_earlier_epochs_count() -> None:

@@ -15,6 +15,16 @@ def test_no_more_threads_than_the_quota_has_cores(monkeypatch: pytest.MonkeyPatc
         torch.set_num_threads(threads)
 
 
+def test_half_precision_is_what_a_gpu_multiplies_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, native = torch.device("cuda"), True
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert device.precision("bf16", gpu) == torch.bfloat16
+    assert device.precision("fp16", gpu) == torch.float16
+    assert device.precision("off", gpu) == torch.float32
+    native = False
+    assert device.precision("bf16", gpu) == torch.float16
+
+
 @needs_a_compiler
 def test_steps_are_compiled_on_a_gpu_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")

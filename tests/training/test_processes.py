@@ -129,6 +129,29 @@ def test_out_of_memory_in_one_process_ends_all(tmp_path: Path) -> None:
     assert "out of memory with a batch of 25 on cpu: try --set batch_size=12," in process.stderr
 
 
+def test_a_stop_in_the_evaluation_counts_no_image_twice(short: Path, tmp_path: Path) -> None:
+    program, run, whole = tmp_path / "program.py", tmp_path / "run", tmp_path / "whole"
+    program.write_text(
+        "import os, signal, sys\n"
+        "from training.__main__ import main\n"
+        "from training.run import Run\n"
+        "evaluate = Run._evaluate\n"
+        "def stopped(self, part, *arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return evaluate(self, part, *arguments)\n"
+        "Run._evaluate = stopped\n"
+        "sys.exit(main())\n"
+    )
+    arguments = ["run", str(short), "--limit", "64", "--epochs", "1", "--set", "data.validation=0.2"]
+    process = torchrun(2, *arguments, "--out", str(run), program=[str(program)])
+    assert "stopped by SIGTERM; go on with" in process.stderr
+    assert main(["resume", str(run)]) == 0
+    assert main([*arguments, "--out", str(whole)]) == 0
+    (line,), (expected,) = (checkpoint.load(out / "checkpoint.pt").history for out in (run, whole))
+    assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
+    assert line["train_accuracy"] == expected["train_accuracy"]
+
+
 def test_batch_norm_over_processes_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = nn.BatchNorm2d(3, eps=0.5, momentum=0.4)
     network = nn.Sequential(copy.deepcopy(alone))

@@ -132,6 +132,7 @@ def test_divergence_ends_the_test_early(tmp_path: Path, capsys: pytest.CaptureFi
         ),
         (["--steps", "5"], "5 steps show no slope: take at least 13"),
         (["--out", "plot.xyz", "--steps", "13"], "a plot is a .png, .svg or .pdf file"),
+        (["--out", "/dev/null"], "not a file that can be replaced: '/dev/null'"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(

@@ -405,6 +405,20 @@ def test_the_best_accuracies_of_a_comparison_are_bold(uninterrupted: Path, tmp_p
     assert bold == [["75.00 %"], ["60.00 %"], []]
 
 
+def test_all_commits_of_a_run_are_compared(uninterrupted: Path, tmp_path: Path) -> None:
+    state, entries = checkpoint.load(uninterrupted / "checkpoint.pt"), []
+    one, two = "0123456789" * 4, "abcdef0123" * 4
+    for name, commits in (("a", [one, two]), ("b", [f"{one}-dirty", two]), ("c", [])):
+        sessions = [{**state.sessions[0], "commit": commit} for commit in commits]
+        facts = {**state.run, "commit": f"{two}-dirty"}
+        run = state.model_copy(update={"sessions": sessions, "run": facts, "result": None})
+        entries.append(pages.Entry(name, tmp_path / name, run, run.parsed_recipe(), run.network()))
+    path = tmp_path / pages.COMPARISON
+    path.write_text(pages.comparison_page(entries, tmp_path), encoding="utf-8")
+    shown = [text(row.findall("td")[-1]) for row in read(path).findall(".//tbody/tr")]
+    assert shown == ["0123456789 + abcdef0123", "0123456789-dirty + abcdef0123", "abcdef0123-dirty"]
+
+
 def test_comparison_says_where_train_figures_are_of_different_losses(
     uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -250,6 +250,17 @@ def test_out_of_memory_in_the_evaluation_is_named(
     assert main(["resume", str(tmp_path / "run")]) == 0
 
 
+def test_no_memory_on_a_gpu_for_the_data_set_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(images: data.Images, device: torch.device) -> data.Images:
+        raise torch.OutOfMemoryError("CUDA out of memory. Of GPU 0 4 MiB are free.\nSee the manual")
+
+    monkeypatch.setattr(data.Images, "to", full)
+    assert main(["run", "A1", "--out", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "error: CUDA out of memory. Of GPU 0 4 MiB are free.\n"
+
+
 def test_out_of_memory_names_a_batch_that_fits(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

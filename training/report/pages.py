@@ -5,6 +5,7 @@ bytes. What it tells of the training comes from the checkpoint alone.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -79,7 +80,7 @@ class Entry:
         for session in self.state.sessions:
             for name, value in session.items():
                 values.setdefault(name, []).append(value)
-        values |= self.state.facts() | (self.state.result or {})
+        values |= self.state.facts() | {"commit": self.state.commit} | (self.state.result or {})
         return {name: _text(name, value) for name, value in values.items() if value is not None}
 
 
@@ -198,6 +199,7 @@ def _render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
+        "commits": lambda text: re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", text),
         "count": lambda number: f"{number:,}",
         "data_uri": pictures.data_uri,
         "duration": _duration,
