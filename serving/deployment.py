@@ -123,17 +123,27 @@ def deploy(settings: Settings, metrics: Any) -> Deployment:
     return deployment
 
 
-def deploy_kept(settings: Settings, metrics: Any, refusal: StartError) -> Deployment:
-    """Deploy the copy of the last model file that was usable.
+def deploy_first(settings: Settings, metrics: Any) -> Deployment:
+    """Deploy what a worker that starts has to serve: the model file, or the copy of one that passed.
+
+    The copy where the file is not usable any more, and where nobody watches it: all workers then serve
+    the one that the service began with.
 
     Raises:
-        StartError: there is none; this is the `refusal` of the model file.
+        StartError: the model file is not usable, and there is no copy.
     """
     kept = Path(os.environ.get(KEPT_MODEL, ""))
-    if not kept.is_file():
-        raise refusal
-    logger.error("the last model file that passed serves on; the present one is refused: %s", refusal)
-    return Deployment(kept, settings, metrics)
+    if kept.is_file() and not settings.watch_model:
+        return Deployment(kept, settings, metrics)
+    try:
+        return deploy(settings, metrics)
+    except StartError as refusal:
+        if not kept.is_file():
+            raise
+        logger.error(
+            "the last model file that passed serves on; the present one is refused: %s", refusal
+        )
+        return Deployment(kept, settings, metrics)
 
 
 def _keep(path: Path, kept: Path, state: FileState | None) -> None:

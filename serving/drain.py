@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 import uvicorn
 
 from serving.errors import StoppingError
+from serving.settings import SUPERVISOR
 
 logger = logging.getLogger("serving")
 
@@ -70,6 +72,9 @@ class Drain:
         # A worker would outlive a supervisor that is killed, and hold its port.
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+            parent = str(os.getppid())
+            if os.environ.get(SUPERVISOR, parent) != parent:  # it has ended already
+                stop(signal.SIGTERM, None)
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -105,9 +110,9 @@ class Drain:
         await asyncio.sleep(ARRIVING_SECONDS)
         self.refusing = True
         logger.info("stopping; %d requests are under way", len(self._under_way))
+        await asyncio.sleep(REFUSING_SECONDS)
         try:
             async with asyncio.timeout(self._limit):
-                await asyncio.sleep(REFUSING_SECONDS)
                 await self._idle.wait()
         except TimeoutError:
             logger.warning("%d requests took over %g s to finish", len(self._under_way), self._limit)

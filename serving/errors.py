@@ -1,7 +1,7 @@
 """What can go wrong, as exceptions with the HTTP status and the stable code a client sees.
 
-Every message says what was wrong and what would be right, and never holds a path, a traceback or
-a value that the client did not send itself.
+The message of a `RequestError` says what was wrong and what would be right, and never holds a path, a
+traceback or a value that the client did not send itself.
 """
 
 from collections.abc import Mapping
@@ -93,28 +93,29 @@ class FieldError(RequestError):
     code = "invalid_field"
 
 
-class OverloadedError(RequestError):
-    """Too many requests wait already; the client should come again."""
+class UnavailableError(RequestError):
+    """A request that is not taken now; the client should come again."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
-    code = "overloaded"
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
-class NotReadyError(RequestError):
+class OverloadedError(UnavailableError):
+    """Too many requests wait already."""
+
+    code = "overloaded"
+
+
+class NotReadyError(UnavailableError):
     """The answer to a health check: new requests would be refused."""
 
-    status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "not_ready"
-    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
-class StoppingError(RequestError):
+class StoppingError(UnavailableError):
     """The worker that got the request is about to end."""
 
-    status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "stopping"
-    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
 class RequestTimeoutError(RequestError):
@@ -129,3 +130,6 @@ class InternalError(RequestError):
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     code = "internal_error"
+
+    def __init__(self) -> None:
+        super().__init__("The service failed; its log says why.")

@@ -2,10 +2,12 @@
 
 BentoML's own request metrics are off: their labels are raw paths, a new series for each that a scanner
 tries, and their buckets begin at 5 ms. To be imported in a worker only: prometheus_client decides at its
-import, by PROMETHEUS_MULTIPROC_DIR, that the workers' figures are added up.
+import that the workers' figures are added up, by PROMETHEUS_MULTIPROC_DIR, which BentoML has set by
+then; where they are it reads only when the first of them is made.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +23,12 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from starlette.responses import Response
 
 from serving.inference_protocol import is_protocol
 from serving.model import Model
 from serving.predictions import softmax
 from serving.settings import METRICS_FOLDER
-
-__all__ = ["CONTENT_TYPE_LATEST"]
 
 if METRICS_FOLDER in os.environ:
     # BentoML has one for all servers of a user, and each that starts empties it.
@@ -48,14 +49,17 @@ PROTOCOL, INFER, OTHER = "/v2", "/v2/infer", "other"
 requests = Counter("cifar10_requests", "Requests answered", ["route", "status"])
 request_seconds = Histogram(
     "cifar10_request_seconds",
-    "From a request's first byte to its answer's last",
+    "From a request's headers to its answer's last byte",
     ["route"],
     buckets=SECONDS,
 )
 queue_seconds = Histogram("cifar10_queue_seconds", "Images' wait for the engine", buckets=SECONDS)
 engine_seconds = Histogram("cifar10_engine_seconds", "A run of the engine", buckets=SECONDS)
 batch_images = Histogram("cifar10_batch_images", "Images in a run of the engine", buckets=SIZES)
-shed = Counter("cifar10_shed_requests", "Requests refused because too many waited")
+shed = Counter(
+    "cifar10_shed_requests",
+    "Requests refused for want of room for them, or for their bytes or files",
+)
 evicted = Counter("cifar10_evicted_connections", "Connections closed because there were too many")
 predictions = Counter("cifar10_predictions", "Images by their most probable class", ["label"])
 confidence = Histogram(
@@ -80,17 +84,6 @@ for outcome in ("done", "refused"):
 for name in (*ROUTES, PROTOCOL, INFER, OTHER):
     for status in ("200", "500", "503", "504"):
         requests.labels(name, status)
-
-
-def forget_the_dead() -> None:
-    """Drop the gauges of workers that were killed; their counts stay."""
-    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    if folder is None:
-        return
-    for file in Path(folder).glob("gauge_live*_*.db"):
-        process = int(file.stem.rpartition("_")[2])
-        if not psutil.pid_exists(process):
-            mark_process_dead(process)
 
 
 def serves(model: Model) -> None:
@@ -118,13 +111,22 @@ def ran(model: Model, logits: npt.NDArray[np.float32], seconds: float) -> None:
         confidence.observe(probability)
 
 
-def exposition() -> bytes:
-    """All figures of all workers in Prometheus' text format."""
+def exposition() -> Response:
+    """All figures of all workers in Prometheus' text format; workers that have ended have no gauges."""
     registry = REGISTRY
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        _forget_the_ended(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
-    return generate_latest(registry)
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _forget_the_ended(folder: Path) -> None:
+    for file in folder.glob("gauge_live*_*.db"):
+        process = int(file.stem.rpartition("_")[2])
+        if not psutil.pid_exists(process):
+            with suppress(FileNotFoundError):  # another worker was first
+                mark_process_dead(process)
 
 
 def route(path: str) -> str:

@@ -1,7 +1,8 @@
 """Around every request: its figures and its id, one shape for every error, who is let in, and its body.
 
-All are plain ASGI. What is inside of `ErrorShape` may raise a `RequestError`, which is answered; nothing
-else may be raised before the answer starts: BentoML would let such a request hang until its timeout.
+All are plain ASGI. What is inside of `ErrorShape` may raise: a `RequestError` is answered as what it is,
+anything else as a fault of ours. What is outside of it must not, before the answer starts: BentoML would
+let such a request hang until its timeout.
 """
 
 import asyncio
@@ -164,7 +165,7 @@ class ErrorShape:
                 raise
             if not isinstance(error, RequestError):
                 logger.exception("%s %s (%s) failed", scope["method"], scope["path"], request_id.get())
-                error = InternalError("The service failed; its log says why.")
+                error = InternalError()
             await error_response(error)(scope, receive, shaped)
 
 

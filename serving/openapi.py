@@ -104,6 +104,7 @@ def openapi_document(base: Json, version: str, *, with_key: bool) -> Json:
     }
     document = {
         **base,
+        "openapi": "3.1.0",  # whose schemas are pydantic's
         "info": info,
         "paths": {**_paths(), **health, "/readyz": {"get": not_ready}},
         "components": {"schemas": definitions},

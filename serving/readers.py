@@ -12,6 +12,7 @@ import numpy.typing as npt
 from serving.errors import RequestError
 from serving.images import LARGE_PIXELS, LargeImageError, decode, is_small
 
+SHORT_BYTES = 64 * 1024  # of JSON; more takes long to read
 READ_AT_ONCE = 16  # images of a request that a thread decodes in one turn
 
 Pixels = npt.NDArray[np.uint8]

@@ -12,16 +12,16 @@ from serving.errors import RequestError
 class Prediction(BaseModel):
     """A class and how probable it is."""
 
-    label: str = Field(examples=["cat"])
-    index: int = Field(examples=[3])
-    probability: float = Field(ge=0, le=1, examples=[0.97])
+    label: str
+    index: int
+    probability: float = Field(ge=0, le=1)
 
 
 class ModelName(BaseModel):
     """The model that answered."""
 
-    name: str = Field(examples=["fast"])
-    version: str = Field(examples=["0123456789ab"])
+    name: str
+    version: str
 
 
 class Classification(BaseModel):
@@ -38,8 +38,8 @@ class Csv(RootModel[str]):
 class ErrorDetail(BaseModel):
     """A stable code for programs and a message for people."""
 
-    code: str = Field(examples=["bad_image"])
-    message: str = Field(examples=["The image is empty (0 bytes)."])
+    code: str
+    message: str
 
 
 class ErrorBody(BaseModel):

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from bentoml.exceptions import BentoMLConfigException
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -29,7 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving import inference_protocol
 from serving.access_log import open_access_log, request_id
 from serving.address import check_address
-from serving.deployment import Deployment, deploy, deploy_kept, replacements
+from serving.deployment import Deployment, deploy, deploy_first, replacements
 from serving.drain import Drain
 from serving.errors import (
     InternalError,
@@ -43,7 +44,6 @@ from serving.errors import (
 from serving.forms import SPOOLED_BYTES
 from serving.limits import Budget
 from serving.middleware import (
-    FREE_BYTES,
     GONE,
     OPEN_PATHS,
     Admission,
@@ -54,7 +54,7 @@ from serving.middleware import (
 from serving.model import Model
 from serving.openapi import openapi_document
 from serving.predictions import top_predictions
-from serving.readers import Readers
+from serving.readers import SHORT_BYTES, Readers
 from serving.requests import (
     ClassifyBatchForm,
     ClassifyForm,
@@ -64,7 +64,7 @@ from serving.requests import (
     read_images,
 )
 from serving.responses import Answers, Classification, Csv, answer_response, error_body, error_response
-from serving.settings import KEPT_MODEL, METRICS_FOLDER, Settings
+from serving.settings import KEPT_MODEL, METRICS_FOLDER, SUPERVISOR, Settings
 from serving.submission import read_submission
 from serving.uvicorn_server import (
     ConnectionLimits,
@@ -113,6 +113,7 @@ def endpoint(
     Whatever it raises becomes an answer of the one error shape.
     """
 
+    @functools.wraps(function)
     async def answer(request: Request) -> Response:
         classifier: Classifier = pages.state.classifier
         try:
@@ -130,7 +131,7 @@ def endpoint(
             return Response(status_code=GONE)  # nobody is there to read it
         except Exception:
             logger.exception("%s (%s) failed", request.url.path, request_id.get())
-            return error_response(InternalError("The service failed; its log says why."))
+            return error_response(InternalError())
 
     return answer
 
@@ -152,10 +153,9 @@ async def get_openapi(classifier: "Classifier", request: Request) -> Response:
 @endpoint
 async def get_metrics(classifier: "Classifier", request: Request) -> Response:
     """For Prometheus."""
-    figures = await asyncio.get_running_loop().run_in_executor(
+    return await asyncio.get_running_loop().run_in_executor(
         classifier.reporter, classifier.metrics.exposition
     )
-    return Response(figures, media_type=classifier.metrics.CONTENT_TYPE_LATEST)
 
 
 @endpoint
@@ -195,7 +195,7 @@ async def post_v2_infer(classifier: "Classifier", request: Request) -> Response:
     waiting.check()
     body = await request.body()
     with waiting.share():
-        read = classifier.readers.short if len(body) <= FREE_BYTES else classifier.readers.long
+        read = classifier.readers.short if len(body) <= SHORT_BYTES else classifier.readers.long
         inference = await read(
             inference_protocol.read,
             body,
@@ -294,16 +294,12 @@ class Classifier:
         from serving import metrics  # in a worker only, as it says
 
         self.metrics = metrics
-        metrics.forget_the_dead()
         # A full garbage collection looks at every object, and all requests wait meanwhile: a tenth of a
         # second where cores are slow. Those of the libraries stay for good, so it need not look at them;
         # the model, which comes after this, may be replaced.
         gc.collect()
         gc.freeze()
-        try:
-            self.deployment = deploy(SETTINGS, metrics)
-        except StartError as refusal:
-            self.deployment = deploy_kept(SETTINGS, metrics, refusal)
+        self.deployment = deploy_first(SETTINGS, metrics)
         self.watch: asyncio.Task[None] | None = None
         pages.state.classifier = self
         self.readers = Readers(SETTINGS.threads, SETTINGS.max_image_pixels)
@@ -327,6 +323,7 @@ class Classifier:
         folder = tempfile.TemporaryDirectory(prefix="cifar10-", ignore_cleanup_errors=True)
         figures = Path(folder.name) / "metrics"
         figures.mkdir()
+        os.environ[SUPERVISOR] = str(os.getpid())
         os.environ[METRICS_FOLDER] = str(figures)
         os.environ[KEPT_MODEL] = str(Path(folder.name) / "model.onnx")
         atexit.register(folder.cleanup)
@@ -446,16 +443,18 @@ def _classification(model: Model, logits: npt.NDArray[np.float32], top_k: int) -
 service: Any = Classifier  # the decorator has made a BentoML service of the class
 service.mount_asgi_app(pages)
 
-LAYERS: list[tuple[Any, dict[str, Any]]] = [  # the outermost first
-    (Observed, {"drain": drain}),
-    (ErrorShape, {}),
-    (Admission, {"drain": drain, "api_key": SETTINGS.api_key}),
-    (
+LAYERS = [  # the outermost first
+    Middleware(Observed, drain=drain),
+    Middleware(ErrorShape),
+    Middleware(Admission, drain=drain, api_key=SETTINGS.api_key),
+    Middleware(
         Reception,
-        {"max_bytes": SETTINGS.max_body_bytes, "seconds": SETTINGS.body_timeout, "uploads": uploads},
+        max_bytes=SETTINGS.max_body_bytes,
+        seconds=SETTINGS.body_timeout,
+        uploads=uploads,
     ),
 ]
-for layer, options in LAYERS:
+for layer, _, options in LAYERS:
     service.add_asgi_middleware(layer, **options)
 
 # These go through our middleware alone. BentoML's way adds a router, a context, a bound signature and
@@ -471,6 +470,6 @@ def short_way() -> ASGIApp:
         await response(scope, receive, send)
 
     app: ASGIApp = answer
-    for layer, options in reversed(LAYERS):
+    for layer, _, options in reversed(LAYERS):
         app = layer(app, **options)
     return app

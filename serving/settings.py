@@ -22,7 +22,9 @@ from pydantic import (
 from serving.errors import SettingsError
 
 PREFIX = "SERVING_"
-# The variables by which a server's workers share their figures, and the last model file that passed.
+# The variables by which a server's workers know the process that started them, and share their figures
+# and the last model file that passed.
+SUPERVISOR = "CIFAR10_SUPERVISOR"
 METRICS_FOLDER = "CIFAR10_METRICS_FOLDER"
 KEPT_MODEL = "CIFAR10_KEPT_MODEL"
 

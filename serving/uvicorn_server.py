@@ -1,7 +1,6 @@
 """The uvicorn server that BentoML starts around a worker: how to reach it, and what it lacks."""
 
 import asyncio
-import json
 import logging
 import resource
 import signal
@@ -19,7 +18,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serving.errors import RequestError, StartError
-from serving.responses import error_body
+from serving.responses import error_response
 
 logger = logging.getLogger("serving")
 
@@ -240,7 +239,7 @@ class _Connection(HttpToolsProtocol):
             last.keep_alive = False  # whole requests are answered, and that is the end
             return
         if last is None or last.response_complete or not last.response_started:
-            body = json.dumps(error_body(RequestError.code, COMPLAINT)).encode()
+            body = bytes(error_response(RequestError(COMPLAINT)).body)
             head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n")
             self.transport.write(head.encode() + b"\r\n" + body)

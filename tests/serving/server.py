@@ -37,7 +37,7 @@ class Server:
 @contextmanager
 def serving(folder: Path, *arguments: str, cwd: Path = ROOT, **settings: str) -> Iterator[str]:
     """The address of a `bentoml serve` process that is ready; stopped at the end."""
-    with running(folder, *arguments, cwd=cwd, exit_code=0, **settings) as server:
+    with running(folder, *arguments, cwd=cwd, exit_code=0, until=is_ready, **settings) as server:
         yield server.url
 
 
@@ -50,18 +50,23 @@ def serving_slowly(folder: Path, **settings: str) -> AbstractContextManager[str]
 
 @contextmanager
 def running(
-    folder: Path, *arguments: str, cwd: Path = ROOT, exit_code: int = 0, **settings: str
+    folder: Path,
+    *arguments: str,
+    cwd: Path = ROOT,
+    exit_code: int = 0,
+    until: Callable[[str], bool] = is_ready,
+    **settings: str,
 ) -> Iterator[Server]:
     """A `bentoml serve` process that is ready; stopped by SIGTERM, unless it has ended before."""
     command = ("-m", "bentoml", "serve", *arguments, "--host", "127.0.0.1", "--port", "{port}")
     settings |= {"PYTHONUNBUFFERED": "1"}
-    with started("the service", command, settings, is_ready, folder, cwd) as (url, process):
+    with started("the service", command, settings, until, folder, cwd) as (url, process):
         server = Server(url, process, folder / LOG)
         yield server
     assert process.returncode == exit_code, server.log.read_text()
 
 
-def wait_for_workers(server: Server, count: int, *, without: int) -> set[int]:
+def wait_for_workers(server: Server, count: int, *, without: int | None = None) -> set[int]:
     """The workers, once there are `count` but for that one."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:

@@ -4,6 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
+from openapi_spec_validator import validate
+
+
+def test_the_document_is_what_it_says_it_is(url: str) -> None:
+    document = httpx.get(f"{url}/docs.json").json()
+    assert document["openapi"] == "3.1.0"
+    validate(document)
+
 
 def test_requests_that_follow_the_document_and_that_break_it(url: str, tmp_path: Path) -> None:
     """Schemathesis makes both from the document, and holds the answers against it."""

@@ -110,6 +110,17 @@ def test_workers_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
         assert alive == []
 
 
+def test_a_worker_that_is_not_up_yet_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
+    began = running(tmp_path, exit_code=-signal.SIGKILL, until=lambda url: True, SERVING_PROVIDER="cpu")
+    with began as server:
+        (worker,) = map(psutil.Process, wait_for_workers(server, 1))
+        server.process.kill()
+        _, alive = psutil.wait_procs([worker], START_SECONDS)
+        for left in alive:
+            left.kill()
+        assert alive == []
+
+
 def test_ctrl_c_again_ends_what_waits(tmp_path: Path) -> None:
     with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="600") as server:
 
@@ -180,11 +191,22 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
 
 
 def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
-    with running(tmp_path, SERVING_PROVIDER="cpu") as server:
+    with (
+        running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="600") as server,
+        connected(server.url) as slow,
+    ):
         (old,) = server.workers()
+        slow.sendall(post("/classify", 100) + b"beginning")
+        with httpx.Client(base_url=server.url) as client:
+            while under_way(client) < 1:
+                pass
         server.process.send_signal(signal.SIGHUP)
         wait_for_workers(server, 1, without=old)
         wait_until(lambda: reached(server.url, is_ready), server)
+        os.kill(old, signal.SIGKILL)
+        wait_until(lambda: not psutil.pid_exists(old), server)
+        with httpx.Client(base_url=server.url) as client:
+            assert under_way(client) == 0, "without the request that has died with its worker"
 
 
 def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.Client]]:

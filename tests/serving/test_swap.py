@@ -170,6 +170,11 @@ def test_who_does_not_watch_keeps_the_model(tmp_path: Path, contents: tuple[byte
             replace(served, content)
             wait_until(partial(serves, other, version), other)
         assert serves(one, FIRST)
+        (worker,) = one.workers()
+        os.kill(worker, signal.SIGKILL)
+        wait_for_workers(one, 1, without=worker)
+        wait_until(lambda: reached(one.url, is_ready), one)
+        assert serves(one, FIRST), "as the workers that were not replaced do"
 
 
 def serves(server: Server, version: str) -> bool:
