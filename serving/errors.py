@@ -93,29 +93,28 @@ class FieldError(RequestError):
     code = "invalid_field"
 
 
-class UnavailableError(RequestError):
-    """A request that is not taken now; the client should come again."""
+class OverloadedError(RequestError):
+    """Too many requests wait already; the client should come again."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "overloaded"
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
-class OverloadedError(UnavailableError):
-    """Too many requests wait already."""
-
-    code = "overloaded"
-
-
-class NotReadyError(UnavailableError):
+class NotReadyError(RequestError):
     """The answer to a health check: new requests would be refused."""
 
+    status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "not_ready"
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
-class StoppingError(UnavailableError):
+class StoppingError(RequestError):
     """The worker that got the request is about to end."""
 
+    status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "stopping"
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
 class RequestTimeoutError(RequestError):

@@ -6,6 +6,7 @@ import that the workers' figures are added up, by PROMETHEUS_MULTIPROC_DIR, whic
 then; where they are it reads only when the first of them is made.
 """
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     generate_latest,
+    values,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from starlette.responses import Response
@@ -30,9 +32,33 @@ from serving.model import Model
 from serving.predictions import softmax
 from serving.settings import METRICS_FOLDER
 
+logger = logging.getLogger("serving")
+
+FILE_BYTES = 2**18  # more than all figures of a kind take, whose labels are bounded
+
+
+def _take_room(folder: Path) -> None:
+    """Write the files that prometheus_client maps into memory, which it would leave without room.
+
+    Where the disk is full then, the first look at a new page would kill the worker.
+    """
+    try:
+        for kind in ("counter", "histogram", "gauge_livemax", "gauge_livesum"):
+            (folder / f"{kind}_{os.getpid()}.db").write_bytes(bytes(FILE_BYTES))
+    except OSError:
+        for file in folder.glob(f"*_{os.getpid()}.db"):
+            file.unlink()
+        raise
+
+
 if METRICS_FOLDER in os.environ:
     # BentoML has one for all servers of a user, and each that starts empties it.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.environ[METRICS_FOLDER]
+    try:
+        _take_room(Path(os.environ[METRICS_FOLDER]))
+    except OSError as error:
+        logger.warning("this worker's figures are not in /metrics: there is no room for them: %s", error)
+        values.ValueClass = values.MutexValue
 
 MILLISECONDS = (1, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500)
 SECONDS = (*(value / 1000 for value in MILLISECONDS), 1, 2, 5, 10, 30, 60, 120, 300)
@@ -74,6 +100,7 @@ model_info = Gauge(
 under_way = Gauge(
     "cifar10_requests_under_way", "Requests that are not answered yet", multiprocess_mode="livesum"
 )
+killed = Counter("cifar10_killed_workers", "Workers that were killed or crashed")
 swaps = Counter(
     "cifar10_model_swaps", "New model files that came while serving, by what became of them", ["outcome"]
 )
@@ -84,6 +111,25 @@ for outcome in ("done", "refused"):
 for name in (*ROUTES, PROTOCOL, INFER, OTHER):
     for status in ("200", "500", "503", "504"):
         requests.labels(name, status)
+
+
+def count_the_killed() -> None:
+    """Drop the gauges of workers that ended without a word, count and log each; their counts stay."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    for file in Path(folder).glob("gauge_live*_*.db") if folder else ():
+        kind, _, process = file.stem.rpartition("_")
+        if not psutil.pid_exists(int(process)):
+            with suppress(FileNotFoundError):  # another worker was first
+                file.unlink()
+                if kind == "gauge_livesum":
+                    killed.inc()
+                    logger.error("worker %s was killed, or crashed", process)
+
+
+def leave() -> None:
+    """As this worker ends: drop its gauges."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        mark_process_dead(os.getpid())
 
 
 def serves(model: Model) -> None:
@@ -114,19 +160,11 @@ def ran(model: Model, logits: npt.NDArray[np.float32], seconds: float) -> None:
 def exposition() -> Response:
     """All figures of all workers in Prometheus' text format; workers that have ended have no gauges."""
     registry = REGISTRY
-    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        _forget_the_ended(Path(folder))
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        count_the_killed()
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _forget_the_ended(folder: Path) -> None:
-    for file in folder.glob("gauge_live*_*.db"):
-        process = int(file.stem.rpartition("_")[2])
-        if not psutil.pid_exists(process):
-            with suppress(FileNotFoundError):  # another worker was first
-                mark_process_dead(process)
 
 
 def route(path: str) -> str:

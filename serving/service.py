@@ -4,16 +4,13 @@
 # mypy: disable-error-code="untyped-decorator"
 
 import asyncio
-import atexit
 import contextlib
 import functools
 import gc
 import logging
 import os
-import tempfile
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import bentoml
@@ -64,7 +61,7 @@ from serving.requests import (
     read_images,
 )
 from serving.responses import Answers, Classification, Csv, answer_response, error_body, error_response
-from serving.settings import KEPT_MODEL, METRICS_FOLDER, SUPERVISOR, Settings
+from serving.settings import Settings
 from serving.submission import read_submission
 from serving.uvicorn_server import (
     ConnectionLimits,
@@ -294,6 +291,7 @@ class Classifier:
         from serving import metrics  # in a worker only, as it says
 
         self.metrics = metrics
+        metrics.count_the_killed()
         # A full garbage collection looks at every object, and all requests wait meanwhile: a tenth of a
         # second where cores are slow. Those of the libraries stay for good, so it need not look at them;
         # the model, which comes after this, may be replaced.
@@ -311,22 +309,18 @@ class Classifier:
     @staticmethod
     def check() -> None:
         """Before any worker starts: what makes it useless ends `bentoml serve` with its reason."""
+        from serving import supervisor  # with circus, which workers do without
+
         try:
             check_address()
             # What "auto" means is for the workers to find out, once.
             provider = "cpu" if SETTINGS.provider == "auto" else SETTINGS.provider
             Model(SETTINGS.model, provider, SETTINGS.threads)
+            supervisor.prepare()
         except StartError as error:
             raise BentoMLConfigException(str(error)) from None
         # The workers of a Bento start in its folder, not in the one that the path is relative to.
         os.environ["SERVING_MODEL"] = str(SETTINGS.model.absolute())
-        folder = tempfile.TemporaryDirectory(prefix="cifar10-", ignore_cleanup_errors=True)
-        figures = Path(folder.name) / "metrics"
-        figures.mkdir()
-        os.environ[SUPERVISOR] = str(os.getpid())
-        os.environ[METRICS_FOLDER] = str(figures)
-        os.environ[KEPT_MODEL] = str(Path(folder.name) / "model.onnx")
-        atexit.register(folder.cleanup)
 
     @bentoml.on_startup
     async def start(self) -> None:
@@ -360,6 +354,7 @@ class Classifier:
         await self.deployment.batcher.stop()
         self.readers.stop()
         self.reporter.shutdown(wait=False, cancel_futures=True)
+        self.metrics.leave()
 
     @property
     def model(self) -> Model:

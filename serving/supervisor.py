@@ -1,0 +1,86 @@
+"""The process that starts the workers, `bentoml serve`: what they share, and who may command it."""
+
+import atexit
+import fcntl
+import functools
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import circus.arbiter
+
+from serving.errors import StartError
+from serving.settings import KEPT_MODEL, METRICS_FOLDER, SUPERVISOR
+
+PREFIX = "cifar10-server-"
+LOCK = "supervisor.lock"
+YOUNG_SECONDS = 60.0  # in which a server that starts has locked its folder
+SOCKET_PATH_BYTES = 103  # of Unix sockets, on macOS; on Linux four more
+
+
+def prepare() -> None:
+    """Before the workers start: what they share is a folder of this server's own.
+
+    Raises:
+        StartError: there can be no such folder.
+    """
+    try:
+        folder = _own_folder()
+        figures = folder / "metrics"
+        figures.mkdir()
+    except OSError as error:
+        raise StartError(f"There is no place for the server's own files: {error}") from None
+    _command_within(folder)
+    os.environ[SUPERVISOR] = str(os.getpid())
+    os.environ[METRICS_FOLDER] = str(figures)
+    os.environ[KEPT_MODEL] = str(folder / "model.onnx")
+    # By which `bentoml containerize` has BentoML replace no worker that has died.
+    os.environ.pop("BENTOML_CONTAINERIZED", None)
+
+
+def _own_folder() -> Path:
+    """A new folder, removed when this process ends, or where it is killed by a later server."""
+    _remove_left()
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    fcntl.flock(os.open(folder / LOCK, os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)  # until the end
+    return folder
+
+
+def _remove_left() -> None:
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        try:
+            with lock.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - lock.stat().st_mtime > YOUNG_SECONDS:
+                    shutil.rmtree(lock.parent)
+        except OSError:  # its server runs, or it is another user's
+            continue
+
+
+def _command_within(folder: Path) -> None:
+    """Let circus take its commands, by which programs are started, from this user only.
+
+    It listens on ports of the loopback otherwise, where any user may command it.
+
+    Raises:
+        StartError: the folder's path is too long for sockets in it.
+    """
+    control, events = folder / "control", folder / "events"
+    if (excess := len(os.fsencode(control)) - SOCKET_PATH_BYTES) > 0:
+        raise StartError(
+            f"{folder.parent} is too long a path for sockets in it: set TMPDIR to one that is shorter "
+            f"by {excess} bytes"
+        )
+    begin = circus.arbiter.Arbiter.__init__
+
+    @functools.wraps(begin)
+    def within(
+        self: circus.arbiter.Arbiter, watchers: Any, endpoint: str, pubsub_endpoint: str, **options: Any
+    ) -> None:
+        begin(self, watchers, f"ipc://{control}", f"ipc://{events}", **options)
+
+    circus.arbiter.Arbiter.__init__ = within

@@ -1,0 +1,120 @@
+"""What a server and its workers share: a folder of its own, and nothing with anybody else."""
+
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from benchmarks.server import ServerError, family, is_ready, reached
+from serving.supervisor import LOCK, PREFIX
+from tests.serving.server import Server, running, wait_for_workers, wait_until
+
+LEFT, HELD, OTHERS = f"{PREFIX}left", f"{PREFIX}held", f"{PREFIX}data"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One with a folder for temporary files in which others were before, and with a home of its own."""
+    folder = tmp_path_factory.mktemp("supervisor")
+    for name in ("home", "tmp"):
+        (folder / name).mkdir()
+    for name in (LEFT, HELD, OTHERS):
+        (folder / "tmp" / name).mkdir()
+    for name in (LEFT, HELD):
+        lock = folder / "tmp" / name / LOCK
+        lock.touch()
+        os.utime(lock, (0, 0))
+    with (folder / "tmp" / HELD / LOCK).open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with running(
+            folder,
+            HOME=str(folder / "home"),
+            TMPDIR=str(folder / "tmp"),
+            SERVING_PROVIDER="cpu",
+            BENTOML_CONTAINERIZED="true",
+        ) as server:
+            yield server
+    assert {path.name for path in (folder / "tmp").glob("cifar10*")} == {HELD, OTHERS}
+
+
+def test_it_takes_commands_from_its_user_only(server: Server) -> None:
+    ports = {
+        connection.laddr.port
+        for process in family(server.process)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert ports == {httpx.URL(server.url).port}, "but by circus' sockets"
+    (folder,) = (
+        path.parent
+        for path in (server.log.parent / "tmp").glob(f"{PREFIX}*/{LOCK}")
+        if path.parent.name != HELD
+    )
+    assert stat.S_ISSOCK((folder / "control").stat().st_mode)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_what_a_killed_server_left_is_gone_and_nothing_else(server: Server) -> None:
+    names = {path.name for path in (server.log.parent / "tmp").glob(f"{PREFIX}*")}
+    assert names > {HELD, OTHERS}
+    assert LEFT not in names
+
+
+def test_onnx_runtime_keeps_nothing_for_its_makers(server: Server) -> None:
+    assert httpx.get(f"{server.url}/readyz").is_success
+    assert not (server.log.parent / "home" / ".cache").exists()
+    assert list((server.log.parent / "tmp").glob(".ses*")) == []
+
+
+def test_a_dead_worker_is_replaced_in_an_image_of_bentomls_too(server: Server) -> None:
+    (worker,) = server.workers()
+    os.kill(worker, signal.SIGKILL)
+    wait_for_workers(server, 1, without=worker)
+    wait_until(lambda: reached(server.url, is_ready), server)
+    assert f"worker {worker} was killed, or crashed" in server.log.read_text()
+    assert "cifar10_killed_workers_total 1.0" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_a_path_that_is_too_long_for_sockets(tmp_path: Path) -> None:
+    long = tmp_path / ("a" * 100)
+    long.mkdir()
+    too_long = "is too long a path for sockets in it: set TMPDIR to one that is shorter by"
+    with pytest.raises(ServerError, match=too_long), running(tmp_path, TMPDIR=str(long)):
+        pytest.fail("it runs")
+
+
+def test_a_full_disk_kills_no_worker(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16M", "tmpfs", str(disk)]
+    if os.getuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("nothing can be mounted here")
+    try:
+        with running(tmp_path, TMPDIR=str(disk), SERVING_PROVIDER="cpu") as server:
+            (worker,) = server.workers()
+            with (disk / "fill").open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            assert shutil.disk_usage(disk).free == 0
+            for path in ("/nothing", "/model", "/v2/models/none", "/docs.json", "/metrics", "/"):
+                assert httpx.get(f"{server.url}{path}").status_code in (200, 404)
+            for path in ("/classify", "/classify_batch", "/submission", "/v2/models/none/infer"):
+                assert httpx.post(f"{server.url}{path}", json={}).is_client_error
+            assert server.workers() == {worker}
+
+            os.kill(worker, signal.SIGKILL)
+            wait_for_workers(server, 1, without=worker)
+            wait_until(lambda: reached(server.url, is_ready), server)
+            assert "this worker's figures are not in /metrics" in server.log.read_text()
+            assert httpx.get(f"{server.url}/metrics").status_code == 200
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
