@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from serving.errors import ProviderError
 from training import device, provenance
 from training.errors import ExplainedError
-from training.files import replacing
+from training.files import make_place, replacing
 
 FOLDER = Path(__file__).parent
 
@@ -126,6 +126,7 @@ def main(
         if options.markdown:
             figures = read(kind, options.figures)
         else:
+            make_place(options.figures)
             for figures in measure(options):
                 with replacing(options.figures) as file:
                     file.write(f"{figures.model_dump_json(indent=2)}\n".encode())

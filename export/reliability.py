@@ -59,7 +59,8 @@ def plot(curves: Mapping[str, Bins], title: str, path: Path) -> None:
         filled = bins.share > 0
         label = f"{name}: error {percent(bins.error)}"
         axes.plot(bins.confidence[filled], bins.accuracy[filled], "o-", color=color, label=label)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability", ylabel="fraction right", title=title)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability", ylabel="fraction right")
+    axes.set_title(title, parse_math=False)  # of a file's name
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
     plots.save(figure, path)

@@ -106,16 +106,17 @@ def _fit(trials: Sequence[Member], images: Images) -> Temperature:
 def _held_out(members: Sequence[Member]) -> Images:
     """The training images that none of the members saw; of two splits one contains the other."""
     share = min(member.recipe.data.validation for member in members)
-    if share == 0:
-        raise TemperatureError("all training images were trained on, none was held out")
     dataset = data.load_present()
+    images = data.split(dataset.train, share)[1]
+    if not len(images):
+        raise TemperatureError("all training images were trained on, none was held out")
     for member in members:
         source = member.checkpoint.run["data"]
         if source != dataset.source:
             raise TemperatureError(
                 f"the images that {member} held out are of {source}, and here is {dataset.source}"
             )
-    return data.split(dataset.train, share)[1]
+    return images
 
 
 def _check_alike(members: Sequence[Member], trials: Sequence[Member]) -> None:

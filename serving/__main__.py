@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import os
 import sys
-from errno import ESPIPE
+from errno import EEXIST, ESPIPE
 from pathlib import Path
 
 from rich.console import Console
@@ -45,6 +45,10 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
     """
     settings = Settings.from_environment()
     check_replaceable(csv)
+    model_path = model_file or settings.model
+    for path in (pickle, model_path):
+        if csv.exists() and path.exists() and csv.samefile(path):
+            raise FileExistsError(EEXIST, "this is read; the labels need another file", str(csv))
     with pickle.open("rb") as file:
         if not file.seekable():
             raise OSError(
@@ -52,7 +56,7 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
             )
         submission = read_submission(file, settings.max_rows)
     model = Model(
-        model_file or settings.model,
+        model_path,
         settings.provider,
         settings.threads,
         max_batch_size=settings.max_batch_size,

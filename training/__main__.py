@@ -109,8 +109,6 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     points = range_test.measure(learner, tried)
     measured = list(track(points, total=len(tried), console=console, transient=True))
     suggestion = range_test.suggest(measured)
-    title = f"Learning-rate range test of {name}: batches of {chosen.batch_size}"
-    range_test.plot(measured, suggestion, own, title, out)
     table = Table("rate", "loss", "smoothed")
     every = max(1, len(tried) // 10)
     for point in measured[every - 1 :: every]:
@@ -118,9 +116,10 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     console.print(table)
     if len(measured) < len(tried):
         console.print(f"the loss diverged at rate {measured[-1].rate:.4g}")
-    console.print(
-        f"suggested learning rate {suggestion:.6g} (the recipe has {own:g}); {out}", markup=False
-    )
+    console.print(f"suggested learning rate {suggestion:.6g} (the recipe has {own:g})")
+    title = f"Learning-rate range test of {name}: batches of {chosen.batch_size}"
+    range_test.plot(measured, suggestion, own, title, out)
+    console.print(out, markup=False)
 
 
 def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:

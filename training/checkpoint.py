@@ -4,6 +4,7 @@ A checkpoint is a dictionary of plain values and tensors, so it loads with ``wei
 """
 
 import io
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -278,6 +279,8 @@ def decode(content: bytes, path: Path) -> Checkpoint:
         data = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile and torch raise nearly anything at damaged or foreign bytes
         reason = str(error).partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # whose text is advice to trust it
+            reason = "it holds more than tensors and plain values"
         raise CheckpointError(f"{path}: damaged or not a checkpoint: {reason}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this program (format {FORMAT})")

@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
 from training.errors import ExplainedError
@@ -69,13 +68,12 @@ def load() -> DataSet:
     named = os.environ.get(ROOT_VARIABLE)
     if named and named.endswith(".npz"):
         return load_sample(Path(named))
+    from torchvision.datasets import CIFAR10  # takes seconds, which most commands do without
+
     root = Path(named) if named else _cache_folder()
     try:
         with nullcontext() if named else _alone(root):
-            parts = [
-                torchvision.datasets.CIFAR10(root, train=train, download=not named)
-                for train in (True, False)
-            ]
+            parts = [CIFAR10(root, train=train, download=not named) for train in (True, False)]
     except OSError as error:
         if named:
             raise DataError(
@@ -153,6 +151,8 @@ def _sample_part(arrays: "np.lib.npyio.NpzFile", part: str) -> Images:
     pixels, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
     if pixels.dtype != np.uint8 or pixels.shape[1:] != (32, 32, 3) or len(pixels) != len(labels):
         raise ValueError(f"{part}_images is {pixels.dtype} {pixels.shape}, not uint8 [N, 32, 32, 3]")
+    if not len(pixels):
+        raise ValueError(f"{part}_images has no image")
     if labels.dtype != np.int64 or labels.ndim != 1 or not ((labels >= 0) & (labels < 10)).all():
         raise ValueError(f"{part}_labels is not int64 [N] in 0..9")
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels))

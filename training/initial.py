@@ -1,5 +1,7 @@
 """Networks as a run begins with them."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -37,6 +39,26 @@ def initial_network(config: Model, recipe: Recipe, seed: int, images: Images) ->
 
 
 @torch.no_grad()
+def check_alone(network: nn.Module, recipe: Recipe, smallest: int) -> None:
+    """Whether a network can learn from its ``smallest`` batch, if that is a single image.
+
+    Raises:
+        RecipeError: BatchNorm cannot, where a single pixel is left of it.
+    """
+    if smallest > 1:
+        return
+    network = copy.deepcopy(network)  # whose statistics change
+    for size in _sizes(recipe):
+        try:
+            network(torch.zeros(1, 3, size, size))
+        except ValueError as error:
+            raise RecipeError(
+                f"a step would learn from one image of {size} x {size} pixels, which leaves BatchNorm "
+                "a single value: set another batch_size, drop_last=true or another selection.share"
+            ) from error
+
+
+@torch.no_grad()
 def check_sizes(network: nn.Module, recipe: Recipe, place: str) -> None:
     """Whether a network takes images of the sizes that the recipe has, as they are or scaled.
 
@@ -44,7 +66,7 @@ def check_sizes(network: nn.Module, recipe: Recipe, place: str) -> None:
         RecipeError: it does not; the message begins with ``place``.
     """
     network.eval()
-    for size in sorted({SIZE, *(part.size for part in recipe.resolution)}):
+    for size in _sizes(recipe):
         try:
             network(torch.zeros(1, 3, size, size))
         except RuntimeError as error:
@@ -52,3 +74,7 @@ def check_sizes(network: nn.Module, recipe: Recipe, place: str) -> None:
                 f"{place}: this network does not take images of {size} x {size} pixels: {error}"
             ) from error
     network.train()
+
+
+def _sizes(recipe: Recipe) -> list[int]:
+    return sorted({SIZE, *(part.size for part in recipe.resolution)})

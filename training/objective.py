@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from training import checkpoint as checkpoints
+from training.initial import check_sizes
 from training.model import CLASSES
-from training.recipe import Data, Distillation, Mixing, Recipe
+from training.recipe import Distillation, Mixing, Recipe
 
 
 class Objective:
@@ -28,12 +28,14 @@ class Objective:
         self._smoothing = recipe.label_smoothing
         self._mix: tuple[Mixing, nn.Module] | None = None
         if recipe.mixing is not None:
+            from torchvision.transforms import v2  # takes seconds, which few runs need
+
             kind = v2.MixUp if recipe.mixing.kind == "mixup" else v2.CutMix
             self._mix = recipe.mixing, kind(alpha=recipe.mixing.alpha, num_classes=len(CLASSES))
         self._teacher: Teacher | None = None
         if recipe.distillation is not None:
             path = teacher or Path(recipe.distillation.teacher)
-            self._teacher = Teacher(recipe.distillation, path, recipe.data).to(device)
+            self._teacher = Teacher(recipe, recipe.distillation, path).to(device)
 
     def mix(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """The images, float [N, 3, H, W], and targets of a step, from torch's global generator.
@@ -63,15 +65,18 @@ class Objective:
 class Teacher(nn.Module):
     """A trained network, kept as it is, and the divergence from its softened probabilities."""
 
-    def __init__(self, config: Distillation, path: Path, data: Data) -> None:
+    def __init__(self, recipe: Recipe, config: Distillation, path: Path) -> None:
         super().__init__()
         state = checkpoints.load(path)
         state.check_finished(path)
         self.weight, self.temperature = config.weight, config.temperature
-        self.network = state.network().eval().requires_grad_(False)
+        network = state.network()
+        check_sizes(network, recipe, f"distillation.teacher {path}")
+        self.network = network.eval().requires_grad_(False)
         own = state.parsed_recipe().data
         mean, std, own_mean, own_std = (
-            torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std, own.mean, own.std)
+            torch.tensor(values).view(1, 3, 1, 1)
+            for values in (recipe.data.mean, recipe.data.std, own.mean, own.std)
         )
         # The images come normalised for the student.
         self.scale: Tensor

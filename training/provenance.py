@@ -3,11 +3,11 @@
 import platform
 import subprocess
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import NotRequired
 
 import numpy as np
 import torch
-import torchvision
 from typing_extensions import TypedDict
 
 from training.results import RESULTS
@@ -47,7 +47,7 @@ def session(epoch: int, step: int, device: str, precision: str, processes: int) 
         system=" ".join([platform.system(), platform.machine(), *platform.libc_ver()]),
         python=platform.python_version(),
         torch=str(torch.__version__),
-        torchvision=str(torchvision.__version__),
+        torchvision=version("torchvision"),
         numpy=np.__version__,
         commit=commit(),
     )

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from training import plots
 from training.learner import Learner, TrainingError
+from training.recipe import LARGEST
 
 SMOOTHING = 0.98  # of the average of the losses, whose beginning is corrected for
 DIVERGED = 4.0  # times the lowest smoothed loss
@@ -38,9 +39,10 @@ def rates(low: float, high: float, steps: int) -> list[float]:
     Raises:
         TrainingError: no range, or too few steps to see a slope in.
     """
-    if not 0 < low < high:
+    if not 0 < low < high <= LARGEST:
         raise TrainingError(
-            f"no range of rates: --low {low:g} must be above 0 and below --high {high:g}"
+            f"no range of rates: --low {low:g} must be above 0 and below --high {high:g}, and that at "
+            f"most {LARGEST:g}"
         )
     if steps < sum(SKIPPED) + 2:
         raise TrainingError(f"{steps} steps show no slope: take at least {sum(SKIPPED) + 2}")
@@ -107,7 +109,8 @@ def plot(measured: list[Measurement], suggestion: float, own: float, title: str,
     axes.plot(tried, [p.smooth for p in measured], color="#1f6feb", linewidth=2, label="smoothed")
     axes.axvline(suggestion, color="#d1495b", label=f"suggestion {suggestion:.4g}")
     axes.axvline(own, color="#444444", linestyle=":", label=f"recipe {own:.4g}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title=title)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    axes.set_title(title, parse_math=False)  # of a file's name
     # A batch's loss can blow up tenfold; what counts is how the smoothed one falls and rises.
     smooth = [point.smooth for point in measured]
     margin = (max(smooth) - min(smooth)) / 2

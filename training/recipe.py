@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
 Spread = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 Amp = Literal["off", "fp16", "bf16"]
 Border = Literal["black", "reflect"]
 Views = Literal["none", "flip", "flip_shift"]
@@ -412,6 +412,10 @@ class Selection(Part):
     model: Model
     optimizer: Optimizer
 
+    def count(self, images: int) -> int:
+        """How many of a batch of so many are chosen."""
+        return max(1, round(self.share * images))
+
 
 class Recipe(Part):
     """A complete run specification: network, data, augmentation, optimizer and schedule.
@@ -490,10 +494,12 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if path.suffix != ".toml":
         path = RECIPES / f"{name_or_path}.toml"
     if not path.is_file():
-        raise RecipeError(f"no recipe {str(name_or_path)!r}; there are: {', '.join(names())}")
+        raise RecipeError(
+            f"no recipe {str(name_or_path)!r}; there are: {', '.join(names())}; and .toml files"
+        )
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or absurdly long or deep
         raise RecipeError(f"{path}: not a TOML file: {error}") from error
     for override in overrides:
         _override(data, override)
@@ -520,7 +526,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: write key=value, for example optimizer.lr=0.1")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text  # a bare word is a string: amp=bf16
     *parents, last = key.split(".")
     place: Any = data

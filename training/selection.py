@@ -32,6 +32,7 @@ class Selector:
         as_stepped: gives a network as the steps run it, on inputs of a batch of so many images.
 
     Attributes:
+        count: how many of a batch of so many are chosen.
         network, optimizers: with their states, which a run saves and loads.
     """
 
@@ -45,16 +46,13 @@ class Selector:
         device: torch.device,
         as_stepped: Callable[[nn.Module], Callable[[Tensor, int], Tensor]],
     ) -> None:
-        self._share, self._smoothing, self._processes = config.share, recipe.label_smoothing, processes
+        self._smoothing, self._processes = recipe.label_smoothing, processes
+        self.count = config.count
         network = initial_network(config.model, recipe, seed, images)
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self._network = processes.parallel(self.network)
         self._forward = as_stepped(self._network)
         self.optimizers = optimizer.build(config.optimizer, self.network)
-
-    def count(self, images: int) -> int:
-        """How many of a batch of so many are chosen."""
-        return max(1, round(self._share * images))
 
     def select(self, inputs: Tensor, labels: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """Choose from a batch, by the losses of the network as it trains.

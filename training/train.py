@@ -16,7 +16,7 @@ from training import data, device, model, provenance, results
 from training.checkpoint import Checkpoint, RunFacts
 from training.data import DataSet
 from training.files import held, replacing
-from training.initial import check_sizes, initial_network
+from training.initial import check_alone, check_sizes, initial_network
 from training.learner import TrainingError, count_steps
 from training.processes import Processes
 from training.recipe import Recipe, load
@@ -66,11 +66,14 @@ def create(
             "and the plateau schedule watches them: set a larger one"
         )
     train_images = train_images.first(limit)
-    count_steps(recipe, len(train_images))
+    _, smallest = count_steps(recipe, len(train_images))
     network = initial_network(recipe.model, recipe, seed, train_images)
     selector: nn.Module | None = None
     if recipe.selection is not None:
         selector = initial_network(recipe.selection.model, recipe, seed, train_images)
+        check_alone(selector, recipe, smallest)
+        smallest = recipe.selection.count(smallest)
+    check_alone(network, recipe, smallest)
     state = Checkpoint(
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         recipe_name=name,

@@ -49,14 +49,14 @@ def test_figures_become_a_table_without_a_plain_loop_for_a_recipe_of_ours(
     monkeypatch.chdir(tmp_path)
     small = recipe.load("fast", ["batch_size=100", "model.widths=[16,16,16]"])
     Path("small.toml").write_text(small.to_toml())
-    arguments = ["--seconds", "0.05", "--rounds", "1", "--figures", "training.json"]
+    arguments = ["--seconds", "0.05", "--rounds", "1", "--figures", "new/training.json"]
     assert benchmark.main(["--recipes", "small.toml", *arguments]) == 0
     printed = capsys.readouterr().out
-    (rates,) = read(benchmark.Figures, Path("training.json")).rates
+    (rates,) = read(benchmark.Figures, Path("new/training.json")).rates
     assert (rates.plain, rates.ratio) == ([], None)
     assert re.search(r"\| small\.toml \| 100 \| \w+ \| [\d,]+ \|  \|  \| [\d,]+ \| \d+ % \|", printed)
 
-    assert benchmark.main(["--markdown", "--figures", "training.json"]) == 0
+    assert benchmark.main(["--markdown", "--figures", "new/training.json"]) == 0
     assert capsys.readouterr().out == printed
 
 

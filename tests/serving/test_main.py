@@ -187,6 +187,16 @@ def test_where_no_file_can_be_written_is_told_before_the_work(test_pickle: Path,
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_what_is_read_is_not_replaced(tiny: Path, test_pickle: Path, tmp_path: Path) -> None:
+    before, link = (tiny.read_bytes(), test_pickle.read_bytes()), tmp_path / "link.csv"
+    link.symlink_to(test_pickle)
+    for csv in (tiny, test_pickle, link):
+        result = submit(tmp_path, test_pickle, csv, SERVING_PROVIDER="cpu", SERVING_MODEL=str(tiny))
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.endswith(f"{csv}: this is read; the labels need another file\n")
+    assert (tiny.read_bytes(), test_pickle.read_bytes()) == before
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_of_others_is_told_before_the_work(test_pickle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "closed"

@@ -50,6 +50,9 @@ def test_checkpoint_executes_nothing(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
             checkpoint.load(path)
     assert not (tmp_path / "executed").exists()
+    torch.save(torch.nn.Linear(1, 1), path)
+    with pytest.raises(CheckpointError, match="checkpoint: it holds more than tensors and plain values"):
+        checkpoint.load(path)
 
 
 @pytest.mark.parametrize("kept", [0, 10, 1000, -1])

@@ -171,6 +171,7 @@ def test_one_process_downloads_while_others_wait(tmp_path: Path) -> None:
     "damage",
     [
         *("not a file of arrays", "shape", "labels", "truncated", "flipped", "empty", "one array"),
+        "no image",
         *("encrypted", "compressed by LZMA"),
     ],
 )
@@ -179,6 +180,8 @@ def test_wrong_sample_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     arrays = dict(np.load(data.SAMPLE, allow_pickle=False))
     if damage == "shape":
         arrays["test_images"] = arrays["test_images"].reshape(1000, -1)
+    elif damage == "no image":
+        arrays |= {name: arrays[name][:0] for name in ("test_images", "test_labels")}
     elif damage == "labels":
         arrays["train_labels"] = arrays["train_labels"] + 1
     np.savez(path, **arrays)

@@ -100,8 +100,9 @@ def test_losses_are_means_over_the_images_that_a_step_learns_from() -> None:
 def test_real_test_suggests_and_plots(
     ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plot = tmp_path / f"plot.{ending}"
-    arguments = ["lr-find", "A1", "--steps", "20", "--out", str(plot), "--set", "batch_size=32"]
+    own, plot = tmp_path / "a$_$.toml", tmp_path / f"plot.{ending}"
+    own.write_text(recipe.load("A1").to_toml())
+    arguments = ["lr-find", str(own), "--steps", "20", "--out", str(plot), "--set", "batch_size=32"]
     outputs = []
     for _ in range(2):
         assert main(arguments) == 0
@@ -115,6 +116,7 @@ def test_real_test_suggests_and_plots(
             assert image.size == (1200, 675)
     else:
         assert b"<!-- smoothed -->" in plot.read_bytes()
+        assert b"range test of a$_$: batches of 32" in plot.read_bytes()
 
 
 def test_divergence_ends_the_test_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +132,7 @@ def test_divergence_ends_the_test_early(tmp_path: Path, capsys: pytest.CaptureFi
             ["--low", "1", "--high", "0.1"],
             "no range of rates: --low 1 must be above 0 and below --high 0.1",
         ),
+        (["--high", "1e300"], "below --high 1e+300, and that at most 3.4e+38"),
         (["--steps", "5"], "5 steps show no slope: take at least 13"),
         (["--out", "plot.xyz", "--steps", "13"], "a plot is a .png, .svg or .pdf file"),
         (["--out", "/dev/null"], "not a file that can be replaced: '/dev/null'"),

@@ -195,6 +195,28 @@ def test_unknown_name_lists_the_registry() -> None:
         recipe.load("A9")
 
 
+def test_a_file_of_another_ending_is_no_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "own"
+    path.write_text(recipe.load("A3").to_toml())
+    with pytest.raises(RecipeError, match=r"; and \.toml files"):
+        recipe.load(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(recipe.load("A3").to_toml(), encoding="utf-8-sig")
+    assert recipe.load(path) == recipe.load("A3")
+
+
+@pytest.mark.parametrize("value", ["[" * 2000, "1" * 5000, "1" * 20])
+def test_absurd_values_are_refused(tmp_path: Path, value: str) -> None:
+    path = edited(tmp_path, "epochs = 200", f"epochs = {value}")
+    with pytest.raises(RecipeError, match=r"edited\.toml: "):
+        recipe.load(path)
+    with pytest.raises(RecipeError, match="key epochs: "):
+        recipe.load("A3", [f"epochs={value}"])
+
+
 def test_overrides_are_typed_and_validated() -> None:
     changed = recipe.load(
         "A3", ["optimizer.lr=0.2", "amp=bf16", "augment.0.padding=2", "model.widths=[8, 8, 8, 8]"]

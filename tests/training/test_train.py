@@ -14,7 +14,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.compiler import needs_a_compiler
-from tests.training.conftest import Limited
+from tests.training.conftest import Limited, selection
 from training import checkpoint, data, recipe, results, train
 from training.__main__ import main
 from training.checkpoint import Checkpoint
@@ -328,6 +328,20 @@ def test_wrong_arguments_are_one_clear_line(
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("setting", ["batch_size=1", "batch_size=64", selection("C1", 0.005)])
+def test_a_step_of_one_image_that_batch_norm_cannot_learn_from(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of 129 images, the one that two batches leave, and the one that is selected of each."""
+    network = ["model.blocks=[1,1,1,1]", "model.widths=[8,8,8,8]", "resolution=[{from_epoch=0,size=8}]"]
+    network += ["batch_size=129"]
+    arguments = ["run", "C1", "--out", str(tmp_path / "run"), "--limit", "129", "--epochs", "1", "--set"]
+    assert main([*arguments, *network, setting]) == 1
+    assert "would learn from one image of 8 x 8 pixels, which leaves" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*arguments, *network]) == 0
 
 
 @pytest.mark.parametrize(
