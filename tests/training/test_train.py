@@ -14,7 +14,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.compiler import needs_a_compiler
-from tests.training.conftest import Limited, selection
+from tests.training.conftest import SGD, Limited
 from training import checkpoint, data, recipe, results, train
 from training.__main__ import main
 from training.checkpoint import Checkpoint
@@ -330,7 +330,13 @@ def test_wrong_arguments_are_one_clear_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("setting", ["batch_size=1", "batch_size=64", selection("C1", 0.005)])
+ONE_BLOCK = "{kind='resnet', block={kind='basic'}, blocks=[1], widths=[8], squeeze_excitation=0, "
+ONE_BLOCK += "activation='relu', dropout=0.0, init='default'}"
+
+
+@pytest.mark.parametrize(
+    "setting", ["batch_size=1", "batch_size=64", f"selection={{share=0.005, model={ONE_BLOCK}, {SGD}}}"]
+)
 def test_a_step_of_one_image_that_batch_norm_cannot_learn_from(
     setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
