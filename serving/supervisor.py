@@ -10,13 +10,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import circus.arbiter
+from circus.arbiter import Arbiter
+from circus.controller import Controller
+from circus.exc import ConflictError
+from circus.sighandler import SysHandler
 
 from serving.errors import StartError
 from serving.settings import KEPT_MODEL, METRICS_FOLDER, SUPERVISOR
 
 PREFIX = "cifar10-server-"
 LOCK = "supervisor.lock"
+BUSY_SECONDS = 0.1  # between two tries to stop circus
 YOUNG_SECONDS = 60.0  # in which a server that starts has locked its folder
 SOCKET_PATH_BYTES = 103  # of Unix sockets, on macOS; on Linux four more
 
@@ -34,6 +38,7 @@ def prepare() -> None:
     except OSError as error:
         raise StartError(f"There is no place for the server's own files: {error}") from None
     _command_within(folder)
+    _heed_every_stop()
     os.environ[SUPERVISOR] = str(os.getpid())
     os.environ[METRICS_FOLDER] = str(figures)
     os.environ[KEPT_MODEL] = str(folder / "model.onnx")
@@ -75,12 +80,27 @@ def _command_within(folder: Path) -> None:
             f"{folder.parent} is too long a path for sockets in it: set TMPDIR to one that is shorter "
             f"by {excess} bytes"
         )
-    begin = circus.arbiter.Arbiter.__init__
+    begin = Arbiter.__init__
 
     @functools.wraps(begin)
     def within(
-        self: circus.arbiter.Arbiter, watchers: Any, endpoint: str, pubsub_endpoint: str, **options: Any
+        self: Arbiter, watchers: Any, endpoint: str, pubsub_endpoint: str, **options: Any
     ) -> None:
         begin(self, watchers, f"ipc://{control}", f"ipc://{events}", **options)
 
-    circus.arbiter.Arbiter.__init__ = within
+    Arbiter.__init__ = within
+
+
+def _heed_every_stop() -> None:
+    """Let circus stop also by a signal that comes while it replaces workers, which it would forget."""
+
+    def stop(controller: Controller) -> None:
+        try:
+            controller.arbiter.stop()
+        except ConflictError:
+            controller.loop.call_later(BUSY_SECONDS, stop, controller)
+
+    def quit(self: SysHandler) -> None:
+        self.controller.loop.add_callback_from_signal(stop, self.controller)
+
+    SysHandler.quit = quit

@@ -209,6 +209,23 @@ def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
             assert under_way(client) == 0, "without the request that has died with its worker"
 
 
+def test_a_stop_while_workers_start_anew_is_heeded(tmp_path: Path) -> None:
+    with (
+        running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="3") as server,
+        connected(server.url) as slow,
+    ):
+        (old,) = server.workers()
+        slow.sendall(post("/classify", 100) + b"beginning")
+        with httpx.Client(base_url=server.url) as client:
+            while under_way(client) < 1:
+                pass
+        server.process.send_signal(signal.SIGHUP)
+        wait_for_workers(server, 1, without=old)
+        server.process.send_signal(signal.SIGTERM)  # while the old one waits for the slow request
+        assert psutil.pid_exists(old)
+        assert server.process.wait(START_SECONDS) == 0
+
+
 def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.Client]]:
     """Clients with a kept connection to each of two workers, by the worker's process id."""
     clients: dict[int, list[httpx.Client]] = {}
