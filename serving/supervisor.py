@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def _own_folder() -> Path:
     _remove_left()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    fcntl.flock(os.open(folder / LOCK, os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)  # until the end
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)  # until the end
+    with suppress(OSError):  # where there are no locks nothing is removed
+        fcntl.flock(lock, fcntl.LOCK_EX)
     return folder
 
 

@@ -85,7 +85,7 @@ def test_damaged_bytes_in_the_metadata(damaged_model: bytes, tmp_path: Path) -> 
 
 
 def test_metadata_as_deep_as_no_json_is(model_file: ModelFile) -> None:
-    with pytest.raises(ModelError, match=r"tiny\.onnx cannot be used: .*recursion"):
+    with pytest.raises(ModelError, match=r"tiny\.onnx cannot be used: .*(recursion|Stack overflow)"):
         load(model_file({**METADATA, "parity": "[" * 200_000}))
 
 
