@@ -34,9 +34,8 @@ def environment(**settings: str) -> dict[str, str]:
 
 def service_environment(folder: Path, **settings: str) -> dict[str, str]:
     """As ``environment``; what BentoML keeps goes into the folder, and nothing is sent home."""
-    own = {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(folder / "bentoml")}
-    own["RAY_USAGE_STATS_ENABLED"] = "0"
-    return environment(**own, **settings)
+    silent = {"BENTOML_DO_NOT_TRACK": "True", "RAY_USAGE_STATS_ENABLED": "0"}
+    return environment(BENTOML_HOME=str(folder / "bentoml"), **silent, **settings)
 
 
 @contextlib.contextmanager

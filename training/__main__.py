@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
         errors.print(f"error: {error}", markup=False)
         return 1
     except torch.OutOfMemoryError as error:  # before the first step: of a GPU that others fill, say
-        errors.print(f"error: {str(error).partition(chr(10))[0]}", markup=False)
+        reason = str(error).partition("\n")[0]
+        errors.print(f"error: {reason}", markup=False)
         return 1
     except KeyboardInterrupt:
         kept = "; what was finished before is in the run's last checkpoint"
