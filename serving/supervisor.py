@@ -3,8 +3,10 @@
 import atexit
 import fcntl
 import functools
+import logging
 import os
 import shutil
+import signal
 import tempfile
 import time
 from contextlib import suppress
@@ -15,9 +17,12 @@ from circus.arbiter import Arbiter
 from circus.controller import Controller
 from circus.exc import ConflictError
 from circus.sighandler import SysHandler
+from circus.watcher import Watcher
 
 from serving.errors import StartError
 from serving.settings import KEPT_MODEL, METRICS_FOLDER, SUPERVISOR
+
+logger = logging.getLogger("serving")
 
 PREFIX = "cifar10-server-"
 LOCK = "supervisor.lock"
@@ -38,7 +43,7 @@ def prepare() -> None:
         figures.mkdir()
     except OSError as error:
         raise StartError(f"There is no place for the server's own files: {error}") from None
-    _command_within(folder)
+    _instruct_circus(folder)
     _heed_every_stop()
     os.environ[SUPERVISOR] = str(os.getpid())
     os.environ[METRICS_FOLDER] = str(figures)
@@ -69,10 +74,10 @@ def _remove_left() -> None:
             continue
 
 
-def _command_within(folder: Path) -> None:
-    """Let circus take its commands, by which programs are started, from this user only.
+def _instruct_circus(folder: Path) -> None:
+    """Let circus tell of workers that end, and take its commands from this user only.
 
-    It listens on ports of the loopback otherwise, where any user may command it.
+    By a command it starts any program, and it would listen on ports of the loopback, for all users.
 
     Raises:
         StartError: the folder's path is too long for sockets in it.
@@ -87,11 +92,22 @@ def _command_within(folder: Path) -> None:
 
     @functools.wraps(begin)
     def within(
-        self: Arbiter, watchers: Any, endpoint: str, pubsub_endpoint: str, **options: Any
+        self: Arbiter, watchers: list[Watcher], endpoint: str, pubsub_endpoint: str, **options: Any
     ) -> None:
+        for watcher in watchers:
+            watcher.hooks["after_reap"] = _tell_of_the_end
         begin(self, watchers, f"ipc://{control}", f"ipc://{events}", **options)
 
     Arbiter.__init__ = within
+
+
+def _tell_of_the_end(
+    watcher: Watcher, arbiter: Arbiter, hook_name: str, process_pid: int, exit_code: int, **_: Any
+) -> None:
+    """Log the end of a worker that nobody asked for; circus starts another without a word."""
+    if exit_code and not watcher.is_stopping():
+        how = f"status {exit_code}" if exit_code > 0 else signal.Signals(-exit_code).name
+        logger.error("worker %d ended by %s; another one starts", process_pid, how)
 
 
 def _heed_every_stop() -> None:
