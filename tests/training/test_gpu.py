@@ -108,7 +108,7 @@ def _backward(loss: Tensor) -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda place: None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(device, "choose", lambda index=0: CUDA)
     monkeypatch.setattr(torch.cuda, "Event", mock.Mock)
