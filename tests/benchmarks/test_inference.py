@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks import engines
 from benchmarks import inference as benchmark
@@ -169,10 +170,13 @@ def test_input_and_output_stay_bound_from_batch_to_batch(images: npt.NDArray[np.
 
 @needs_a_compiler
 def test_pytorch_is_compiled(images: npt.NDArray[np.uint8]) -> None:
-    logits = []
+    logits, graphs, stats = [], [], counters["stats"]
     for engine in (engines.pytorch("fp32"), engines.pytorch("fp16", compiled=True)):
         torch.manual_seed(0)
+        before = stats["unique_graphs"]
         logits.append(engine(Variant(Path(), "A1", "flip"))(images))
+        graphs.append(stats["unique_graphs"] - before)
+    assert graphs == [0, 1]
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-2)
     assert (logits[1] != logits[0]).any()
 
