@@ -250,9 +250,13 @@ def test_the_end_comes_once_everybody_has_an_answer(bulk: bool) -> None:
             work += await requested(batcher, *range(9))
         await engine.started()
         finished = asyncio.create_task(batcher.finish())
-        await asyncio.wait([finished], timeout=0.2)
+        _, pending = await asyncio.wait([finished], timeout=0.2)
+        assert pending
         engine.permission.release(100)
-        await asyncio.gather(finished, *work)
+        await finished
+        assert all(task.done() for task in work)
+        answers = await asyncio.gather(*work)
+        assert [int(number) for number in np.ravel(answers)] == list(range(9))
 
     run(test)
 
