@@ -3,6 +3,7 @@
 import math
 import tomllib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from export import parity
+from export import parity, quantize
 from export.__main__ import main as export
 from export.parity import Limits, Precision
 from export.provider import CPU
@@ -52,6 +53,21 @@ def _few_may_differ() -> Iterator[None]:
             patch.setitem(parity.LIMITS, precision, limits)
             patch.setitem(parity.ELSEWHERE, precision, limits)
         patch.setitem(parity.ELSEWHERE, "fp32", few["fp16"])
+        yield
+
+
+class FewTrainingImages(quantize.TrainingImages):
+    """The first two batches: calibration on all of them takes most of an export's time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._batches = islice(self._batches, 2)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _calibrated_on_few() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "TrainingImages", FewTrainingImages)
         yield
 
 
