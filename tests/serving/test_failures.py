@@ -13,7 +13,7 @@ from serving.errors import ImageError, OverloadedError
 from serving.responses import error_response
 from tests.serving.models import write_fragile_model
 from tests.serving.samples import encoded
-from tests.serving.server import serving
+from tests.serving.server import Server, running, serving, wait_until
 from tests.transcripts import assert_as_shown
 
 DARK = encoded(np.full((32, 32, 3), 100, np.uint8))
@@ -22,17 +22,17 @@ NO_NUMBERS = encoded(np.full((32, 32, 3), 50, np.uint8))
 
 
 @pytest.fixture(scope="module")
-def fragile_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A service whose model fails on `BRIGHT` and has no numbers for `NO_NUMBERS`."""
     folder = tmp_path_factory.mktemp("fragile")
-    fragile = write_fragile_model(folder)
-    with serving(folder, SERVING_MODEL=str(fragile), SERVING_PROVIDER="cpu") as address:
-        yield address
+    model = write_fragile_model(folder)
+    with running(folder, SERVING_MODEL=str(model), SERVING_PROVIDER="cpu") as server:
+        yield server
 
 
-def test_a_failing_engine_is_a_500_without_details_and_the_service_lives_on(fragile_url: str) -> None:
+def test_a_failing_engine_is_a_500_without_details_and_the_service_lives_on(fragile: Server) -> None:
     async def ask() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=fragile_url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=fragile.url, timeout=60) as client:
             return [
                 await client.post("/classify", files={"image": DARK}),
                 *await asyncio.gather(
@@ -52,7 +52,16 @@ def test_a_failing_engine_is_a_500_without_details_and_the_service_lives_on(frag
         assert response.json() == {
             "error": {"code": "internal_error", "message": "The service failed; its log says why."}
         }
-    assert_as_shown("internal_error", fragile_url)
+    assert_as_shown("internal_error", fragile.url)
+
+
+@pytest.mark.parametrize(("pixel", "told"), [(200, "indices element out of"), (50, "no finite numbers")])
+def test_why_a_request_failed_is_in_the_log_under_its_id(fragile: Server, pixel: int, told: str) -> None:
+    picture = encoded(np.full((32, 32, 3), pixel, np.uint8))
+    answer = httpx.post(f"{fragile.url}/classify", files={"image": picture})
+    assert answer.status_code == 500
+    begin = f"/classify ({answer.headers['x-request-id']}) failed\nTraceback (most recent call last):\n"
+    wait_until(lambda: told in fragile.log.read_text().partition(begin)[2], fragile)
 
 
 def test_a_request_that_takes_too_long(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from benchmarks.server import service_environment
-from tests.serving.models import METADATA, write_fragile_model
+from tests.serving.models import METADATA, write_fragile_model, write_slow_model
 from tests.serving.samples import pickled
 from tests.serving.server import ROOT
 
@@ -222,3 +223,28 @@ def test_nobody_reads_the_last_line(tiny: Path, test_pickle: Path, tmp_path: Pat
     os.close(writer)
     assert (process.returncode, b"Error" in process.stderr) == (0, False)
     assert csv.read_text().startswith("ID,Labels\n")
+
+
+def test_ctrl_c_is_told_and_nothing_written(test_pickle: Path, tmp_path: Path) -> None:
+    csv, model = tmp_path / "a.csv", write_slow_model(tmp_path)
+    before = {*tmp_path.iterdir()}
+    settings = {"SERVING_PROVIDER": "cpu", "SERVING_MODEL": str(model), "SERVING_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "serving", "submit", test_pickle, csv],
+        cwd=ROOT,
+        env=service_environment(tmp_path, **settings, FORCE_COLOR="1"),  # the bar as on a terminal
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr is not None
+        said = b""
+        while b"/300" not in said:  # the bar: the work has begun
+            more = os.read(process.stderr.fileno(), 65536)
+            assert more, said
+            said += more
+        process.send_signal(signal.SIGINT)
+        out, rest = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, b"")
+    assert rest.endswith(b"python -m serving: error: interrupted; nothing was written\n")
+    assert b"Traceback" not in rest
+    assert {*tmp_path.iterdir()} == before

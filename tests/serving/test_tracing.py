@@ -1,5 +1,6 @@
 """Spans, as a collector of OpenTelemetry's gets them."""
 
+import re
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -13,7 +14,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from tests.listener import listening
 from tests.serving.samples import encoded
-from tests.serving.server import serving
+from tests.serving.server import running, serving, wait_until
 
 PICTURE = {"image": ("a.png", encoded(np.zeros((32, 32, 3), np.uint8)))}
 SENDER = "00f067aa0ba902b7"
@@ -72,20 +73,52 @@ def test_spans_continue_the_senders_trace(tmp_path: Path, spans: tuple[str, Span
     assert got.empty()
 
 
-def test_a_collector_that_is_not_there_harms_nothing(tmp_path: Path) -> None:
-    with serving(
+def test_a_share_of_the_requests_has_spans(tmp_path: Path, spans: tuple[str, Spans]) -> None:
+    (collector, got), count = spans, 64  # of which all or none would have them once in 2**63 times
+    with (
+        serving(
+            tmp_path,
+            SERVING_PROVIDER="cpu",
+            SERVING_TRACING="0.5",
+            OTEL_EXPORTER_OTLP_ENDPOINT=collector,
+            OTEL_BSP_SCHEDULE_DELAY="100",
+        ) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        for _ in range(count):
+            client.get("/nothing")
+        client.get("/nothing", headers=parent("5" * 32, recorded=True))  # comes after all of them
+        sent = 0
+        while got.get(timeout=60).trace_id.hex() != "5" * 32:
+            sent += 1
+    assert 0 < sent < count
+
+
+def test_a_collector_that_is_not_there_is_a_line_in_the_log(tmp_path: Path) -> None:
+    with running(
         tmp_path,
         SERVING_PROVIDER="cpu",
         SERVING_TRACING="0.5",
         OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
-    ) as url:
-        answer = httpx.post(f"{url}/classify", files=PICTURE, headers=parent("4" * 32, recorded=True))
+        OTEL_BSP_SCHEDULE_DELAY="100",
+    ) as server:
+        traced = parent("4" * 32, recorded=True)
+        answer = httpx.post(f"{server.url}/classify", files=PICTURE, headers=traced)
+        assert answer.status_code == 200
+        told = re.compile(r"\[WARNING\] .*host='127\.0\.0\.1', port=9\b.* while exporting spans")
+        wait_until(lambda: told.search(server.log.read_text()) is not None, server)
+        answer = httpx.post(f"{server.url}/classify", files=PICTURE, headers=traced)
         assert answer.status_code == 200
 
 
 def test_without_it_there_are_none(tmp_path: Path, spans: tuple[str, Spans]) -> None:
     collector, got = spans
-    with serving(tmp_path, SERVING_PROVIDER="cpu", OTEL_EXPORTER_OTLP_ENDPOINT=collector) as url:
+    with serving(
+        tmp_path,
+        SERVING_PROVIDER="cpu",
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector,
+        OTEL_BSP_SCHEDULE_DELAY="1",
+    ) as url:
         answer = httpx.post(f"{url}/classify", files=PICTURE, headers=parent("3" * 32, recorded=True))
         assert answer.status_code == 200
-    assert got.empty()  # what is left is sent as the service ends
+    assert got.empty()  # any would have been sent before the service had ended

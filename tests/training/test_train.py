@@ -98,6 +98,17 @@ def test_what_cannot_be_compiled_is_one_clear_line(
     assert error.endswith("or go on with --no-compile")
 
 
+def test_no_compile_holds_where_compiled_steps_are_the_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.device.compiles", lambda place: True)
+    run = ["run", "A1", "--out", str(tmp_path / "run"), *SMALL]
+    assert main([*run[:4], "--no-compile", *run[4:]]) == 0
+    (session,) = checkpoint.load(tmp_path / "run" / "checkpoint.pt").sessions
+    assert "compile" not in session["precision"]
+    assert "compile_seconds" not in session
+
+
 def test_training_learns(uninterrupted: Path) -> None:
     history = checkpoint.load(uninterrupted / "checkpoint.pt").history
     assert history[-1]["train_loss"] < history[0]["train_loss"] < 2.31
@@ -263,8 +274,25 @@ def test_tensorboard_has_the_metrics(uninterrupted: Path, tmp_path: Path) -> Non
     run = tmp_path / "run"
     short = uninterrupted / "recipe.toml"
     assert main(["run", str(short), "--out", str(run), "--seed", "7", "--tensorboard"]) == 0
+    assert_in_tensorboard(run)
+
+
+def test_tensorboard_goes_on_with_a_resumed_run(uninterrupted: Path, tmp_path: Path) -> None:
+    run, dataset = tmp_path / "run", data.load_sample()
+    short = recipe.load(uninterrupted / "recipe.toml")
+    train.create(run, short, "short", 7, dataset, complete=False)
+    with pytest.raises(Stopped):  # in the second epoch
+        train.resume(run, dataset, Console(quiet=True), Limited(12), Processes(), tensorboard=True)
+    assert checkpoint.load(run / "checkpoint.pt").epoch == 1
+    assert main(["resume", str(run), "--tensorboard"]) == 0
+    assert_in_tensorboard(run)
+
+
+def assert_in_tensorboard(run: Path) -> None:
+    """Each epoch of the run is there once."""
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     history = checkpoint.load(run / "checkpoint.pt").history
+    assert len(history) == 3
     for key in ("train_loss", "train_accuracy", "lr"):
         scalars = [(event.step, event.value) for event in events.Scalars(key)]
         assert scalars == [(line["epoch"], pytest.approx(line[key])) for line in history]
@@ -421,16 +449,25 @@ def test_list_has_a_line_for_each_recipe(capsys: pytest.CaptureFixture[str]) -> 
     assert "| A3 | Angeles, ResNet-34 | 21,282,122 | 96.00 % (last epoch of 200) |" in lines[4]
 
 
-def test_help_is_complete() -> None:
-    process = subprocess.run(
-        [sys.executable, "-m", "training", "run", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def test_list_is_a_table_for_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
+    assert [row[0] for row in rows] == recipe.names()
+    a3 = ["A3", "Angeles, ResNet-34", "21,282,122", "96.00 % (last epoch of 200)"]
+    assert rows[2][:4] == a3
+
+
+def test_help_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "--help"])
+    told = capsys.readouterr().out
     options = "RECIPE --out --seed --epochs --limit --set --max-seconds --tensorboard --deterministic"
-    for option in options.split():
-        assert option in process.stdout
+    for option in (*options.split(), "--compile", "--no-compile"):
+        assert f" {option}" in told
 
 
 def test_resolved_recipe_is_toml(uninterrupted: Path) -> None:
