@@ -29,6 +29,18 @@ def exported(ensemble: Ensemble) -> Run:
     return partial(CPU.logits, graph.build(ensemble).SerializeToString())
 
 
+@pytest.fixture(scope="module")
+def flipped(trained: Path) -> Run:
+    """The image and its mirror image, which are the checkpoint's own views."""
+    return exported(Ensemble([load(trained, None).classifier()]))
+
+
+@pytest.fixture(scope="module")
+def single(trained: Path) -> Run:
+    """The image alone."""
+    return exported(Ensemble([load(trained, "none").classifier()]))
+
+
 def test_probabilities_of_members_are_averaged(
     train: Train, trained: Path, pixels: NDArray[np.uint8]
 ) -> None:
@@ -41,25 +53,23 @@ def test_probabilities_of_members_are_averaged(
     assert not np.allclose(np.exp(together), each[2].numpy(), atol=1e-2)
 
 
-def test_temperature_divides_the_logits(trained: Path, pixels: NDArray[np.uint8]) -> None:
-    member = load(trained, None)
-    cold, warm = (exported(Ensemble([member.classifier()], t))(pixels) for t in (1.0, 2.5))
-    np.testing.assert_allclose(warm * 2.5, cold, rtol=1e-4, atol=1e-5)
+def test_temperature_divides_the_logits(trained: Path, flipped: Run, pixels: NDArray[np.uint8]) -> None:
+    warm = exported(Ensemble([load(trained, None).classifier()], 2.5))(pixels)
+    np.testing.assert_allclose(warm * 2.5, flipped(pixels), rtol=1e-4, atol=1e-5)
 
 
-def test_views_average_the_image_and_its_mirror_image(trained: Path, pixels: NDArray[np.uint8]) -> None:
+def test_views_average_the_image_and_its_mirror_image(
+    flipped: Run, single: Run, pixels: NDArray[np.uint8]
+) -> None:
     mirrored: NDArray[np.uint8] = np.ascontiguousarray(pixels[:, :, ::-1])
-    averaged = exported(Ensemble([load(trained, None).classifier()]))  # its views are flip
-    np.testing.assert_allclose(averaged(mirrored), averaged(pixels), rtol=1e-4, atol=1e-5)
-    single = exported(Ensemble([load(trained, "none").classifier()]))
+    np.testing.assert_allclose(flipped(mirrored), flipped(pixels), rtol=1e-4, atol=1e-5)
     both = [single(view) for view in (pixels, mirrored)]
-    np.testing.assert_allclose(averaged(pixels), (both[0] + both[1]) / 2, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(flipped(pixels), (both[0] + both[1]) / 2, rtol=1e-4, atol=1e-5)
     assert not np.allclose(both[0], both[1], atol=1e-2)
 
 
-def test_shifted_views_weigh_half(trained: Path, pixels: NDArray[np.uint8]) -> None:
+def test_shifted_views_weigh_half(trained: Path, single: Run, pixels: NDArray[np.uint8]) -> None:
     averaged = exported(Ensemble([load(trained, "flip_shift").classifier()]))
-    single = exported(Ensemble([load(trained, "none").classifier()]))
     padded: NDArray[np.uint8] = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     expected = np.zeros((len(pixels), 10), np.float32)
     for view, share in ((pixels, 0.25), (padded[:, :32, :32], 0.125), (padded[:, 2:, 2:], 0.125)):
@@ -69,10 +79,9 @@ def test_shifted_views_weigh_half(trained: Path, pixels: NDArray[np.uint8]) -> N
     assert not np.allclose(expected, single(pixels), atol=1e-2)
 
 
-def test_any_batch_size_gives_the_same_logits(trained: Path, pixels: NDArray[np.uint8]) -> None:
-    run = exported(Ensemble([load(trained, None).classifier()]))
-    one_by_one = np.concatenate([run(pixels[i : i + 1]) for i in range(7)])
-    np.testing.assert_allclose(run(pixels[:7]), one_by_one, rtol=1e-4, atol=1e-5)
+def test_any_batch_size_gives_the_same_logits(flipped: Run, pixels: NDArray[np.uint8]) -> None:
+    one_by_one = np.concatenate([flipped(pixels[i : i + 1]) for i in range(7)])
+    np.testing.assert_allclose(flipped(pixels[:7]), one_by_one, rtol=1e-4, atol=1e-5)
 
 
 def test_rounded_is_half_within_the_rounding_of_sums(trained: Path, pixels: NDArray[np.uint8]) -> None:

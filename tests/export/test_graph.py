@@ -1,4 +1,6 @@
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -13,16 +15,25 @@ from tests.serving.server import ROOT
 from training import checkpoint
 from training.evaluate import Classifier
 
+Built = Callable[[str], ModelProto]
 
-def built(path: Path) -> ModelProto:
-    state = checkpoint.load(path)
-    return graph.build(Ensemble([Classifier(state.network(), state.parsed_recipe())]))
+
+@pytest.fixture(scope="module")
+def built(train: Train) -> Built:
+    """Builds the graph of a recipe's network, once; who changes it takes a copy."""
+
+    @cache
+    def build(name: str) -> ModelProto:
+        state = checkpoint.load(train(name))
+        return graph.build(Ensemble([Classifier(state.network(), state.parsed_recipe())]))
+
+    return build
 
 
 # One of each kind of network, and of each way to predict.
 @pytest.mark.parametrize("name", ["A1", "D1", "fast"])
-def test_graph_keeps_the_contract(name: str, train: Train) -> None:
-    model = built(train(name))
+def test_graph_keeps_the_contract(name: str, built: Built) -> None:
+    model = built(name)
     (image,), (logits,) = model.graph.input, model.graph.output
     assert (image.name, logits.name) == ("images", "logits")
     assert image.type.tensor_type.elem_type == TensorProto.UINT8
@@ -34,8 +45,8 @@ def test_graph_keeps_the_contract(name: str, train: Train) -> None:
     assert str(ROOT) not in str(model), "a path of this machine is in the file"
 
 
-def test_names_are_those_of_the_modules(train: Train) -> None:
-    model = built(train("fast"))
+def test_names_are_those_of_the_modules(built: Built) -> None:
+    model = built("fast")
     names = [node.name for node in model.graph.node]
     assert len(set(names)) == len(names)
     for node in model.graph.node:
@@ -93,9 +104,9 @@ def _loose_end(model: ModelProto) -> None:
     ],
 )
 def test_a_graph_that_is_not_as_it_should_be(
-    change: Callable[[ModelProto], None], message: str, train: Train
+    change: Callable[[ModelProto], None], message: str, built: Built
 ) -> None:
-    model = built(train("A1"))
+    model = deepcopy(built("A1"))
     change(model)
     with pytest.raises(GraphError, match=f"(?s){message}"):
         graph.check(model)
