@@ -89,6 +89,8 @@ TRACING = {
 }
 NO_TRACING = {"excluded_urls": ".*"}  # BentoML makes spans also where they are sent nowhere
 
+SPANS_SECONDS = 5  # for a collector to take the last spans of a worker that ends
+
 # Large submissions in memory: one that the engine works on, and one that is read meanwhile.
 LARGE_FILES = 2
 
@@ -355,6 +357,9 @@ class Classifier:
         self.readers.stop()
         self.reporter.shutdown(wait=False, cancel_futures=True)
         self.metrics.leave()
+        if SETTINGS.tracing:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(_send_spans), SPANS_SECONDS)
 
     @property
     def model(self) -> Model:
@@ -418,6 +423,12 @@ class Classifier:
 
 async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return np.concatenate([logits async for logits in deployment.batcher.many(images)])
+
+
+def _send_spans() -> None:
+    from bentoml._internal.configuration.containers import BentoMLContainer  # nobody else has them
+
+    BentoMLContainer.tracer_provider.get().force_flush()
 
 
 @functools.lru_cache(maxsize=1)  # it takes as long as ten classifications

@@ -105,7 +105,8 @@ def _tell_of_the_end(
     watcher: Watcher, arbiter: Arbiter, hook_name: str, process_pid: int, exit_code: int, **_: Any
 ) -> None:
     """Log the end of a worker that nobody asked for; circus starts another without a word."""
-    if exit_code and not watcher.is_stopping():
+    asked = exit_code in (0, -signal.SIGTERM, -signal.SIGINT)
+    if not asked and not watcher.is_stopping():
         how = f"status {exit_code}" if exit_code > 0 else signal.Signals(-exit_code).name
         logger.error("worker %d ended by %s; another one starts", process_pid, how)
 

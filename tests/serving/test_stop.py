@@ -224,6 +224,7 @@ def test_a_stop_while_workers_start_anew_is_heeded(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)  # while the old one waits for the slow request
         assert psutil.pid_exists(old)
         assert server.process.wait(START_SECONDS) == 0
+        assert "another one starts" not in server.log.read_text()
 
 
 def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.Client]]:

@@ -94,6 +94,19 @@ def test_a_share_of_the_requests_has_spans(tmp_path: Path, spans: tuple[str, Spa
     assert 0 < sent < count
 
 
+def test_the_last_spans_are_sent_as_the_service_stops(tmp_path: Path, spans: tuple[str, Spans]) -> None:
+    collector, got = spans
+    with serving(
+        tmp_path,
+        SERVING_PROVIDER="cpu",
+        SERVING_TRACING="0.5",
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector,
+        OTEL_BSP_SCHEDULE_DELAY="3600000",
+    ) as url:
+        httpx.post(f"{url}/classify", files=PICTURE, headers=parent("6" * 32, recorded=True))
+    assert got.get(timeout=60).trace_id.hex() == "6" * 32
+
+
 def test_a_collector_that_is_not_there_is_a_line_in_the_log(tmp_path: Path) -> None:
     with running(
         tmp_path,
