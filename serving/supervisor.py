@@ -53,7 +53,7 @@ def prepare() -> None:
 
 
 def _own_folder() -> Path:
-    """A new folder, removed when this process ends, or where it is killed by a later server."""
+    """A new folder, removed when this process ends or, where it is killed, by a later server."""
     _remove_left()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -4,7 +4,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -191,17 +193,7 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
 
 
 def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
-    with (
-        running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="600") as server,
-        connected(server.url) as slow,
-    ):
-        (old,) = server.workers()
-        slow.sendall(post("/classify", 100) + b"beginning")
-        with httpx.Client(base_url=server.url) as client:
-            while under_way(client) < 1:
-                pass
-        server.process.send_signal(signal.SIGHUP)
-        wait_for_workers(server, 1, without=old)
+    with _starting_anew(tmp_path, "600") as (server, old):
         wait_until(lambda: reached(server.url, is_ready), server)
         os.kill(old, signal.SIGKILL)
         wait_until(lambda: not psutil.pid_exists(old), server)
@@ -210,8 +202,18 @@ def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
 
 
 def test_a_stop_while_workers_start_anew_is_heeded(tmp_path: Path) -> None:
+    with _starting_anew(tmp_path, "3") as (server, old):
+        server.process.send_signal(signal.SIGTERM)
+        assert psutil.pid_exists(old)
+        assert server.process.wait(START_SECONDS) == 0
+        assert "another one starts" not in server.log.read_text()
+
+
+@contextmanager
+def _starting_anew(folder: Path, stop_timeout: str) -> Iterator[tuple[Server, int]]:
+    """A server after SIGHUP, with a new worker and the old one, which waits for a slow request."""
     with (
-        running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="3") as server,
+        running(folder, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT=stop_timeout) as server,
         connected(server.url) as slow,
     ):
         (old,) = server.workers()
@@ -221,10 +223,7 @@ def test_a_stop_while_workers_start_anew_is_heeded(tmp_path: Path) -> None:
                 pass
         server.process.send_signal(signal.SIGHUP)
         wait_for_workers(server, 1, without=old)
-        server.process.send_signal(signal.SIGTERM)  # while the old one waits for the slow request
-        assert psutil.pid_exists(old)
-        assert server.process.wait(START_SECONDS) == 0
-        assert "another one starts" not in server.log.read_text()
+        yield server, old
 
 
 def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.Client]]:
