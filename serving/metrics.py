@@ -113,17 +113,6 @@ for name in (*ROUTES, PROTOCOL, INFER, OTHER):
         requests.labels(name, status)
 
 
-def count_the_killed() -> None:
-    """Drop the gauges of workers that ended without a word, and count these; their counts stay."""
-    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    for file in Path(folder).glob("gauge_live*_*.db") if folder else ():
-        kind, _, process = file.stem.rpartition("_")
-        if not psutil.pid_exists(int(process)):
-            with suppress(FileNotFoundError):  # another worker was first
-                file.unlink()
-                killed.inc(kind == "gauge_livesum")  # one of the two that each has
-
-
 def leave() -> None:
     """As this worker ends: drop its gauges."""
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
@@ -158,11 +147,22 @@ def ran(model: Model, logits: npt.NDArray[np.float32], seconds: float) -> None:
 def exposition() -> Response:
     """All figures of all workers in Prometheus' text format; workers that have ended have no gauges."""
     registry = REGISTRY
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        count_the_killed()
+    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        _count_the_killed(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _count_the_killed(folder: Path) -> None:
+    """Drop the gauges of workers that ended without a word, and count these; their counts stay."""
+    for file in folder.glob("gauge_live*_*.db"):
+        kind, _, process = file.stem.rpartition("_")
+        if not psutil.pid_exists(int(process)):
+            with suppress(FileNotFoundError):  # another worker was first
+                file.unlink()
+                if kind == "gauge_livesum":  # each has one, and another of the other kind
+                    killed.inc()
 
 
 def route(path: str) -> str:

@@ -293,7 +293,6 @@ class Classifier:
         from serving import metrics  # in a worker only, as it says
 
         self.metrics = metrics
-        metrics.count_the_killed()
         # A full garbage collection looks at every object, and all requests wait meanwhile: a tenth of a
         # second where cores are slow. Those of the libraries stay for good, so it need not look at them;
         # the model, which comes after this, may be replaced.
