@@ -1,5 +1,6 @@
 """Checkpoints to export: of runs of a few steps, and one of the bundled model's weights."""
 
+import functools
 import math
 import tomllib
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from export import parity, quantize
 from export.__main__ import main as export
@@ -23,7 +25,7 @@ from training import checkpoint, data, model, recipe
 from training.__main__ import main
 from training.checkpoint import Checkpoint
 
-TRAIN, TEST = 500, 150
+TRAIN, TEST = 500, 100
 BUNDLED = ROOT / "models" / "default.onnx"
 
 Train = Callable[..., Path]
@@ -68,6 +70,15 @@ class FewTrainingImages(quantize.TrainingImages):
 def _calibrated_on_few() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize, "TrainingImages", FewTrainingImages)
+        yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _operators_collected_once() -> Iterator[None]:
+    """The exporter collects what it can translate anew for each graph: a third of a small one's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        collect = functools.cache(ONNXRegistry.from_torchlib)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(collect))
         yield
 
 
