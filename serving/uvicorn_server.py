@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import resource
 import signal
 import sys
@@ -23,6 +24,8 @@ from serving.responses import error_response
 logger = logging.getLogger("serving")
 
 COMPLAINT = "The request is not HTTP that can be read."
+NOTE = "Invalid HTTP request received."  # uvicorn's, of each; a client could fill the log with it
+HOST = re.compile(rb"[^\s@/?#,]*")
 MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 100  # requests of a connection that wait for the answer to one before them
 IDLE_SECONDS = 75  # longer than proxies and clients' pools keep a connection: 60 seconds are usual
@@ -86,21 +89,56 @@ class _Transport:
     """A connection's transport, through which the client has so many `seconds` to take what is written.
 
     Closed by whomever, a transport else waits without end for a client that reads nothing.
+
+    Attributes:
+        lingers: whether nothing more is written, and what still comes is read only to be dropped.
     """
 
     def __init__(
-        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, seconds: float
+        self,
+        transport: asyncio.Transport,
+        loop: asyncio.AbstractEventLoop,
+        seconds: float,
+        is_sent_in_vain: Callable[[], bool],
     ) -> None:
+        """
+        Args:
+            transport: the server's.
+            loop: its event loop.
+            seconds: that the client has.
+            is_sent_in_vain: whether the client sends the rest of a body that has its answer already.
+        """
         self._transport, self._loop, self._seconds = transport, loop, seconds
+        self._is_sent_in_vain = is_sent_in_vain
         self._late: asyncio.TimerHandle | None = None
-        self.write, self.is_closing = transport.write, transport.is_closing  # called for each answer
+        self.lingers = False
+        self.write = transport.write  # called for each answer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
+    def is_closing(self) -> bool:
+        """Whether nothing more can be written."""
+        return self.lingers or self._transport.is_closing()
+
     def close(self) -> None:
-        """Close it, at the latest when the time is over."""
-        if not self.is_closing():
+        """Close it, at the latest when the time is over.
+
+        While a body comes the client may send for so long: of an answer that meets its bytes on the
+        way, it would see a reset only (RFC 9112, 9.6).
+        """
+        if self.is_closing() or not self._is_sent_in_vain():
+            self.end()
+            return
+        self.lingers = True
+        if self._transport.can_write_eof():  # not through TLS
+            self._transport.write_eof()
+        self._transport.resume_reading()
+        self.hurry()
+
+    def end(self) -> None:
+        """Close it, at the latest when the time is over, whatever comes."""
+        if not self._transport.is_closing():
             self._transport.close()
             self.hurry()
 
@@ -144,8 +182,9 @@ class ConnectionLimits:
     When there are more than `most`, that one goes, and `evicted` is called, which has been waited for
     longest, for a whole request or to take its answer: who takes it gets an answer to a request that
     has arrived. A request line with its headers may take `head_seconds`, and 64 KiB, as may what lies
-    between and after the pieces of a body. What was written must be taken within `body_seconds`. Of
-    requests that are sent before there was an answer 100 wait, and one more closes the connection.
+    between and after the pieces of a body. What was written must be taken within `body_seconds`, and
+    the rest of a body that was refused must come. Of requests that are sent before there was an answer
+    100 wait, and one more closes the connection.
     """
 
     most: int
@@ -179,17 +218,17 @@ class _Connection(HttpToolsProtocol):
         self._limits, self._awaited = limits, awaited
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        bounded = _Transport(transport, self.loop, self._limits.body_seconds)
+        bounded = _Transport(transport, self.loop, self._limits.body_seconds, self._has_refused_a_body)
         super().connection_made(bounded)  # type: ignore[arg-type]
         self.flow = _Flow(transport, self.pipeline)
         self._awaited[self] = None
         if len(self.connections) > self._limits.most:
             next(iter(self._awaited))._make_room()
-        self._await_head()
+        self._await(self._limits.head_seconds)
 
     def data_received(self, data: bytes) -> None:
         if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
-            self._await_head()
+            self._await(self._limits.head_seconds)
         self._head_bytes += len(data)
         while data:
             self._data, self._offer = data, b""
@@ -200,6 +239,14 @@ class _Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._cancel()
+        if self.transport.is_closing():
+            raise ValueError("The answer before said that the connection closes.")
+        if self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False
+        else:
+            hosts = [value for name, value in self.headers if name == b"host"]
+            if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
+                raise ValueError("HTTP/1.1 has one Host.")
         if self.parser.should_upgrade():
             self._offer = self._head_without_offer()
             return
@@ -207,6 +254,7 @@ class _Connection(HttpToolsProtocol):
         if len(self.pipeline) == MAX_PIPELINED:
             raise ValueError(f"{MAX_PIPELINED} requests wait for the answer to one before them.")
         super().on_headers_complete()
+        self.headers = []  # for trailers: nobody has looked whether they may be headers
 
     def on_body(self, body: bytes) -> None:
         # The rest of a body that was refused is read too, or the client might not see its answer.
@@ -220,18 +268,24 @@ class _Connection(HttpToolsProtocol):
             self._awaited.pop(self, None)
         self._head_bytes = 0
         if self._overdue is not None:  # the time of a refused body is not that of the next head
-            self._await_head()
+            self._await(self._limits.head_seconds)
         super().on_message_complete()
+        self.cycle.more_body = False  # that of a refused one, too
+        if self.transport.lingers:
+            self.transport.end()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         # Unless the next request has come already.
         if self in self.connections and (self.cycle.response_complete or self.cycle.more_body):
             self._awaited[self] = None
-            if self.cycle.response_complete and self.cycle.more_body:  # a refused body may not come
-                self._await_head()
+            if self._has_refused_a_body():
+                self._await(self._limits.body_seconds)
 
     def send_400_response(self, msg: str) -> None:
+        if self.transport.is_closing() or self._has_refused_a_body():
+            self.transport.end()  # there was an answer
+            return
         if self.pipeline and self.pipeline[0][0] is self.cycle and self.cycle.more_body:
             self.pipeline.popleft()  # its body is what cannot be read
         last = self.pipeline[0][0] if self.pipeline else self._running
@@ -241,8 +295,9 @@ class _Connection(HttpToolsProtocol):
         if last is None or last.response_complete or not last.response_started:
             body = bytes(error_response(RequestError(COMPLAINT)).body)
             head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            date = [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n")
-            self.transport.write(head.encode() + b"\r\n" + body)
+            self.transport.write(b"".join([*date, head.encode(), b"\r\n", body]))
         self.transport.close()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -292,9 +347,14 @@ class _Connection(HttpToolsProtocol):
         lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join([*lines, b"", b""])
 
-    def _await_head(self) -> None:
+    def _has_refused_a_body(self) -> bool:
+        """Whether the body comes still of the request that was answered last."""
+        return self.cycle is not None and self.cycle.response_complete and self.cycle.more_body
+
+    def _await(self, seconds: float) -> None:
+        """Give up after so many, unless what is awaited comes."""
         self._cancel()
-        self._overdue = self.loop.call_later(self._limits.head_seconds, self._give_up)
+        self._overdue = self.loop.call_later(seconds, self._give_up)
 
     def _cancel(self) -> None:
         if self._overdue is not None:
@@ -303,7 +363,7 @@ class _Connection(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         self._cancel()
-        self.transport.close()
+        self.transport.end()
 
     def _make_room(self) -> None:
         self._limits.evicted()
@@ -323,5 +383,6 @@ def limit_connections(server: uvicorn.Server, limits: ConnectionLimits) -> None:
     """
     if server.config.http_protocol_class is not HttpToolsProtocol:
         raise StartError("The limits of connections are made for httptools; pip install httptools.")
+    logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg != NOTE)
     server.config.http_protocol_class = partial(_Connection, limits, {})  # type: ignore[assignment]
     server.config.ws_protocol_class = None

@@ -140,6 +140,77 @@ def test_who_sends_on_after_a_refusal_can_read_it(strict_url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "head",
+    [
+        post("/classify", 8_000_000).replace(b"HTTP/1.1", b"HTTP/1.0"),
+        post("/classify", 8_000_000).replace(b"Host", b"Connection: close\r\nHost"),
+    ],
+    ids=["HTTP/1.0", "Connection: close"],
+)
+def test_who_asks_only_once_can_read_a_refusal(strict_url: str, head: bytes) -> None:
+    """urllib, and nginx as it comes: they send all of a body before they look for an answer."""
+    for _ in range(50):
+        with connected(strict_url) as connection:
+            connection.sendall(head + bytes(8_000_000))
+            assert connection.makefile("rb").read().startswith(b"HTTP/1.1 413 ")
+
+
+def test_what_comes_behind_an_answer_that_ends_the_connection_is_dropped(strict_url: str) -> None:
+    refused = post("/classify", 5, "text/plain").replace(b"Host", b"Connection: close\r\nHost")
+    with connected(strict_url) as connection:
+        connection.sendall(refused)
+        answer = connection.recv(65536)
+        connection.sendall(b"12345" + LAST * 5)
+        assert not connection.makefile("rb").read()
+    assert codes(answers_in(answer)) == ["unsupported_media_type"]
+
+
+def test_a_refused_body_that_cannot_be_read_is_answered_once(strict_url: str) -> None:
+    refused = post("/classify", None).replace(b"image/png", b"text/plain")
+    with connected(strict_url) as connection:
+        connection.sendall(refused)
+        answer = connection.recv(65536)
+        connection.sendall(b"zz\r\n")
+        assert not connection.makefile("rb").read()
+    assert codes(answers_in(answer)) == ["unsupported_media_type"]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 10])
+def test_trailers_are_no_headers(strict_url: str, images: npt.NDArray[np.uint8], pieces: int) -> None:
+    """A proxy looks at headers only: it would let pass what it drops or sets itself."""
+    content = encoded(images[0])
+    chunks = b"%x\r\n%b\r\n0\r\n" % (len(content), content)
+    trailers = b"Content-Type: text/plain\r\nContent-Encoding: gzip\r\n\r\n"
+    sent = (post("/classify", None) + chunks + trailers) * 2 + LAST
+    assert [status for status, _ in answers_to(strict_url, sent, pieces)] == [200] * 3
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: [::1]:3000\r\nConnection: close\r\n\r\n", 200),
+        (b"GET /healthz HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n", 200),
+        (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
+    ],
+)
+def test_a_request_has_one_host(strict_url: str, head: bytes, status: int) -> None:
+    assert [status for status, _ in answers_to(strict_url, head)] == [status]
+
+
+def test_a_client_of_http_1_0_is_not_asked_to_go_on(
+    strict_url: str, images: npt.NDArray[np.uint8]
+) -> None:
+    """It would take that for the answer."""
+    content = encoded(images[0])
+    head = post("/classify", len(content)).replace(b"HTTP/1.1", b"HTTP/1.0")
+    sent = head.removesuffix(b"\r\n") + b"Expect: 100-continue\r\n\r\n" + content
+    assert [status for status, _ in answers_to(strict_url, sent)] == [200]
+
+
+@pytest.mark.parametrize(
     "begin",
     [
         b"GET /healthz HTTP/1.1\r\n",
@@ -219,11 +290,15 @@ def offering(request: bytes) -> bytes:
 
 def answers_to(url: str, sent: bytes, pieces: int = 1) -> list[tuple[int, bytes]]:
     """Status and body of each answer until the server closes the connection."""
-    found = []
     with connected(url) as connection:
         for start in range(0, len(sent), -(-len(sent) // pieces)):
             connection.sendall(sent[start : start - (-len(sent) // pieces)])
-        said = connection.makefile("rb").read()
+        return answers_in(connection.makefile("rb").read())
+
+
+def answers_in(said: bytes) -> list[tuple[int, bytes]]:
+    """Status and body of each answer."""
+    found = []
     while said:
         head, _, said = said.partition(b"\r\n\r\n")
         (length,) = re.findall(rb"content-length: (\d+)", head.lower())
@@ -328,6 +403,7 @@ def test_what_is_not_http_is_told_in_our_shape(strict_url: str) -> None:
         connection.sendall(b"HELLO\r\n\r\n")
         head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\ndate: " in head
     message = "The request is not HTTP that can be read."
     assert json.loads(body) == {"error": {"code": "bad_request", "message": message}}
 

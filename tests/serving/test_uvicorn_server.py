@@ -1,5 +1,6 @@
 """uvicorn as it is used here: what is relied on beyond its documentation."""
 
+import logging
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from serving.uvicorn_server import (
     limit_connections,
     shorten,
 )
-from tests.serving.raw import PATIENCE, connected
+from tests.serving.raw import PATIENCE, connected, post
 
 
 def application(name: str) -> ASGIApp:
@@ -80,8 +81,8 @@ def test_posts_to_short_paths_go_past_the_servers_application(proxy_headers: boo
 class Answers:
     """Answers with as many bytes as the path says, and tells of what happens to the connections."""
 
-    def __init__(self, most: int, seconds: float) -> None:
-        self.most, self.seconds = most, seconds
+    def __init__(self, most: int, seconds: float, head_seconds: float = PATIENCE) -> None:
+        self.most, self.seconds, self.head_seconds = most, seconds, head_seconds
         self.evicted = 0
         self.answered, self.paused, self.lost = (threading.Semaphore(0) for _ in range(3))
 
@@ -95,7 +96,8 @@ class Answers:
 
     def prepare(self, server: Server) -> None:
         """Let the server have the limits, and be watched."""
-        limit_connections(server, ConnectionLimits(self.most, self.seconds, self.seconds, self.evict))
+        limits = ConnectionLimits(self.most, self.head_seconds, self.seconds, self.evict)
+        limit_connections(server, limits)
         limited: Any = server.config.http_protocol_class
         answers = self
 
@@ -165,6 +167,45 @@ def test_who_takes_an_answer_slowly_gets_all_of_it() -> None:
             taken += more
             assert not answers.lost.acquire(timeout=0.05)
         assert answers.paused.acquire(blocking=False)
+
+
+def test_the_rest_of_a_refused_body_has_a_bodys_time() -> None:
+    """It may take longer than a head."""
+    answers, head_seconds = Answers(most=100, seconds=PATIENCE, head_seconds=0.3), 0.3
+    with running(answers, answers.prepare) as (_, url), connected(url) as client:
+        client.sendall(post("/0", 2))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+        client.sendall(b"x")
+        assert not answers.lost.acquire(timeout=3 * head_seconds)
+        client.sendall(b"x" + get(1000))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+        client.sendall(b"GET ")
+        assert answers.lost.acquire(timeout=PATIENCE)
+
+
+def test_who_sends_on_and_on_after_the_last_answer_is_hung_up_on() -> None:
+    answers = Answers(most=100, seconds=1)
+    with running(answers, answers.prepare) as (_, url), connected(url) as client:
+        client.sendall(post("/0", 10**12).replace(b"Host", b"Connection: close\r\nHost"))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            while not answers.lost.acquire(blocking=False):
+                client.sendall(bytes(1000))
+            client.sendall(bytes(10**7))
+
+
+def test_what_is_not_http_is_no_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A client could fill it."""
+    answers, logger = Answers(most=100, seconds=PATIENCE), logging.getLogger("uvicorn.error")
+    with running(answers, answers.prepare) as (_, url), connected(url) as client:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(caplog.handler)
+        try:
+            client.sendall(b"HELLO\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 400 ")
+        finally:
+            logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("configured", "seconds"), [(5, IDLE_SECONDS), (600, 600)])
