@@ -24,6 +24,8 @@ MAX_TEXT_BYTES = 1024
 # How some clients (urllib3 before its version 2) name a file if its name is not ASCII; the package reads
 # `filename` alone.
 EXTENDED_NAME = re.compile(r"; *filename\* *=", re.IGNORECASE)
+# How files come of clients that have no name for them.
+OF_FILES = re.compile(r"image/.*|application/octet-stream", re.IGNORECASE)
 # Some clients quote no boundary, though it has characters that make that necessary, such as a slash; the
 # package reads it up to there.
 BOUNDARY = re.compile(r';\s*boundary\s*=\s*(?:"([^"]+)"|([^\s;"]+))', re.IGNORECASE)
@@ -35,7 +37,7 @@ class Part:
 
     Attributes:
         name: the field's.
-        is_file: whether it came with a file's name; else it is text.
+        is_file: whether it came with a file's name, or a file's type; else it is text.
         size: bytes received.
         file: those bytes, at their beginning once the form is complete.
     """
@@ -44,6 +46,7 @@ class Part:
         self.name: str = segment.name or ""
         self.is_file = segment.filename is not None or bool(
             EXTENDED_NAME.search(segment.header("Content-Disposition", ""))
+            or OF_FILES.fullmatch(segment.content_type or "")
         )
         self.size = 0
         self.file = SpooledTemporaryFile(SPOOLED_BYTES)  # noqa: SIM115, closed with the form

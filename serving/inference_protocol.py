@@ -1,8 +1,9 @@
 """The Open Inference Protocol, version 2: requests and answers as tritonclient and KServe speak them.
 
 The input is `images`, uint8 [N, 32, 32, 3] RGB; the outputs are `logits` and `probabilities`, float32
-[N, classes]. Tensors come and go as JSON or by the binary tensor data extension, and an output can be
-asked for by Triton's classification extension, as the k best classes in text.
+[N, classes]. Tensors come and go as JSON or by the binary tensor data extension, its raw requests
+included, and an output can be asked for by Triton's classification extension, as the k best classes in
+text.
 """
 
 import itertools
@@ -82,7 +83,7 @@ class Output(BaseModel):
 class Parameters(BaseModel):
     """Of a request: how outputs are sent that do not say so themselves."""
 
-    binary_data_output: bool = False
+    binary_data_output: bool | None = None
 
 
 class InferenceRequest(BaseModel):
@@ -139,8 +140,8 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
     """Read the body of a request.
 
     Args:
-        body: JSON, with the binary tensors after it if there are any.
-        json_length: the header Inference-Header-Content-Length; without it all is JSON.
+        body: JSON, with the binary tensors after it if there are any; or the pixels alone.
+        json_length: the header Inference-Header-Content-Length; without it all is JSON, with 0 nothing.
         max_images: in a request.
 
     Raises:
@@ -156,6 +157,8 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
             f"which has {len(body)} in all."
         )
     end = len(body) if json_length is None else int(json_length)
+    if end == 0 and json_length is not None:
+        return _raw(body, max_images)
     longest = max_images * math.prod(IMAGE) * BYTES_A_VALUE
     if end > longest:
         raise TooLargeError(
@@ -189,13 +192,12 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
         raise FieldError(
             f"images has the shape {tensor.shape[:8]}; right would be [N, 32, 32, 3], N at least 1."
         )
-    if tensor.shape[0] > max_images:
-        raise TooLargeError(f"There are {tensor.shape[0]} images; the limit is {max_images}.")
+    _check_count(tensor.shape[0], max_images)
     outputs = request.outputs or [Output(name=name) for name in OUTPUTS]
     _check_outputs(outputs)
     for output in outputs:
         if output.parameters.binary_data is None:
-            output.parameters.binary_data = request.parameters.binary_data_output
+            output.parameters.binary_data = bool(request.parameters.binary_data_output)
     return Inference(_pixels(tensor, body[end:]), outputs, request.id)
 
 
@@ -230,6 +232,26 @@ def respond(inference: Inference, logits: npt.NDArray[np.float32], model: Model)
         media_type="application/octet-stream",
         headers={JSON_LENGTH: str(len(head))},
     )
+
+
+def _raw(body: bytes, max_images: int) -> Inference:
+    """A body without JSON: one input of known size, and all outputs are wanted as bytes."""
+    size = math.prod(IMAGE)
+    count, rest = divmod(len(body), size)
+    if rest or not count:
+        raise FieldError(
+            f"The body has {len(body)} bytes and no JSON ({JSON_LENGTH} is 0); right would be {size} "
+            "for each image."
+        )
+    _check_count(count, max_images)
+    images = np.frombuffer(body, np.uint8).reshape(count, *IMAGE)
+    as_bytes = OutputParameters(binary_data=True)
+    return Inference(images, [Output(name=name, parameters=as_bytes) for name in OUTPUTS], None)
+
+
+def _check_count(count: int, max_images: int) -> None:
+    if count > max_images:
+        raise TooLargeError(f"There are {count} images; the limit is {max_images}.")
 
 
 def _check_outputs(outputs: list[Output]) -> None:

@@ -156,8 +156,11 @@ class ErrorShape:
                     started = True
                     await _send_shaped(scope, receive, send, start, body)
 
+        app = self.app
+        if scope["path"].endswith("\n"):  # which Starlette's routes do not look at
+            app = Response(status_code=HTTPStatus.NOT_FOUND)
         try:
-            await self.app(scope, receive, shaped)
+            await app(scope, receive, shaped)
         except Exception as error:
             if started:
                 if isinstance(error, RequestError):

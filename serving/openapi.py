@@ -24,7 +24,7 @@ from serving.errors import (
     TooLargeError,
     UnauthorizedError,
 )
-from serving.inference_protocol import InferenceRequest
+from serving.inference_protocol import JSON_LENGTH, InferenceRequest
 from serving.middleware import OPEN_PATHS
 from serving.requests import DEFAULT_TOP_K, MAX_TOP_K
 from serving.responses import Classification, ErrorBody, error_body
@@ -45,6 +45,12 @@ TOP_K_PARAMETER: Json = {
     "in": "query",
     "description": "Instead of the form's field.",
     "schema": TOP_K,
+}
+JSON_LENGTH_PARAMETER: Json = {
+    "name": JSON_LENGTH,
+    "in": "header",
+    "description": "Bytes of JSON before those of a tensor; 0 where the body is the values of images.",
+    "schema": {"type": "integer", "minimum": 0},
 }
 
 CLASSIFICATION_EXAMPLE: Json = {
@@ -226,9 +232,12 @@ def _inference_protocol() -> Json:
         infer = operation(
             f"v2_{kind}_infer",
             "images, UINT8 [N, 32, 32, 3], to logits and probabilities",
-            named,
+            [*named, JSON_LENGTH_PARAMETER],
             *(RequestError, *of_a_model, *OF_A_BODY),
         )
+        answer = infer["responses"]["200"]
+        as_bytes = answer["content"] | {"application/octet-stream": {}}
+        infer["responses"] |= {"200": answer | {"content": as_bytes}}
         ready = operation(f"v2_{kind}_ready", "As /v2/health/ready", named, *of_a_model)
         request = _content({"$ref": "#/components/schemas/InferenceRequest"}, INFERENCE_EXAMPLE)
         infer["requestBody"] = {

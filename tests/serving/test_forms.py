@@ -100,6 +100,21 @@ def test_file_names_that_are_encoded() -> None:
     assert read(head + b"1\r\n--x--") == [("a", True, b"1", False)]
 
 
+@pytest.mark.parametrize(
+    ("kind", "is_file"),
+    [
+        ("image/png", True),
+        ("Image/PNG; a=b", True),
+        ("application/octet-stream", True),
+        ("text/plain; charset=utf-8", False),
+        ("application/json", False),
+    ],
+)
+def test_files_without_a_name_have_a_type(kind: str, is_file: bool) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="a"\r\nContent-Type: %b\r\n\r\n' % kind.encode()
+    assert read(head + b"1\r\n--x--") == [("a", is_file, b"1", False)]
+
+
 def test_several_files_where_one_is_right() -> None:
     with pytest.raises(FieldError, match="right would be one"):
         read(field("a", b"1") * 2 + b"--x--", max_files=1)

@@ -131,8 +131,11 @@ def test_json_data_is_nested_or_flat(
     assert answer["id"] == "7"
 
 
-def test_null_is_as_nothing(client: httpx.Client, model: Model, images: Pixels) -> None:
-    nothing = {"id": None, "parameters": None, "outputs": None}
+@pytest.mark.parametrize("parameters", [None, {"binary_data_output": None}])
+def test_null_is_as_nothing(
+    client: httpx.Client, model: Model, images: Pixels, parameters: dict[str, None] | None
+) -> None:
+    nothing = {"id": None, "parameters": parameters, "outputs": None}
     body = request(images[:1], parameters=None) | nothing
     path, wanted = infer(client, model), {"outputs": [{"name": "logits", "parameters": None}]}
     answer = client.post(path, json=body).json()
@@ -150,6 +153,38 @@ def test_what_an_output_says_goes_before_what_the_request_says_of_all(
     response = client.post(infer(client, model), json=body)
     answer = json.loads(response.content[: int(response.headers["Inference-Header-Content-Length"])])
     assert ["data" in output for output in answer["outputs"]] == [True, False]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_body_may_be_the_pixels_alone(
+    client: httpx.Client, model: Model, images: Pixels, count: int
+) -> None:
+    """A raw binary request: curl does, and the server is to tell the tensors' shapes from the bytes."""
+    headers = {"Inference-Header-Content-Length": "0"}
+    response = client.post(infer(client, model), content=images[:count].tobytes(), headers=headers)
+    answer = json.loads(response.content[: int(response.headers["Inference-Header-Content-Length"])])
+    assert [output["name"] for output in answer["outputs"]] == ["logits", "probabilities"]
+    sizes = [output["parameters"]["binary_data_size"] for output in answer["outputs"]]
+    assert sizes == [40 * count] * 2
+    logits = np.frombuffer(response.content[-80 * count : -40 * count], "<f4").reshape(count, 10)
+    np.testing.assert_allclose(logits, model.logits(images[:count]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "status", "message"),
+    [
+        (0, 422, "The body has 0 bytes and no JSON"),
+        (3071, 422, "right would be 3072 for each image"),
+        (41 * 3072, 413, "There are 41 images; the limit is 40."),
+    ],
+)
+def test_pixels_alone_that_are_no_images(
+    client: httpx.Client, model: Model, size: int, status: int, message: str
+) -> None:
+    headers = {"Inference-Header-Content-Length": "0"}
+    response = client.post(infer(client, model), content=bytes(size), headers=headers)
+    assert response.status_code == status
+    assert message in response.json()["error"]
 
 
 WRONG: list[tuple[dict[str, Any], int, str]] = [

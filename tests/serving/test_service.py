@@ -333,6 +333,12 @@ def test_a_slash_too_many_redirects_nowhere(client: httpx.Client, path: str) -> 
         assert "elsewhere" not in str(response.headers)
 
 
+@pytest.mark.parametrize("path", ["/classify", "/model", "/healthz", "/v2"])
+def test_a_line_break_behind_a_path_is_another_path(client: httpx.Client, path: str) -> None:
+    for method in ("GET", "POST"):
+        assert client.request(method, f"{path}%0A", files={"image": PNG}).status_code == 404
+
+
 def test_under_v2_a_slash_too_many_has_the_protocols_error(client: httpx.Client) -> None:
     for path in ("/v2/", "/v2/models/accurate/", "/v2/health/ready/"):
         response = client.get(path)

@@ -117,6 +117,11 @@ class Answers:
         self.evicted += 1
 
 
+def send_without_end(client: socket.socket) -> None:
+    while True:
+        client.sendall(bytes(1000))
+
+
 def get(count: int) -> bytes:
     return f"GET /{count} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
 
@@ -189,9 +194,8 @@ def test_who_sends_on_and_on_after_the_last_answer_is_hung_up_on() -> None:
         client.sendall(post("/0", 10**12).replace(b"Host", b"Connection: close\r\nHost"))
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            while not answers.lost.acquire(blocking=False):
-                client.sendall(bytes(1000))
-            client.sendall(bytes(10**7))
+            send_without_end(client)
+    assert answers.lost.acquire(timeout=PATIENCE)
 
 
 def test_what_is_not_http_is_no_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
