@@ -3,7 +3,7 @@ PYTHON ?= python3
 HOST ?= 0.0.0.0
 PORT ?= 3000
 RECIPE ?= accurate
-RUN ?= runs/$(RECIPE)-seed0
+RUN ?= runs/$(notdir $(RECIPE:%.toml=%))-seed0
 OUT ?= models/default.onnx
 PRECISION ?= int8
 TTA ?=
@@ -17,7 +17,7 @@ export BENTOML_DO_NOT_TRACK := True
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint train export bench soak fuzz image
+.PHONY: help serve test lint setup train export bench soak fuzz image
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -34,12 +34,14 @@ lint: .venv/.dev  ## run ruff and the type checker
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+setup: .venv/.export  ## install what training and export take, for their commands in .venv/bin
+
 train: .venv/.train  ## train a recipe (RECIPE=accurate), which adds its row to training/results.csv
-	.venv/bin/python -m training run $(RECIPE)
+	.venv/bin/python -m training run "$(RECIPE)"
 
 export: .venv/.export  ## turn a run into a model file (RUN=runs/accurate-seed0 OUT=models/default.onnx PRECISION=int8 TTA= TRIAL=)
-	.venv/bin/python -m export write $(RUN)/checkpoint.pt $(OUT) --precision $(PRECISION) \
-		$(if $(TTA),--tta $(TTA)) $(if $(TRIAL),--temperature-from $(TRIAL)/checkpoint.pt)
+	.venv/bin/python -m export write "$(RUN)/checkpoint.pt" "$(OUT)" --precision $(PRECISION) \
+		$(if $(TTA),--tta $(TTA)) $(if $(TRIAL),--temperature-from "$(TRIAL)/checkpoint.pt")
 
 bench: .venv/.peers  ## measure the pace of training, inference and serving (FIGURES=runs/figures, the README's: benchmarks)
 	mkdir -p $(FIGURES)

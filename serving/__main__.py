@@ -23,8 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         submit(options.pickle, options.csv, options.model)
-    except (StartError, RequestError) as error:
+    except StartError as error:
         return _failed(str(error))
+    except RequestError as error:
+        return _failed(f"{options.pickle}: {error}")
     except OSError as error:
         return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
@@ -121,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         "pickle",
         type=Path,
         metavar="PICKLE",
-        help="a pickled dict with data: uint8 [N, 32, 32, 3], [N, 3, 32, 32] or [N, 3072], "
-        "and optionally ids: N different integers",
+        help="a pickled dict with data: uint8 [N, 32, 32, 3], [N, 3, 32, 32] or [N, 3072] (all red "
+        "values, then green, then blue), and optionally ids: N different integers",
     )
     command.add_argument("csv", type=Path, metavar="CSV", help="the file to write")
     command.add_argument(

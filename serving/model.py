@@ -61,8 +61,8 @@ class Model:
         """
         if not path.is_file():
             raise ModelError(
-                f"There is no model file at {path}; set SERVING_MODEL to an ONNX file "
-                "written by `python -m export write`."
+                f"There is no model file at {path}; right would be an ONNX file "
+                "that `python -m export write` has written."
             )
         with _refusing(path):
             opened = _opened(path)
@@ -114,7 +114,10 @@ def _opened(path: Path) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(path, options, providers=[CPU])
     except Exception as error:
-        raise ModelError(f"{path} is not an ONNX model that can be loaded: {error}") from error
+        raise ModelError(
+            f"{path} is not an ONNX model that can be loaded (`python -m export write` makes one of a "
+            f"checkpoint): {error}"
+        ) from error
 
 
 def _check_operators(path: Path, session: ort.InferenceSession) -> None:

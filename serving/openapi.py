@@ -167,7 +167,8 @@ def _paths() -> Json:
                 "submission",
                 "Label a pickle of images",
                 "A pickled dict (protocol 2 to 5) with data: uint8 [N, 32, 32, 3], [N, 3, 32, 32] "
-                "or [N, 3072], and optionally ids: N different integers.",
+                "or [N, 3072] (all red values, then green, then blue), and optionally ids: N different "
+                "integers.",
                 {"multipart/form-data": _form({"file": FILE}, "file")},
                 {"text/csv": _content({"type": "string"}, "ID,Labels\n0,3\n1,8\n")},
                 [],

@@ -13,6 +13,7 @@ byte a character, and the number of opcodes is limited.
 
 import math
 import pickletools
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,17 @@ from serving.errors import PickleError
 
 OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 PROTOCOLS = range(2, 6)
+RIGHT = "right would be what `pickle.dump(..., protocol=4)` writes"
+# How files begin that are sent in the place of a pickle.
+OTHERS = {
+    b"\x1f\x8b": "is gzip",
+    b"PK\3\4": "is a zip archive, as those of numpy.savez and torch.save are",
+    b"\x93NUMPY": "is an array that numpy.save has written",
+    b"BZh": "is bzip2",
+    b"\xfd7zXZ": "is xz",
+}
+SHOWN = 20  # bytes of a text in the place of a pickle
+TEXT = re.compile(rb"[\t\n\r -~]+")
 MAX_OPCODES = 400_000  # twenty for each of the most rows that the settings allow by default
 MAX_LINE = 512  # of an opcode whose argument is a line: the module or the name of a global
 MAX_DIMENSIONS = 32
@@ -123,14 +135,16 @@ class _Source:
         self._frame_end = 0
 
     def check_start(self) -> None:
-        start = self._file.read(2)
+        start = self._file.read(SHOWN)
         self._file.seek(0)
         if not start:
             raise PickleError("The file is empty (0 bytes); send a pickle.")
-        if start == b"\x1f\x8b":
-            raise PickleError("The file is gzip; unpack it and send the pickle itself.")
+        for begin, what in OTHERS.items():
+            if start.startswith(begin):
+                raise PickleError(f"The file {what}; {RIGHT}.")
         if start[:1] != b"\x80" or len(start) == 1 or start[1] not in PROTOCOLS:
-            raise PickleError("The file is not a pickle of protocol 2 to 5.")
+            text = f" but text, which begins {start.decode()!r}" if TEXT.fullmatch(start) else ""
+            raise PickleError(f"The file is not a pickle of protocol 2 to 5{text}; {RIGHT}.")
 
     def tell(self) -> int:
         return self._position

@@ -130,7 +130,10 @@ class Settings(BaseModel):
     def _leaves_one(cls, value: int, info: ValidationInfo) -> int:
         waiting = info.data.get("max_waiting", 0)
         if value <= waiting:
-            raise ValueError(f"{waiting} requests may wait ({PREFIX}MAX_WAITING), each on a connection")
+            raise ValueError(
+                f"{waiting} requests may wait ({PREFIX}MAX_WAITING), each on a connection; right would "
+                f"be more than that"
+            )
         return value
 
     @field_validator("max_upload_bytes")
@@ -153,6 +156,9 @@ class Settings(BaseModel):
             for name, value in environment.items()
             if name.startswith(PREFIX) and not SERVICE_LINK.search(f"{name}={value}")
         }
+        # So is a variable that another one was to fill; without a key, say, everybody would be let in.
+        if empty := [PREFIX + name.upper() for name, value in values.items() if not value]:
+            raise SettingsError(f"{', '.join(empty)}: there is no value; unset it for the default.")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -163,7 +169,7 @@ class Settings(BaseModel):
                 what = item["msg"].removeprefix("Value error, ")
                 if item["type"] == "extra_forbidden":
                     lines.append(f"{name} is not a setting; the settings are {known}.")
-                elif name == f"{PREFIX}API_KEY" and item["input"]:  # which is not for the log
+                elif name == f"{PREFIX}API_KEY":  # which is not for the log
                     lines.append(f"{name}: {what}.")
                 else:
                     lines.append(f"{name}={item['input']!r}: {what}.")

@@ -11,6 +11,7 @@ from serving.errors import PickleError, TooLargeError
 from serving.pickles import read_pickle
 
 IDS = range(-(2**63), 2**64)  # what an int64 or a uint64 can hold
+LIKE_IDS = ("id", "ids", "idx", "index", "indices")  # how keys end that are meant to be `ids`
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ def read_submission(file: IO[bytes], max_rows: int) -> Submission:
     if len(images) > max_rows:
         raise TooLargeError(f"The pickle has {len(images)} images; the limit is {max_rows}.")
     ids = _value(content, "ids")
-    return Submission(images, range(len(images)) if ids is None else _ids(ids, len(images)))
+    if ids is None:
+        _check_other_keys(content)
+        return Submission(images, range(len(images)))
+    return Submission(images, _ids(ids, len(images)))
 
 
 def _value(content: dict[Any, Any], key: str) -> Any:
@@ -69,10 +73,21 @@ def _value(content: dict[Any, Any], key: str) -> Any:
     return content.get(key, content.get(key.encode()))
 
 
+def _check_other_keys(content: dict[Any, Any]) -> None:
+    """Ids by another name would be ignored, and the rows of the CSV have numbers in their place."""
+    for key in content:
+        name = key.decode(errors="replace") if isinstance(key, bytes) else key
+        if isinstance(name, str) and name.casefold().endswith(LIKE_IDS):
+            raise PickleError(f"The pickle's dict has the key {name[:100]!r}; right would be ids.")
+
+
 def _images(data: Any) -> npt.NDArray[np.uint8]:
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
         found = f"{data.dtype} array" if isinstance(data, np.ndarray) else type(data).__name__
-        raise PickleError(f"data is a {found}; right would be a NumPy array of uint8.")
+        raise PickleError(
+            f"data is a {found}; right would be a NumPy array of uint8: `np.asarray(data, 'uint8')`, "
+            "or, of values from 0 to 1, `(data * 255).round().astype('uint8')`."
+        )
     match data.shape:
         case (0, *_):
             raise PickleError("data has no images (its first extent is 0).")
@@ -101,8 +116,9 @@ def _ids(ids: Any, count: int) -> list[int]:
         raise PickleError(f"There are {len(ids)} ids for {count} images; one an image is right.")
     if isinstance(ids, np.ndarray):
         ids = ids.tolist()  # now that it has been counted: as Python's integers it takes far more memory
-    if any(type(id_) is not int or id_ not in IDS for id_ in ids):
-        raise PickleError("ids must be a NumPy array or a list of 64-bit integers.")
+    wrong = [type(id_).__name__ for id_ in ids if type(id_) is not int or id_ not in IDS]
+    if wrong:
+        raise PickleError(f"ids has a {wrong[0]} that is no 64-bit integer; all must be such.")
     if len(set(ids)) != count:
         raise PickleError(
             f"{count - len(set(ids))} of the {count} ids occur again; all must be different."

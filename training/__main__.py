@@ -19,6 +19,8 @@ from training.report import pages
 from training.tables import markdown_table, percent, table_rows
 from training.watch import Stopped, Watch
 
+UNJUDGED = "trial without held-out images, so of unknown accuracy (--set data.validation=0.1)"
+
 
 def main(arguments: list[str] | None = None, started: float | None = None) -> int:
     """Run the command line.
@@ -73,7 +75,7 @@ def _train(
     dataset: data.DataSet | None = None
     folder = Path()
     if processes.first:
-        folder, dataset = _create(options) if options.command == "run" else _open(options)
+        folder, dataset = _create(options, console) if options.command == "run" else _open(options)
     folder = processes.agree(folder)
     console.print(f"run folder: {folder}", markup=False)
     try:
@@ -89,7 +91,7 @@ def _train(
     except Stopped as stopped:
         if processes.first:
             errors.print(
-                f"stopped by {stopped}; go on with: python -m training resume {folder}", markup=False
+                f"stopped by {stopped}; go on with: {checkpoint.resume_command(folder)}", markup=False
             )
         return stopped.exit_code
     console.print(_outcome(state, folder), markup=False)
@@ -123,7 +125,7 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     console.print(out, markup=False)
 
 
-def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
+def _create(options: argparse.Namespace, console: Console) -> tuple[Path, data.DataSet]:
     overrides = list(options.set)
     if options.epochs is not None:
         overrides.append(f"epochs={options.epochs}")
@@ -131,7 +133,13 @@ def _create(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
     name = _name(options.recipe)
     complete = not overrides and options.limit is None
     trial = "" if complete else "-trial"  # so that the finished run has the folder that others look for
-    folder = options.out or _free_folder(Path("runs") / f"{name}-seed{options.seed}{trial}")
+    usual = Path("runs") / f"{name}-seed{options.seed}{trial}"
+    folder = options.out or _free_folder(usual)
+    if not options.out and folder != usual:
+        command = checkpoint.resume_command(usual)
+        console.print(f"{usual} holds another run; to go on with that: {command}", markup=False)
+    if not complete and chosen.data.validation == 0:
+        console.print(f"a {UNJUDGED}")
     dataset = data.load()
     train.create(
         folder, chosen, name, options.seed, dataset, options.limit, complete, options.deterministic
@@ -155,7 +163,7 @@ def _outcome(state: Checkpoint, folder: Path) -> str:
         )
     val = state.history[-1].get("val_accuracy")
     if val is None:
-        return f"trial without held-out images, so of unknown accuracy (--set data.validation=0.1) {end}"
+        return f"{UNJUDGED} {end}"
     return f"val accuracy {percent(val)}, a trial: the test images were left alone; {end}"
 
 
@@ -199,7 +207,8 @@ def _parser() -> argparse.ArgumentParser:
         "(a line an epoch) and checkpoint.pt. Ctrl-C or SIGTERM leaves a checkpoint to resume from. "
         "A finished run of an unchanged recipe on all images is evaluated on the test images and adds "
         "its row to training/results.csv; a trial (--epochs, --limit, --set) is judged on held-out "
-        "images only. torchrun --nproc-per-node N -m training run RECIPE shares it among N processes.",
+        "images only, if it has any (--set data.validation=0.1). torchrun --nproc-per-node N -m "
+        "training run RECIPE shares it among N processes.",
     )
     run.add_argument("recipe", metavar="RECIPE", help="a name from 'list', or a .toml file")
     run.add_argument(

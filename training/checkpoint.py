@@ -5,6 +5,7 @@ A checkpoint is a dictionary of plain values and tensors, so it loads with ``wei
 
 import io
 import pickle
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -121,7 +122,7 @@ class Checkpoint(BaseModel):
         if not self.finished:
             done = f"epoch {self.epoch} of {self.parsed_recipe().epochs}"
             raise CheckpointError(
-                f"{path}: not finished: {done}; go on with: python -m training resume {path.parent}"
+                f"{path}: not finished: {done}; go on with: {resume_command(path.parent)}"
             )
 
     def facts(self) -> dict[str, Any]:
@@ -217,6 +218,11 @@ def previous(path: Path) -> Path:
 def present(path: Path) -> bool:
     """Whether ``load_last`` would find a checkpoint (perhaps damaged)."""
     return path.exists() or previous(path).exists()
+
+
+def resume_command(folder: Path) -> str:
+    """What goes on with the run in a folder, as a shell takes it."""
+    return f"python -m training resume {shlex.quote(str(folder))}"
 
 
 def load_last(path: Path) -> tuple[Checkpoint, str]:

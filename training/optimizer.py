@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,8 @@ def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimi
             ]
         case recipe.Muon():
             optimizers = _muon_and_sgd(config, model, trained, fused)
+        case _:
+            assert_never(config)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

@@ -308,7 +308,7 @@ class Run:
                 raise
             raise TrainingError(
                 f"out of memory in the evaluation of {len(images)} images on {self.device}: make room, "
-                f"and go on with: python -m training resume {self.folder}"
+                f"and go on with: {checkpoints.resume_command(self.folder)}"
             ) from error
 
     def _needed(self, seconds: float) -> float:

@@ -4,6 +4,7 @@ A run is created with a checkpoint of its initial state and then only ever conti
 checkpoint, so a first start and a resumption are the same code.
 """
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -166,7 +167,7 @@ def _check_unchanged(path: Path, state: Checkpoint) -> None:
     if path.exists() and load(path).digest() != state.parsed_recipe().digest():
         raise TrainingError(
             f"{path} was changed, and a run goes on as it began: take the change back (or the file "
-            f"away), or begin another run: python -m training run {path}"
+            f"away), or begin another run: python -m training run {shlex.quote(str(path))}"
         )
 
 

@@ -81,8 +81,8 @@ def test_what_a_link_leads_to_is_replaced_and_the_link_stays(
     ("name", "message"),
     [
         ("none.pkl", "none.pkl: No such file"),
-        ("text.pkl", "not a pickle of protocol 2 to 5"),
-        ("empty.pkl", "data has no images"),
+        ("text.pkl", "text.pkl: The file is not a pickle of protocol 2 to 5"),
+        ("empty.pkl", "empty.pkl: data has no images"),
     ],
 )
 def test_a_bad_file_is_one_clean_line(tmp_path: Path, name: str, message: str) -> None:

@@ -228,7 +228,7 @@ def test_memo_index_costs_no_memory(index: int) -> None:
         (pickle.dumps([1], 0), "protocol 2 to 5"),
         (pickle.dumps([1], 1), "protocol 2 to 5"),
         (b"\x80\x06K\x01.", "protocol 2 to 5"),
-        (b"PK\x03\x04", "protocol 2 to 5"),
+        (b"PK\x03\x04", "is a zip archive"),
         (b"\x80", "protocol 2 to 5"),
         (b"\x80\x04\x80\x06K\x01.", "protocol 6"),
         (pickled(b"x" * 1000)[:500], "truncated"),

@@ -123,10 +123,10 @@ def test_killed_at_random_moments(short: Path, uninterrupted: Path, tmp_path: Pa
 def test_time_limit_stops_before_it_and_goes_on_later(
     short: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
+    out = tmp_path / "a run"
     # A second is what a checkpoint may take: nothing is left for a step.
     assert main(["run", str(short), "--out", str(out), "--seed", "7", "--max-seconds", "1"]) == 75
-    assert f"stopped by the time limit; go on with: python -m training resume {out}" in (
+    assert f"stopped by the time limit; go on with: python -m training resume '{out}'" in (
         capsys.readouterr().err
     )
     assert checkpoint.load(out / "checkpoint.pt").epoch == 0

@@ -153,8 +153,10 @@ def test_second_run_takes_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):
+    other = "runs/A1-seed0-trial holds another run; to go on with that: python -m training resume runs/A"
+    for told in (False, True):
         assert main(["run", "A1", *SMALL]) == 0
+        assert (other in capsys.readouterr().out) is told
     assert [path.name for path in sorted(Path("runs").iterdir())] == [
         "A1-seed0-trial",
         "A1-seed0-trial-2",
@@ -251,7 +253,9 @@ def test_trial_is_judged_on_held_out_images_only(
     assert "test accuracy" not in out
 
     assert main(["run", "A1", "--out", str(tmp_path / "blind"), "--epochs", "1"]) == 0
-    assert "trial without held-out images" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("a trial without held-out images"), "before the hours that it takes"
+    assert lines[-1].startswith("trial without held-out images")
 
 
 def test_run_folder_says_everything(uninterrupted: Path) -> None:
@@ -333,6 +337,7 @@ def test_divergence_in_the_last_step(
     ("arguments", "message"),
     [
         (["run", "A9"], "no recipe 'A9'; there are: A1,"),
+        (["run", "nowhere/own.toml"], "no file nowhere/own.toml"),
         (["run", "A1", "--set", "epoch=3"], "unknown key epoch"),
         (["run", "fast", "--limit", "8"], "fewer than a batch"),
         (["resume", "nowhere"], "no checkpoint at"),
