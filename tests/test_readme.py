@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from statistics import median
 from types import ModuleType
 
 import onnx
@@ -130,6 +131,12 @@ def test_pace_is_the_tables_of_the_benchmark(benchmark: ModuleType) -> None:
 
 def test_soak_is_the_table_of_its_figures() -> None:
     assert soak.markdown(read(soak.Figures)) in FIGURES
+
+
+def test_time_of_a_submission_is_the_benchmarks() -> None:
+    measured = read(inference.Figures, FOLDER / "inference-avx2.json").submissions
+    (seconds,) = [found.submit for found in measured if found.precision == "int8"]
+    assert f"labels 10,000 images in {median(seconds):.1f} s on two cores with AVX2" in PROSE
 
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:
