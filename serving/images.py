@@ -135,12 +135,14 @@ def decode(content: bytes, max_pixels: int, in_memory: int | None = None) -> npt
                     f"The image has {image.width}x{image.height} pixels; "
                     f"the limit of a side is {MAX_SIDE}."
                 )
-            image.draft(image.mode, (DRAFT_SIDE, DRAFT_SIDE))
+            drawn = image.draft(image.mode, (DRAFT_SIDE, DRAFT_SIDE))
             if in_memory is not None and pixels > in_memory and not _is_read_by_rows(image, content):
                 raise LargeImageError
             image.load()
             _scale_colour_key(image, content)
-            return np.array(_upright(_square(image), image), dtype=np.uint8)
+            # At a half of its size, say, an odd side is half a pixel shorter than what was decoded.
+            size = drawn[1][2:] if drawn else image.size
+            return np.array(_upright(_square(image, size), image), dtype=np.uint8)
     except (ImageError, TooLargeError, LargeImageError):
         raise
     except UnidentifiedImageError:
@@ -218,21 +220,23 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _square(image: Image.Image) -> Image.Image:
+def _square(image: Image.Image, size: tuple[float, float]) -> Image.Image:
     """The centred square of the image as 32x32 RGB; bicubic, which Pillow antialiases on reduction.
+
+    The picture has the `size`, width and height; what there is beyond it is the decoder's.
 
     A large one is first averaged down to three to six times that side. That, and all that makes it
     RGB, is done in bands of rows: a small file can have many pixels, and no second copy is made of them.
     """
-    if image.size == (SIDE, SIDE):
+    if size == (SIDE, SIDE):
         return _rgb(image)
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+    side = min(size)
+    left, top = (size[0] - side) / 2, (size[1] - side) / 2
     right, bottom = math.ceil(left + side), math.ceil(top + side)
-    factor = max(1, side // (REDUCING_GAP * SIDE))
+    factor = max(1, int(side) // (REDUCING_GAP * SIDE))
     width, height = right - int(left), bottom - int(top)
     reduced = Image.new("RGB", (math.ceil(width / factor), math.ceil(height / factor)))
-    rows = factor * max(1, BAND_PIXELS // (side * factor))
+    rows = factor * max(1, BAND_PIXELS // (width * factor))
     for row in range(int(top), bottom, rows):
         band = _rgb(image.crop((int(left), row, right, min(row + rows, bottom))))
         reduced.paste(band.reduce(factor), (0, (row - int(top)) // factor))

@@ -92,6 +92,22 @@ def test_what_makes_a_jpeg_large_is_found_wherever_it_is(place: int) -> None:
     decode(content.replace(b"\xff\xc2", b"\0\0"), 10**7, LARGE_PIXELS)
 
 
+@pytest.mark.parametrize("size", [(512, 512), (513, 513), (600, 513), (257, 300), (1100, 1031)])
+def test_a_jpeg_is_scaled_from_its_own_edges(
+    images: npt.NDArray[np.uint8], size: tuple[int, int]
+) -> None:
+    """Decoded at a part of its size it gets whole pixels at the edges, of which it fills a part."""
+    side, (width, height) = min(size), size
+    left, top = (width - side) / 2, (height - side) / 2
+    for pixels in images[:5]:
+        large = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+        content = saved(large, "JPEG", quality=90)
+        whole = Image.open(io.BytesIO(content))
+        box = (left, top, left + side, top + side)
+        expected = np.asarray(whole.resize((32, 32), Image.Resampling.BICUBIC, box=box)).astype(int)
+        assert np.abs(decode(content, 10**7) - expected).max() <= 5
+
+
 def test_wide_image_is_cropped_in_the_middle() -> None:
     image = plain((255, 0, 0), (96, 32))
     image.paste((0, 0, 255), (32, 0, 64, 32))
