@@ -164,6 +164,12 @@ def read(model: ModelProto) -> Description:
         raise GraphError(
             f"classes {texts['classes']} in the metadata; right would be {json.dumps(CLASSES)}"
         )
+    for what, value, other in (
+        ("calibration.value", found.calibration.value, found.temperature),
+        ("calibration.test_images", found.calibration.test_images, found.parity.images),
+    ):
+        if value != other:
+            raise GraphError(f"{what} {value:g} in the metadata, and elsewhere in them {other:g}")
     if (version_here := version(model)) != found.version:
         raise GraphError(
             f"version {found.version} in the metadata, but that of the graph is {version_here}: it was "

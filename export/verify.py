@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export import graph, member, metadata, reliability
@@ -88,7 +89,7 @@ def verify(path: Path, checkpoints: Sequence[Path] = ()) -> Verification:
         compared.append((report, report.findings(ELSEWHERE[values.precision])))
     measured = [
         _accuracy(values, test.accuracy(found), test.source),
-        _calibration_error(values, reliability.measure(found, test.labels).error, test),
+        *_calibration_errors(values, found, test),
     ]
     return Verification(values, measured, compared)
 
@@ -121,11 +122,20 @@ def _accuracy(values: Description, measured: float, source: Source) -> Finding:
     return _as_recorded(f"accuracy on the test images of {source}", measured, right, margin)
 
 
-def _calibration_error(values: Description, measured: float, test: TestImages) -> Finding:
-    what, calibration = "expected calibration error", values.calibration
-    if (values.parity.source, calibration.test_images) != (test.source, len(test.images)):
-        return Finding(what, percent(measured), "", True)
-    return _as_recorded(what, measured, calibration.test_ece_after, ECE_MARGIN)
+def _calibration_errors(
+    values: Description, logits: NDArray[np.float32], test: TestImages
+) -> list[Finding]:
+    """With the temperature, and without it."""
+    findings, calibration = [], values.calibration
+    known = (values.parity.source, values.parity.images) == (test.source, len(test.images))
+    for what, undivided, right in (
+        ("expected calibration error", logits, calibration.test_ece_after),
+        ("the same without temperature", logits * values.temperature, calibration.test_ece_before),
+    ):
+        error = reliability.measure(undivided, test.labels).error
+        finding = Finding(what, percent(error), "", True)
+        findings.append(_as_recorded(what, error, right, ECE_MARGIN) if known else finding)
+    return findings
 
 
 def _as_recorded(what: str, measured: float, right: float, margin: float) -> Finding:

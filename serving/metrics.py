@@ -44,9 +44,12 @@ def _take_room(folder: Path) -> None:
     """
     try:
         for kind in ("counter", "histogram", "gauge_livemax", "gauge_livesum"):
-            (folder / f"{kind}_{os.getpid()}.db").write_bytes(bytes(FILE_BYTES))
+            file = folder / f"{kind}_{os.getpid()}.db"
+            beside = file.with_suffix(".new")  # an empty one would fail who reads all of them just now
+            beside.write_bytes(bytes(FILE_BYTES))
+            beside.replace(file)
     except OSError:
-        for file in folder.glob(f"*_{os.getpid()}.db"):
+        for file in folder.glob(f"*_{os.getpid()}.*"):
             file.unlink()
         raise
 
@@ -102,7 +105,9 @@ under_way = Gauge(
 )
 killed = Counter("cifar10_killed_workers", "Workers that were killed or crashed")
 swaps = Counter(
-    "cifar10_model_swaps", "New model files that came while serving, by what became of them", ["outcome"]
+    "cifar10_model_swaps",
+    "New model files that came while serving, by what became of them, in each worker",
+    ["outcome"],
 )
 # At 0 from the start, as a rate does not see a series' first step: of swaps, and of answers for which
 # somebody is paged.

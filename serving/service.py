@@ -69,6 +69,7 @@ from serving.uvicorn_server import (
     keep_idle_connections,
     limit_connections,
     running_server,
+    separate_requests,
     shorten,
 )
 
@@ -335,6 +336,7 @@ class Classifier:
         if server is not None:  # in a test without a server there is none
             drain.listen(server)
             keep_idle_connections(server)
+            separate_requests(server)
             limits = ConnectionLimits(
                 connections_that_fit(
                     SETTINGS.max_connections, SETTINGS.max_upload_bytes // SPOOLED_BYTES

@@ -70,6 +70,14 @@ def keep_idle_connections(server: uvicorn.Server) -> None:
     server.config.timeout_keep_alive = max(IDLE_SECONDS, server.config.timeout_keep_alive)
 
 
+def separate_requests(server: uvicorn.Server) -> None:
+    """Let no request have the context of the one before it on its connection.
+
+    If that one had a span, the next one's would become a part of it.
+    """
+    server.config.reset_contextvars = True
+
+
 class _Flow(FlowControl):
     """Reads nothing while requests wait that a client has sent before it had its answer.
 
@@ -127,7 +135,9 @@ class _Transport:
         While a body comes the client may send for so long: of an answer that meets its bytes on the
         way, it would see a reset only (RFC 9112, 9.6).
         """
-        if self.is_closing() or not self._is_sent_in_vain():
+        if self.lingers:
+            return
+        if not self._is_sent_in_vain():
             self.end()
             return
         self.lingers = True
@@ -239,6 +249,7 @@ class _Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._cancel()
+        self._unset_keepalive_if_required()
         if self.transport.is_closing():
             raise ValueError("The answer before said that the connection closes.")
         if self.parser.get_http_version() == "1.0":
@@ -267,8 +278,11 @@ class _Connection(HttpToolsProtocol):
         if not self.cycle.response_complete and not self.flow.write_paused:
             self._awaited.pop(self, None)
         self._head_bytes = 0
-        if self._overdue is not None:  # the time of a refused body is not that of the next head
-            self._await(self._limits.head_seconds)
+        if self._overdue is not None:  # a refused one; from now on the connection is idle
+            self._cancel()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
         super().on_message_complete()
         self.cycle.more_body = False  # that of a refused one, too
         if self.transport.lingers:
@@ -319,6 +333,7 @@ class _Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._awaited.pop(self, None)
         self._cancel()
+        self._unset_keepalive_if_required()  # uvicorn keeps it, and so all of this, after a reset
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True  # uvicorn tells the request that came last
             self._running.message_event.set()

@@ -181,9 +181,28 @@ def test_a_calibration_error_that_is_not_the_files(
     assert main(["verify", path]) == 1
     assert "expected calibration error" in capsys.readouterr().err
 
+    worse = calibration | {"test_ece_before": calibration["test_ece_before"] * 2}
+    entry(model, "calibration").value = json.dumps(worse)
+    assert main(["verify", saved(model, Path(path))]) == 1
+    assert "the same without temperature" in capsys.readouterr().err
+
     # Of other images there is nothing to compare it with.
     entry(model, "calibration").value = json.dumps(better | {"test_images": 10_000})
+    parity = json.loads(entry(model, "parity").value)
+    entry(model, "parity").value = json.dumps(parity | {"images": 10_000})
     assert main(["verify", saved(model, Path(path))]) == 0
+
+
+@pytest.mark.parametrize("change", [{"value": 2.0}, {"test_images": 77}])
+def test_metadata_that_contradict_themselves(
+    change: dict[str, float], files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(files["fp32"])
+    calibration = json.loads(entry(model, "calibration").value)
+    entry(model, "calibration").value = json.dumps(calibration | change)
+    assert main(["verify", saved(model, tmp_path / "edited.onnx")]) == 1
+    ((key, value),) = change.items()
+    assert f"calibration.{key} {value:g} in the metadata, and elsewhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", [b"images", b"airplane", b"parity"])

@@ -159,20 +159,20 @@ def test_what_comes_behind_an_answer_that_ends_the_connection_is_dropped(strict_
     refused = post("/classify", 5, "text/plain").replace(b"Host", b"Connection: close\r\nHost")
     with connected(strict_url) as connection:
         connection.sendall(refused)
-        answer = connection.recv(65536)
+        said = connection.recv(65536)
         connection.sendall(b"12345" + LAST * 5)
-        assert not connection.makefile("rb").read()
-    assert codes(answers_in(answer)) == ["unsupported_media_type"]
+        said += connection.makefile("rb").read()
+    assert codes(answers_in(said)) == ["unsupported_media_type"]
 
 
 def test_a_refused_body_that_cannot_be_read_is_answered_once(strict_url: str) -> None:
     refused = post("/classify", None).replace(b"image/png", b"text/plain")
     with connected(strict_url) as connection:
         connection.sendall(refused)
-        answer = connection.recv(65536)
+        said = connection.recv(65536)
         connection.sendall(b"zz\r\n")
-        assert not connection.makefile("rb").read()
-    assert codes(answers_in(answer)) == ["unsupported_media_type"]
+        said += connection.makefile("rb").read()
+    assert codes(answers_in(said)) == ["unsupported_media_type"]
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 10])

@@ -1,12 +1,17 @@
 """uvicorn as it is used here: what is relied on beyond its documentation."""
 
+import gc
 import logging
+import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -23,6 +28,7 @@ from serving.uvicorn_server import (
     ConnectionLimits,
     keep_idle_connections,
     limit_connections,
+    separate_requests,
     shorten,
 )
 from tests.serving.raw import PATIENCE, connected, post
@@ -122,6 +128,11 @@ def send_without_end(client: socket.socket) -> None:
         client.sendall(bytes(1000))
 
 
+def connect_without_end(url: str) -> None:
+    while True:
+        connected(url).close()
+
+
 def get(count: int) -> bytes:
     return f"GET /{count} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
 
@@ -175,14 +186,19 @@ def test_who_takes_an_answer_slowly_gets_all_of_it() -> None:
 
 
 def test_the_rest_of_a_refused_body_has_a_bodys_time() -> None:
-    """It may take longer than a head."""
+    """It may take longer than a head, and then the connection is as idle as any."""
     answers, head_seconds = Answers(most=100, seconds=PATIENCE, head_seconds=0.3), 0.3
-    with running(answers, answers.prepare) as (_, url), connected(url) as client:
+    with (
+        running(answers, answers.prepare, timeout_keep_alive=600) as (_, url),
+        connected(url) as client,
+    ):
         client.sendall(post("/0", 2))
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
         client.sendall(b"x")
         assert not answers.lost.acquire(timeout=3 * head_seconds)
-        client.sendall(b"x" + get(1000))
+        client.sendall(b"x")
+        assert not answers.lost.acquire(timeout=3 * head_seconds)
+        client.sendall(get(0))
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
         client.sendall(b"GET ")
         assert answers.lost.acquire(timeout=PATIENCE)
@@ -196,6 +212,50 @@ def test_who_sends_on_and_on_after_the_last_answer_is_hung_up_on() -> None:
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             send_without_end(client)
     assert answers.lost.acquire(timeout=PATIENCE)
+
+
+def test_the_last_answer_is_not_lost_by_a_stop() -> None:
+    answers, rest = Answers(most=100, seconds=PATIENCE), 8_000_000
+    with running(answers, answers.prepare) as (server, url), connected(url) as client:
+        client.sendall(post("/0", rest).replace(b"Host", b"Connection: close\r\nHost"))
+        assert answers.answered.acquire(timeout=PATIENCE)
+        server.should_exit = True
+        with pytest.raises((ConnectionRefusedError, ConnectionResetError)):
+            connect_without_end(url)
+        client.sendall(bytes(rest))
+        assert client.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
+
+
+def test_nothing_is_kept_of_connections_that_were_reset() -> None:
+    answers = Answers(most=100, seconds=PATIENCE)
+    with running(answers, answers.prepare, timeout_keep_alive=600) as (_, url):
+        for _ in range(10):
+            with connected(url) as client:
+                client.sendall(get(0))
+                assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            assert answers.lost.acquire(timeout=PATIENCE)
+        deadline = time.monotonic() + PATIENCE / 6
+        while kept := sum(isinstance(each, HttpToolsProtocol) for each in gc.get_objects()):
+            assert time.monotonic() < deadline, kept
+            gc.collect()
+
+
+def test_requests_of_a_connection_have_contexts_of_their_own() -> None:
+    seen = ContextVar("seen", default="nothing")
+
+    async def noting(scope: Scope, receive: Receive, send: Send) -> None:
+        before = seen.get()
+        seen.set(scope["path"])
+        await PlainTextResponse(f"{before} before {scope['path']}\n")(scope, receive, send)
+
+    last = get(3).replace(b"Host", b"Connection: close\r\nHost")
+    with running(noting, separate_requests) as (_, url), connected(url) as client:
+        client.sendall(get(1) + get(2) + last)
+        said = client.makefile("rb").read()
+    assert re.findall(rb"(\S+) before (\S+)\n", said) == [
+        (b"nothing", path) for path in (b"/1", b"/2", b"/3")
+    ]
 
 
 def test_what_is_not_http_is_no_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
