@@ -84,9 +84,14 @@ class Model:
         """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB.
 
         Raises:
+            ModelError: they are not as many.
             FloatingPointError: they are no finite numbers, so that no class is the most probable.
         """
         logits = self._engine.run(images)
+        if logits.shape != (len(images), len(self.classes)):
+            raise ModelError(
+                f"{self.name} {self.version} gave logits {list(logits.shape)} for {len(images)} images"
+            )
         if not np.isfinite(logits).all():
             raise FloatingPointError(
                 f"{self.name} {self.version} gave logits that are no finite numbers"
@@ -106,13 +111,16 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def _opened(path: Path) -> ort.InferenceSession:
-    """The file as it is, to check it: nothing is optimised, so that its own operators are listed."""
+    """The file as it is, to check it: nothing is optimised, so that its own operators are listed.
+
+    It is opened by its bytes, so that it has to be whole: a copy of it could not have weights beside it.
+    """
     options = session_options()
     options.intra_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        return ort.InferenceSession(path, options, providers=[CPU])
+        return ort.InferenceSession(path.read_bytes(), options, providers=[CPU])
     except Exception as error:
         raise ModelError(
             f"{path} is not an ONNX model that can be loaded (`python -m export write` makes one of a "
@@ -155,10 +163,13 @@ def _metadata(path: Path, session: ort.InferenceSession) -> dict[str, Any]:
 
 
 def _decoded(value: str) -> Any:
+    """What a text of JSON stands for, if that can be told again; any other is itself."""
     try:
-        return json.loads(value)
-    except ValueError:
+        decoded = json.loads(value)
+        json.dumps(decoded, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:  # no JSON; or NaN, infinity, or half a character
         return value
+    return decoded
 
 
 def _check_signature(path: Path, session: ort.InferenceSession, classes: int) -> None:

@@ -248,6 +248,24 @@ def test_card_says_how_reliable_the_probabilities_are(metadata: dict[str, str]) 
     assert f"{calibration['value']:g}" in CARD
 
 
+def test_texts_say_what_the_reliability_plot_shows() -> None:
+    plot = (ROOT / "docs" / "reliability.svg").read_text()
+
+    def points(color: str) -> list[tuple[float, float]]:
+        (path,) = re.findall(rf'd="([^"]+)" clip-path="[^"]+" style="[^"]*stroke: {color};', plot)
+        return [(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", path)]
+
+    (left, bottom), (right, top) = points("#444444")  # from 0, 0 to 1, 1
+    shown = {
+        f"{(x - left) / (right - left):.2f}": f"{100 * (bottom - y) / (bottom - top):.1f}"
+        for x, y in points("#1f6feb")
+    }
+    assert "around 0.90 are right in 81 % only" in PROSE
+    assert "of those above 0.93 98.7 % are right" in CARD.replace("\n", " ")
+    assert "around 0.90 81 % are right, around 0.70 62 %" in CARD.replace("\n", " ")
+    assert (shown["0.90"], shown["0.70"], shown["0.99"]) == ("81.4", "62.3", "98.7")
+
+
 def test_bundled_model_is_of_a_recorded_run(metadata: dict[str, str], row: results.Result) -> None:
     in_pytorch = json.loads(metadata["pytorch_parity"])["accuracy"]
     # Its two views are neither the run's six nor the image alone, whose accuracies the row has.

@@ -1,9 +1,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
@@ -48,6 +50,40 @@ def test_metadata_is_decoded_but_texts_stay_texts(model_file: ModelFile) -> None
     assert model.metadata["parameters"] == 30720
     assert model.metadata["parity"] == {"images": 1000, "top1_agreement": 1.0}
     assert model.provider == "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize("text", ["NaN", "1e999", '["\\ud800"]'])
+def test_metadata_that_json_cannot_tell_again_are_texts(model_file: ModelFile, text: str) -> None:
+    model = load(model_file({**METADATA, "parity": text}))
+    assert model.metadata["parity"] == text
+
+
+def test_weights_in_another_file_are_refused(model_file: ModelFile, tmp_path: Path) -> None:
+    """A copy of the file, as a worker that is replaced may need, would be without them."""
+    whole = onnx.load(model_file())
+    path = tmp_path / "parts.onnx"
+    onnx.save(whole, path, save_as_external_data=True, location="beside.bin", size_threshold=0)
+    assert (tmp_path / "beside.bin").stat().st_size > 100_000
+    with pytest.raises(ModelError, match=r"parts\.onnx is not an ONNX model that can be loaded"):
+        load(path)
+
+
+def test_as_many_logits_as_images(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["floats"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "weights"], ["product"]),
+        helper.make_node("Slice", ["product", "start", "end"], ["logits"]),
+    ]
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "weights": np.zeros((3072, 10), np.float32),
+        "start": np.zeros(1, np.int64),
+        "end": np.full(1, 2),
+    }
+    model = load(write_model(tmp_path / "two.onnx", nodes, tensors))
+    assert model.logits(images[:2]).shape == (2, 10)
+    with pytest.raises(ModelError, match=r"gave logits \[2, 10\] for 5 images"):
+        model.logits(images[:5])
 
 
 def test_missing_file(tmp_path: Path) -> None:
