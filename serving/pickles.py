@@ -29,11 +29,11 @@ PROTOCOLS = range(2, 6)
 RIGHT = "right would be what `pickle.dump(..., protocol=4)` writes"
 # How files begin that are sent in the place of a pickle.
 OTHERS = {
-    b"\x1f\x8b": "is gzip",
+    b"\x1f\x8b": "is packed by gzip",
     b"PK\3\4": "is a zip archive, as those of numpy.savez and torch.save are",
     b"\x93NUMPY": "is an array that numpy.save has written",
-    b"BZh": "is bzip2",
-    b"\xfd7zXZ": "is xz",
+    b"BZh": "is packed by bzip2",
+    b"\xfd7zXZ": "is packed by xz",
 }
 SHOWN = 20  # bytes of a text in the place of a pickle
 TEXT = re.compile(rb"[\t\n\r -~]+")

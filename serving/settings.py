@@ -132,7 +132,7 @@ class Settings(BaseModel):
         if value <= waiting:
             raise ValueError(
                 f"{waiting} requests may wait ({PREFIX}MAX_WAITING), each on a connection; right would "
-                f"be more than that"
+                "be more than that"
             )
         return value
 

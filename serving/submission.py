@@ -11,6 +11,7 @@ from serving.errors import PickleError, TooLargeError
 from serving.pickles import read_pickle
 
 IDS = range(-(2**63), 2**64)  # what an int64 or a uint64 can hold
+LONGEST_NAME = 100  # characters of a key that anybody has written
 LIKE_IDS = ("id", "ids", "idx", "index", "indices")  # how keys end that are meant to be `ids`
 
 
@@ -76,9 +77,11 @@ def _value(content: dict[Any, Any], key: str) -> Any:
 def _check_other_keys(content: dict[Any, Any]) -> None:
     """Ids by another name would be ignored, and the rows of the CSV have numbers in their place."""
     for key in content:
+        if not isinstance(key, str | bytes) or len(key) > LONGEST_NAME:
+            continue
         name = key.decode(errors="replace") if isinstance(key, bytes) else key
-        if isinstance(name, str) and name.casefold().endswith(LIKE_IDS):
-            raise PickleError(f"The pickle's dict has the key {name[:100]!r}; right would be ids.")
+        if name.casefold().endswith(LIKE_IDS):
+            raise PickleError(f"The pickle's dict has the key {name!r}; right would be ids.")
 
 
 def _images(data: Any) -> npt.NDArray[np.uint8]:

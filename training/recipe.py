@@ -490,15 +490,16 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such recipe, not TOML, or an unknown, missing or ill-typed key.
     """
-    path, is_name = Path(name_or_path), Path(name_or_path).suffix != ".toml"
-    if is_name:
-        path = RECIPES / f"{name_or_path}.toml"
-    if not path.is_file():
-        if not is_name:
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        if not path.is_file():
             raise RecipeError(f"no file {path}")
-        raise RecipeError(
-            f"no recipe {str(name_or_path)!r}; there are: {', '.join(names())}; and .toml files"
-        )
+    else:
+        path = RECIPES / f"{name_or_path}.toml"
+        if not path.is_file():
+            raise RecipeError(
+                f"no recipe {str(name_or_path)!r}; there are: {', '.join(names())}; and .toml files"
+            )
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or absurdly long or deep
