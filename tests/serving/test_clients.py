@@ -22,6 +22,8 @@ from tests.serving.samples import encoded, pickled
 from tests.serving.server import ROOT, serving, serving_slowly
 from tests.transcripts import assert_as_shown
 
+LAST = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
 
 @pytest.fixture(scope="module")
 def strict_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -155,22 +157,22 @@ def test_who_asks_only_once_can_read_a_refusal(strict_url: str, head: bytes) -> 
             assert connection.makefile("rb").read().startswith(b"HTTP/1.1 413 ")
 
 
-def test_what_comes_behind_an_answer_that_ends_the_connection_is_dropped(strict_url: str) -> None:
-    refused = post("/classify", 5, "text/plain").replace(b"Host", b"Connection: close\r\nHost")
+@pytest.mark.parametrize(
+    ("refused", "rest"),
+    [
+        (
+            post("/classify", 5, "text/plain").replace(b"Host", b"Connection: close\r\nHost"),
+            b"12345" + LAST * 5,
+        ),
+        (post("/classify", None, "text/plain"), b"zz\r\n"),
+    ],
+    ids=["requests behind the last one", "body that cannot be read"],
+)
+def test_a_refused_request_is_answered_once(strict_url: str, refused: bytes, rest: bytes) -> None:
     with connected(strict_url) as connection:
         connection.sendall(refused)
         said = connection.recv(65536)
-        connection.sendall(b"12345" + LAST * 5)
-        said += connection.makefile("rb").read()
-    assert codes(answers_in(said)) == ["unsupported_media_type"]
-
-
-def test_a_refused_body_that_cannot_be_read_is_answered_once(strict_url: str) -> None:
-    refused = post("/classify", None).replace(b"image/png", b"text/plain")
-    with connected(strict_url) as connection:
-        connection.sendall(refused)
-        said = connection.recv(65536)
-        connection.sendall(b"zz\r\n")
+        connection.sendall(rest)
         said += connection.makefile("rb").read()
     assert codes(answers_in(said)) == ["unsupported_media_type"]
 
@@ -279,7 +281,6 @@ def test_who_floods_with_connections_pushes_out_the_own_ones(
 
 
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAQ\r\n\r\n"
-LAST = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
 def offering(request: bytes) -> bytes:
