@@ -135,7 +135,7 @@ class _Transport:
         While a body comes the client may send for so long: of an answer that meets its bytes on the
         way, it would see a reset only (RFC 9112, 9.6).
         """
-        if self.lingers:
+        if self.is_closing():
             return
         if not self._is_sent_in_vain():
             self.end()
