@@ -87,9 +87,14 @@ def verify(path: Path, checkpoints: Sequence[Path] = ()) -> Verification:
             compared.append((report, report.findings(limits)))
     for report in test.compare_others(found, content):
         compared.append((report, report.findings(ELSEWHERE[values.precision])))
+    undivided, calibration = found * values.temperature, values.calibration
+    without = "the same without temperature"
     measured = [
         _accuracy(values, test.accuracy(found), test.source),
-        *_calibration_errors(values, found, test),
+        _calibration_error(
+            values, "expected calibration error", found, calibration.test_ece_after, test
+        ),
+        _calibration_error(values, without, undivided, calibration.test_ece_before, test),
     ]
     return Verification(values, measured, compared)
 
@@ -122,20 +127,14 @@ def _accuracy(values: Description, measured: float, source: Source) -> Finding:
     return _as_recorded(f"accuracy on the test images of {source}", measured, right, margin)
 
 
-def _calibration_errors(
-    values: Description, logits: NDArray[np.float32], test: TestImages
-) -> list[Finding]:
-    """With the temperature, and without it."""
-    findings, calibration = [], values.calibration
-    known = (values.parity.source, values.parity.images) == (test.source, len(test.images))
-    for what, undivided, right in (
-        ("expected calibration error", logits, calibration.test_ece_after),
-        ("the same without temperature", logits * values.temperature, calibration.test_ece_before),
-    ):
-        error = reliability.measure(undivided, test.labels).error
-        finding = Finding(what, percent(error), "", True)
-        findings.append(_as_recorded(what, error, right, ECE_MARGIN) if known else finding)
-    return findings
+def _calibration_error(
+    values: Description, what: str, logits: NDArray[np.float32], right: float, test: TestImages
+) -> Finding:
+    """The calibration error of logits; of other images there is nothing to compare it with."""
+    measured = reliability.measure(logits, test.labels).error
+    if (values.parity.source, values.parity.images) != (test.source, len(test.images)):
+        return Finding(what, percent(measured), "", True)
+    return _as_recorded(what, measured, right, ECE_MARGIN)
 
 
 def _as_recorded(what: str, measured: float, right: float, margin: float) -> Finding:

@@ -27,6 +27,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from starlette.responses import Response
 
+from serving.files import replacing
 from serving.inference_protocol import is_protocol
 from serving.model import Model
 from serving.predictions import softmax
@@ -44,13 +45,12 @@ def _take_room(folder: Path) -> None:
     """
     try:
         for kind in ("counter", "histogram", "gauge_livemax", "gauge_livesum"):
-            file = folder / f"{kind}_{os.getpid()}.db"
-            beside = file.with_suffix(".new")  # an empty one would fail who reads all of them just now
-            beside.write_bytes(bytes(FILE_BYTES))
-            beside.replace(file)
+            # Whole from the first moment: an empty one would fail who reads all of them just then.
+            with replacing(folder / f"{kind}_{os.getpid()}.db") as file:
+                file.write(bytes(FILE_BYTES))
     except OSError:
-        for file in folder.glob(f"*_{os.getpid()}.*"):
-            file.unlink()
+        for path in folder.glob(f"*_{os.getpid()}.db"):
+            path.unlink()
         raise
 
 

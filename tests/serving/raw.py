@@ -11,6 +11,11 @@ def connected(url: str) -> socket.socket:
     return socket.create_connection((host, int(port)), PATIENCE)
 
 
+def last(head: bytes) -> bytes:
+    """The head of a request as that of the only or the last one on its connection."""
+    return head.replace(b"Host", b"Connection: close\r\nHost")
+
+
 def post(path: str, length: int | None, media_type: str = "image/png") -> bytes:
     """The head of a POST with a body of `length` bytes, or with a chunked one."""
     of_body = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
