@@ -1,7 +1,9 @@
-"""What Prometheus reads from a real service, and the dashboard that shows it."""
+"""What Prometheus reads from a real service, the dashboard that shows it, and the alerts."""
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,7 @@ from tests.serving.server import ROOT, running, serving_slowly
 from tests.transcripts import assert_as_shown
 
 DASHBOARD = json.loads((ROOT / "serving" / "grafana.json").read_text())
+ALERTS = ROOT / "serving" / "alerts.yml"
 
 
 def test_requests_images_and_runs_are_counted(
@@ -144,6 +147,23 @@ def test_dashboard_shows_only_what_there_is(client: httpx.Client) -> None:
     assert grouped <= labels
     legends = [target["legendFormat"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
     assert {label for text in legends for label in re.findall(r"{{(\w+)}}", text)} <= labels
+
+
+def test_alerts_look_only_at_what_there_is(client: httpx.Client) -> None:
+    samples = read(client)
+    selected = re.findall(r"(cifar10_\w+)(?:{([^}]*)})?", ALERTS.read_text())
+    assert {name for name, _ in selected} <= {name for name, _ in samples}
+    for name, matchers in selected:
+        labels = {label for found, pairs in samples if found == name for label, _ in pairs}
+        assert set(re.findall(r"(\w+)[!=]", matchers)) <= labels
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs Prometheus' promtool")
+def test_alerts_are_raised_by_what_they_are_for() -> None:
+    for verb, file in (("check", ALERTS), ("test", Path(__file__).with_name("alerts.yml"))):
+        command = ["promtool", verb, "rules", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_figures_begin_at_0_and_a_second_server_leaves_those_of_the_first_alone(
