@@ -22,13 +22,15 @@ class TestImages:
     source: Source
 
     @classmethod
-    def load(cls) -> "TestImages":
-        """Those of the data set where it is present, else the sample's.
+    def load(cls, wanted: Source = "cifar10") -> "TestImages":
+        """Those of the data set where it is ``wanted`` and present, else the sample's.
 
         Raises:
             DataError: a data set that is present but damaged.
         """
         dataset = data.load_present()
+        if (dataset.source, wanted) == ("cifar10", "sample"):
+            dataset = data.load_sample()
         return cls(dataset.test, dataset.source)
 
     @property

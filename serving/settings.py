@@ -29,8 +29,9 @@ METRICS_FOLDER = "CIFAR10_METRICS_FOLDER"
 KEPT_MODEL = "CIFAR10_KEPT_MODEL"
 
 # What Kubernetes sets in all pods of a namespace for a Service there, such as one named `serving-api`.
+# By its name, as far as the first "=": a key that looks like one is a key.
 SERVICE_LINK = re.compile(
-    r"_SERVICE_(HOST|PORT(_\w+)?)=|_PORT(_\d+_(TCP|UDP|SCTP))?=\w+://|_(TCP|UDP|SCTP)_\w+="
+    r"[^=]*(_SERVICE_(HOST|PORT(_\w+)?)=|_PORT(_\d+_(TCP|UDP|SCTP))?=\w+://|_(TCP|UDP|SCTP)_\w+=)"
 )
 
 # Found beside the package, not in the working directory: a built Bento starts from anywhere.
@@ -154,7 +155,7 @@ class Settings(BaseModel):
         values = {
             name.removeprefix(PREFIX).lower(): value.strip()
             for name, value in environment.items()
-            if name.startswith(PREFIX) and not SERVICE_LINK.search(f"{name}={value}")
+            if name.startswith(PREFIX) and not SERVICE_LINK.match(f"{name}={value}")
         }
         # So is a variable that another one was to fill; without a key, say, everybody would be let in.
         if empty := [PREFIX + name.upper() for name, value in values.items() if not value]:

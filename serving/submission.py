@@ -1,5 +1,6 @@
 """The competition's files: images and ids in as a pickle, labels out as CSV."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -12,7 +13,11 @@ from serving.pickles import read_pickle
 
 IDS = range(-(2**63), 2**64)  # what an int64 or a uint64 can hold
 LONGEST_NAME = 100  # characters of a key that anybody has written
-LIKE_IDS = ("id", "ids", "idx", "index", "indices")  # how keys end that are meant to be `ids`
+# Keys that are meant to be `ids`, such as Image_ID, imageIds and index; not valid or grid.
+LIKE_IDS = re.compile(
+    r"(.*[\W\d_]|image|img|sample|row|test)?(ids?|idx|index|indices)|.*[a-z](?-i:I[Dd]s?|Index)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Submission:
 
 
 def read_submission(file: IO[bytes], max_rows: int) -> Submission:
-    """Read a pickled dict with `data`, and `ids` if there are any; other keys are ignored.
+    """Read a pickled dict with `data`, and `ids` if there are any.
+
+    Other keys are ignored, but for those that are meant to be `ids` where there are none.
 
     `data` is uint8 [N, 32, 32, 3], [N, 3, 32, 32] or [N, 3072] (the three colour planes one after
     the other, as in CIFAR-10's own batches). Without `ids` the images are numbered from 0.
@@ -80,7 +87,7 @@ def _check_other_keys(content: dict[Any, Any]) -> None:
         if not isinstance(key, str | bytes) or len(key) > LONGEST_NAME:
             continue
         name = key.decode(errors="replace") if isinstance(key, bytes) else key
-        if name.casefold().endswith(LIKE_IDS):
+        if LIKE_IDS.fullmatch(name):
             raise PickleError(f"The pickle's dict has the key {name!r}; right would be ids.")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,8 +32,9 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
     """
     options = _parser().parse_args(arguments)
     processes = Processes()
-    console = Console(highlight=False, soft_wrap=True, quiet=not processes.first)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    # Without markup: a path or a name may have brackets, or an emoji's name.
+    plain = partial(Console, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console, errors = plain(quiet=not processes.first), plain(stderr=True)
     device.limit_threads()
     try:
         if options.command == "list":
@@ -46,17 +48,17 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
         if options.command == "report":
             with console.status("writing pages"):
                 for page in pages.write(options.runs, options.out, console):
-                    console.print(page, markup=False)
+                    console.print(page)
             return 0
         watch = Watch(options.max_seconds, started)
         with processes.joined():
             return _train(options, processes, watch, console, errors)
     except (ExplainedError, OSError) as error:
-        errors.print(f"error: {error}", markup=False)
+        errors.print(f"error: {error}")
         return 1
     except torch.OutOfMemoryError as error:  # before the first step: of a GPU that others fill, say
         reason = str(error).partition("\n")[0]
-        errors.print(f"error: {reason}", markup=False)
+        errors.print(f"error: {reason}")
         return 1
     except KeyboardInterrupt:
         kept = "; what was finished before is in the run's last checkpoint"
@@ -77,7 +79,7 @@ def _train(
     if processes.first:
         folder, dataset = _create(options, console) if options.command == "run" else _open(options)
     folder = processes.agree(folder)
-    console.print(f"run folder: {folder}", markup=False)
+    console.print(f"run folder: {folder}")
     try:
         state = train.resume(
             folder,
@@ -90,11 +92,9 @@ def _train(
         )
     except Stopped as stopped:
         if processes.first:
-            errors.print(
-                f"stopped by {stopped}; go on with: {checkpoint.resume_command(folder)}", markup=False
-            )
+            errors.print(f"stopped by {stopped}; go on with: {checkpoint.resume_command(folder)}")
         return stopped.exit_code
-    console.print(_outcome(state, folder), markup=False)
+    console.print(_outcome(state, folder))
     return 0
 
 
@@ -122,7 +122,7 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     console.print(f"suggested learning rate {suggestion:.6g} (the recipe has {own:g})")
     title = f"Learning-rate range test of {name}: batches of {chosen.batch_size}"
     range_test.plot(measured, suggestion, own, title, out)
-    console.print(out, markup=False)
+    console.print(out)
 
 
 def _create(options: argparse.Namespace, console: Console) -> tuple[Path, data.DataSet]:
@@ -137,7 +137,7 @@ def _create(options: argparse.Namespace, console: Console) -> tuple[Path, data.D
     folder = options.out or _free_folder(usual)
     if not options.out and folder != usual:
         command = checkpoint.resume_command(usual)
-        console.print(f"{usual} holds another run; to go on with that: {command}", markup=False)
+        console.print(f"{usual} holds another run; to go on with that: {command}")
     if not complete and chosen.data.validation == 0:
         console.print(f"a {UNJUDGED}")
     dataset = data.load()
@@ -183,7 +183,7 @@ def _free_folder(folder: Path) -> Path:
 def _list(console: Console, markdown: bool) -> None:
     rows = table_rows()
     if markdown:
-        console.print(markdown_table(rows), markup=False)
+        console.print(markdown_table(rows))
         return
     table = Table(*rows[0])
     for row in rows[1:]:

@@ -74,17 +74,17 @@ def load() -> DataSet:
     try:
         with nullcontext() if named else _alone(root):
             parts = [CIFAR10(root, train=train, download=not named) for train in (True, False)]
-    except OSError as error:
-        if named:
+    except (OSError, RuntimeError) as error:
+        if not named:
+            raise DataError(
+                f"could not download CIFAR-10 to {root}: {error}. Fetch cifar-10-python.tar.gz by other "
+                f"means, unpack it, and set {ROOT_VARIABLE} to the folder with {FOLDER} in it"
+            ) from error
+        if isinstance(error, OSError):
             raise DataError(
                 f"could not read CIFAR-10 in {root / FOLDER}: {error}. Make its files readable, or set "
                 f"{ROOT_VARIABLE} to another folder with {FOLDER} in it"
             ) from error
-        raise DataError(
-            f"could not download CIFAR-10 to {root}: {error}. Fetch cifar-10-python.tar.gz by other "
-            f"means, unpack it, and set {ROOT_VARIABLE} to the folder with {FOLDER} in it"
-        ) from error
-    except RuntimeError as error:
         found = (root / FOLDER).is_dir()
         problem = "is damaged (an MD5 sum differs or a file is missing)" if found else "is not there"
         raise DataError(

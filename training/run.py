@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -115,7 +114,7 @@ class Run:
         """
         shared = f", {self.processes.count} processes" if self.processes.count > 1 else ""
         self.console.print(
-            f"[bold]{escape(self.state.recipe_name)}[/] seed {self.seed}: {len(self.learner.images)} "
+            f"{self.state.recipe_name} seed {self.seed}: {len(self.learner.images)} "
             f"training images, {model.parameter_count(self.learner.model):,} parameters, "
             f"{self.learner.precision} on {device.describe(self.device)}{shared}"
         )
@@ -147,7 +146,7 @@ class Run:
             if reason := self.processes.highest(watch.reason(self._allowed(needed))):
                 raise Stopped(reason)
 
-        go_on(self._needed_to_evaluate(len(self.test_images), self.recipe.views, "none"))
+        go_on(self._needed_to_evaluate(len(self.test_images), *{self.recipe.views, "none"}))
         test_images = self.test_images.to(self.device)
         evaluation = self._evaluate("test", test_images, self.recipe.views, go_on)
         single = evaluation
@@ -365,7 +364,7 @@ class Run:
                 self.events.add_scalar(key, metrics[key], metrics["epoch"])
             self.events.flush()
         line = "  ".join(f"{key} {value:.6g}" for key, value in metrics.items())
-        self.console.print(line, highlight=False)
+        self.console.print(line)
 
     def _write_history(self) -> None:
         with replacing(self.folder / METRICS) as file:

@@ -136,7 +136,7 @@ def resume(
     with _alone_in(folder) if processes.first else nullcontext():
         state, warning = checkpoints.load_last(folder / checkpoints.FILE)
         if warning:
-            console.print(warning, style="yellow", markup=False)
+            console.print(warning, style="yellow")
         if state.run["data"] != dataset.source:
             raise TrainingError(f"{folder} trains on {state.run['data']}, not on {dataset.source}")
         _check_unchanged(folder / RECIPE, state)

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from export.__main__ import main
 from export.graph import GraphError
 from export.verify import read
 from tests.export.conftest import BUNDLED, Bundled, Train
+from training import data
 from training.model import CLASSES
+
+ROOT = os.environ.get(data.ROOT_VARIABLE, "")
 
 
 def saved(model: ModelProto, path: Path) -> str:
@@ -67,6 +71,18 @@ def test_a_good_file_and_what_it_is(
     assert "accurate" in shown
     assert "CPU against PyTorch" in shown
     assert "is good" in shown
+
+
+@pytest.mark.skipif(not ROOT, reason="CIFAR10_ROOT is not set to a folder")
+def test_a_file_of_the_samples_accuracy_where_the_data_set_is(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+    out = tmp_path / "model.onnx"
+    assert main(["write", str(train("A1")), str(out)]) == 0
+    monkeypatch.setenv(data.ROOT_VARIABLE, ROOT)
+    assert main(["verify", str(out)]) == 0
+    assert f"{out} is good\n" in capsys.readouterr().out
 
 
 def test_other_weights_than_the_metadata_says(

@@ -57,6 +57,13 @@ def test_links_to_services_of_kubernetes_are_no_settings(service: str) -> None:
         Settings.from_environment({"SERVING_PORT": "8080"})
 
 
+@pytest.mark.parametrize("value", ["a_TCP_b=", "c2VjcmV0_UDP_x==", "k_SERVICE_HOST=1", "_PORT=tcp://a"])
+def test_a_value_that_looks_like_such_a_link_is_a_value(value: str) -> None:
+    key = Settings.from_environment({"SERVING_API_KEY": value}).api_key
+    assert key is not None
+    assert key.get_secret_value() == value
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -125,6 +125,8 @@ TWO = np.zeros((2, 32, 32, 3), np.uint8)
         ({"data": TWO, "id": [1, 2]}, "has the key 'id'; right would be ids"),
         ({"data": TWO, b"Image_IDs": [1, 2]}, "has the key 'Image_IDs'; right would be ids"),
         ({"data": TWO, "index": [1, 2]}, "has the key 'index'; right would be ids"),
+        ({"data": TWO, "imageID": [1, 2]}, "has the key 'imageID'; right would be ids"),
+        ({"data": TWO, "imageids": [1, 2]}, "has the key 'imageids'; right would be ids"),
         ({"data": [[1]]}, r"data is a list; right would be .*np.asarray\(data, 'uint8'\)"),
         (b"PK\3\4any", "is a zip archive, .* right would be what `pickle.dump"),
         (b"\x93NUMPY\1", "is an array that numpy.save has written; right would be"),
@@ -136,6 +138,11 @@ TWO = np.zeros((2, 32, 32, 3), np.uint8)
 def test_message_says_what_would_be_right(content: Any, message: str) -> None:
     with pytest.raises(PickleError, match=message):
         read(content)
+
+
+@pytest.mark.parametrize("key", ["valid", "is_valid", "grid", "fid", "labels", "index\n"])
+def test_other_keys_are_ignored(key: str) -> None:
+    assert read({"data": TWO, key: [1, 2]}).ids == range(2)
 
 
 def test_too_many_rows() -> None:

@@ -167,6 +167,21 @@ def test_one_process_downloads_while_others_wait(tmp_path: Path) -> None:
     assert [output.splitlines()[-1] for output in outputs] == [f"500 1000 {total}"] * 2
 
 
+def test_a_damaged_download_says_what_to_do(tmp_path: Path) -> None:
+    sums = write_archive(tmp_path)
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:-1000])  # as a broken connection or a proxy leaves it
+    facts = tmp_path / "facts.json"
+    environment = {name: value for name, value in os.environ.items() if name != data.ROOT_VARIABLE}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "no_proxy": "*"}
+    with listening(partial(SimpleHTTPRequestHandler, directory=tmp_path)) as address:
+        facts.write_text(json.dumps([f"{address}/{archive.name}", *sums]))
+        command = [sys.executable, "-c", OTHERWISE, str(facts)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "DataError: could not download CIFAR-10 to" in done.stderr
+    assert "unpack it, and set CIFAR10_ROOT to the folder" in done.stderr
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -127,17 +127,21 @@ def test_same_seed_same_weights(name: str, tmp_path: Path) -> None:
     assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
 
 
-def test_deterministic_run_is_resumed_as_one(tmp_path: Path) -> None:
+def test_deterministic_run_is_resumed_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A second is what a checkpoint may take: nothing is left for a step.
-    arguments = ["run", "A1", "--out", str(tmp_path), *SMALL, "--deterministic", "--max-seconds", "1"]
+    out = tmp_path / "[b]:cat:"  # which must be shown as it is
+    arguments = ["run", "A1", "--out", str(out), *SMALL, "--deterministic", "--max-seconds", "1"]
     assert main(arguments) == 75
+    shown = capsys.readouterr()
+    assert f"run folder: {out}\n" in shown.out
+    assert f"go on with: python -m training resume '{out}'\n" in shown.err
     torch.use_deterministic_algorithms(False)  # as in a process of its own
     try:
-        assert main(["resume", str(tmp_path)]) == 0
+        assert main(["resume", str(out)]) == 0
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert json.loads((tmp_path / "run.json").read_text())["deterministic"] is True
+    assert json.loads((out / "run.json").read_text())["deterministic"] is True
 
 
 def test_finished_run_gives_its_result_again(

@@ -176,7 +176,7 @@ def comparison_page(entries: Sequence[Entry], folder: Path) -> str:
 def _read(folder: Path, out: Path | None, console: Console) -> Entry:
     state, warning = checkpoint.load_last(folder / checkpoint.FILE)
     if warning:
-        console.print(warning, style="yellow", markup=False)
+        console.print(warning, style="yellow")
     state.optimizers.clear()  # of no use here, and as large as the network or larger
     name = folder.resolve().name
     page = folder / PAGE if out is None else out / f"{name}.html"
