@@ -1,8 +1,6 @@
 """The model file: one ONNX graph with its description, checked and loaded into an engine."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +62,7 @@ class Model:
                 f"There is no model file at {path}; right would be an ONNX file "
                 "that `python -m export write` has written."
             )
-        with _refusing(path):
+        try:
             opened = _opened(path)
             _check_operators(path, opened)
             self.metadata = _metadata(path, opened)
@@ -79,6 +77,10 @@ class Model:
             self.chunk_size = max(1, max_batch_size // self.runs)
             self.batch_size = min(self.chunk_size, self._engine.enough or self.chunk_size)
             self._engine.warm_up(self.chunk_size)
+        except StartError:
+            raise
+        except Exception as error:  # whatever damage raises: texts that are no UTF-8, JSON too deep
+            raise ModelError(f"{path} cannot be used: {error}") from error
 
     def logits(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB.
@@ -97,17 +99,6 @@ class Model:
                 f"{self.name} {self.version} gave logits that are no finite numbers"
             )
         return logits
-
-
-@contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Whatever damage in a file raises (texts that are no UTF-8, JSON too deep) means the same."""
-    try:
-        yield
-    except StartError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{path} cannot be used: {error}") from error
 
 
 def _opened(path: Path) -> ort.InferenceSession:

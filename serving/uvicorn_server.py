@@ -18,7 +18,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from serving.errors import RequestError, StartError
+from serving.errors import RequestError
 from serving.responses import error_response
 
 logger = logging.getLogger("serving")
@@ -392,12 +392,7 @@ def limit_connections(server: uvicorn.Server, limits: ConnectionLimits) -> None:
     """Close connections that are too many, or bring too much, or too little for too long.
 
     uvicorn keeps all of them for ever.
-
-    Raises:
-        StartError: the server's parser is another one than httptools.
     """
-    if server.config.http_protocol_class is not HttpToolsProtocol:
-        raise StartError("The limits of connections are made for httptools; pip install httptools.")
     logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg != NOTE)
     server.config.http_protocol_class = partial(_Connection, limits, {})  # type: ignore[assignment]
     server.config.ws_protocol_class = None

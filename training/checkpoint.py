@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from training import model
 from training.data import Source
-from training.errors import ExplainedError
+from training.errors import ExplainedError, first_of
 from training.files import replacing
 from training.provenance import Session
 from training.recipe import Recipe, parse
@@ -145,16 +145,8 @@ class Checkpoint(BaseModel):
         Raises:
             CheckpointError: the weights are not those of the recipe's network.
         """
-        return self.network_with(self.model if self.average is None else self.average)
-
-    def network_with(self, weights: dict[str, Tensor]) -> nn.Module:
-        """The recipe's network with ``weights`` of this checkpoint, on the CPU.
-
-        Raises:
-            CheckpointError: the weights are not those of the recipe's network.
-        """
         network = model.build(self.parsed_recipe().model)
-        self.load_into(network, weights)
+        self.load_into(network, self.model if self.average is None else self.average)
         return network
 
     def load_into(self, network: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -294,7 +286,4 @@ def decode(content: bytes, path: Path) -> Checkpoint:
     try:
         return Checkpoint.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        what = first["msg"].removeprefix("Value error, ")
-        raise CheckpointError(f"{path}: damaged or not a checkpoint: {place}: {what}") from error
+        raise CheckpointError(f"{path}: damaged or not a checkpoint: {first_of(error)}") from error

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from training.errors import ExplainedError
+from training.errors import ExplainedError, first_of
 from training.files import locked, replacing
 from training.recipe import Views
 
@@ -72,10 +72,8 @@ def read(path: Path = RESULTS) -> list[Result]:
             try:
                 rows.append(Result.model_validate({key: value or None for key, value in line.items()}))
             except ValidationError as error:
-                first = error.errors(include_input=False)[0]
-                place = ".".join(map(str, first["loc"]))
                 raise ResultsError(
-                    f"{path}, line {lines.line_num}: not a row: {place}: {first['msg']}"
+                    f"{path}, line {lines.line_num}: not a row: {first_of(error)}"
                 ) from error
     return rows
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from training import recipe
 
-EPS = 1e-8  # of ReduceLROnPlateau
+EPS, THRESHOLD = 1e-8, 1e-4  # of ReduceLROnPlateau
 
 
 def learning_rate(
@@ -52,15 +52,15 @@ def learning_rate(
             return base_lr * schedule.factor**count
 
 
-def plateaus(losses: Sequence[float], patience: int, threshold: float = 1e-4) -> int:
+def plateaus(losses: Sequence[float], patience: int) -> int:
     """How many plateaus torch's ReduceLROnPlateau (mode ``min``) would have found in these ``losses``.
 
-    An epoch is better when its loss is below the best by a relative ``threshold``; more than
+    An epoch is better when its loss is below the best by a relative 1e-4; more than
     ``patience`` epochs in a row that are not better are a plateau, and the count begins again.
     """
     best, waited, count = math.inf, 0, 0
     for loss in losses:
-        if loss < best * (1 - threshold):
+        if loss < best * (1 - THRESHOLD):
             best, waited = loss, 0
         else:
             waited += 1

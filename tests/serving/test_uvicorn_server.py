@@ -22,7 +22,6 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serving.errors import StartError
 from serving.uvicorn_server import (
     IDLE_SECONDS,
     ConnectionLimits,
@@ -293,13 +292,6 @@ def test_idle_connections_are_kept(configured: int, seconds: int) -> None:
         timer = connection.timeout_keep_alive_task
         assert timer is not None
         assert seconds - PATIENCE < timer.when() - connection.loop.time() <= seconds
-
-
-def test_a_server_with_another_parser_is_refused() -> None:
-    config = uvicorn.Config(application("any"), http="h11")
-    config.load()
-    with pytest.raises(StartError, match="made for httptools"):
-        limit_connections(uvicorn.Server(config), ConnectionLimits(1, 1, 1, lambda: None))
 
 
 @pytest.mark.parametrize(

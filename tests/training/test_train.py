@@ -53,8 +53,7 @@ def test_every_recipe_trains_a_few_steps(name: str, tmp_path: Path, uninterrupte
     assert state.result is None  # a trial: the test images are not for it
     torch.manual_seed(0)  # the run's own seed: its network before the first step
     initial = build(resolved.model).named_parameters()
-    trained = state.network_with(state.model).get_parameter
-    assert all(not torch.equal(p, trained(key)) for key, p in initial if p.requires_grad)
+    assert all(not torch.equal(p, state.model[key]) for key, p in initial if p.requires_grad)
     # A trial leaves no row.
     after = results.RESULTS.read_bytes() if results.RESULTS.exists() else None
     assert after == before

@@ -35,6 +35,7 @@ COMPARISON = "comparison.html"
 TEMPLATES = Path(__file__).parent / "templates"
 
 MISTAKES = 24
+LEGEND_LENGTH = 16  # letters of a run in the legend of a comparison
 SAMPLES, TIMES = 6, 7  # training images shown, and augmented versions of each
 TRAIN, VAL, TEST, REPORTED = 0, 1, 2, 3  # colours in a run's charts
 
@@ -312,8 +313,8 @@ def _loss(recipe: Recipe) -> tuple[object, ...]:
     return recipe.label_smoothing, recipe.mixing, recipe.selection, recipe.distillation
 
 
-def _shortened(name: str, length: int = 16) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+def _shortened(name: str) -> str:
+    return name if len(name) <= LEGEND_LENGTH else name[: LEGEND_LENGTH - 1] + "…"
 
 
 # -- texts ------------------------------------------------------------------------------------------
