@@ -97,11 +97,11 @@ LARGE_FILES = 2
 
 drain = Drain(SETTINGS.stop_timeout)
 waiting = Budget(
-    SETTINGS.max_waiting, f"As many requests wait as may ({SETTINGS.max_waiting}); try again shortly."
+    SETTINGS.max_waiting, f"The queue is full (at most {SETTINGS.max_waiting} wait); try again shortly."
 )
 uploads = Budget(
     SETTINGS.max_upload_bytes,
-    f"The bodies under way have as many bytes as may ({SETTINGS.max_upload_bytes}); try again shortly.",
+    f"The uploads under way reach their limit of {SETTINGS.max_upload_bytes} bytes; try again shortly.",
 )
 
 
@@ -376,7 +376,7 @@ class Classifier:
         if drain.stopping:
             raise NotReadyError("The service is stopping.")
         if waiting.spent:
-            raise NotReadyError("As many requests wait as may; try again shortly.")
+            raise NotReadyError("The queue is full; try again shortly.")
         return True
 
     # Of these BentoML has the description, for its schema and its client; SHORT answers the first two.

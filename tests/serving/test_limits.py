@@ -90,7 +90,7 @@ def test_bodies_that_are_many_bytes_together(narrow_url: str, images: npt.NDArra
                 answer = send_large()
                 assert answer.status_code in (400, 503)
                 refused = answer if answer.status_code == 503 else None
-        message = "The bodies under way have as many bytes as may (1000000); try again shortly."
+        message = "The uploads under way reach their limit of 1000000 bytes; try again shortly."
         assert refused.json() == {"error": {"code": "overloaded", "message": message}}
         assert refused.headers["retry-after"] == "1"
         small = {"image": ("a.png", encoded(images[0]))}
