@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,7 +44,7 @@ from export.ensemble import Ensemble, half
 from export.metadata import CONTRACT
 from export.provider import others
 from serving.providers import obstacle
-from serving.settings import BUNDLED_MODEL, ProviderName
+from serving.settings import BUNDLED_MODEL
 from training import data, recipe
 from training.evaluate import Classifier
 from training.initial import initial_network
@@ -60,7 +60,6 @@ PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino"
 CONSOLE = Console(stderr=True)
 REFERENCE = ("onnxruntime", "fp32")  # what the ratios are to
 NAMES = {
-    "service:auto": "service, its own choice",
     "service:cpu": "service, CPU provider",
     "service:openvino": "service, OpenVINO provider",
     "service:cuda": "service, CUDA provider",
@@ -104,8 +103,8 @@ class Rates(BaseModel):
 class Submissions(BaseModel):
     """Seconds for a pickle of ``rows`` images, a number a round.
 
-    ``submit`` is of the whole command, ``engine_alone`` of its engine's part, warm and by the same
-    provider, which ``engine`` names.
+    ``submit`` is of the whole command, ``engine_alone`` of its engine's part, warm; ``engine`` says
+    which provider both take.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -239,24 +238,29 @@ def apart(engine: str, variant: Variant, *arguments: str) -> dict[str, Any]:
 def plan_submissions(
     turns: Sequence[tuple[Variant, Rates]], rows: int
 ) -> list[tuple[Variant, Submissions]]:
-    """The first model's files with the provider that the service would take, none measured yet."""
-    preferred: tuple[ProviderName, ...] = ("cuda", "openvino", "cpu")
-    engine = "service:" + next(name for name in preferred if not obstacle(name))
+    """The first model's files that the service's engine runs, none measured yet.
+
+    The engine chooses its provider, as it does where nobody names one.
+    """
     first = turns[0][1].model
+    precisions = {
+        rates.precision: variant
+        for variant, rates in turns
+        if rates.model == first and rates.engine.startswith("service:")
+    }
     return [
         (
             variant,
             Submissions(
                 model=first,
-                engine=engine,
-                precision=rates.precision,
+                engine="service:auto",
+                precision=precision,
                 rows=rows,
                 submit=[],
                 engine_alone=[],
             ),
         )
-        for variant, rates in turns
-        if (rates.model, rates.engine) == (first, engine)
+        for precision, variant in precisions.items()
     ]
 
 
@@ -269,17 +273,17 @@ def measure_submissions(turns: Sequence[tuple[Variant, Submissions]]) -> None:
         images = Path(folder) / "test.pkl"
         images.write_bytes(pickle.dumps(content))
         for variant, times in track(turns, "measuring submissions", console=CONSOLE):
-            times.submit.append(_submit(images, variant.file, times.engine.removeprefix("service:")))
+            times.submit.append(_submit(images, variant.file))
             found = apart(times.engine, variant, "--rows", str(rows))
             times.engine_alone.append(found["seconds"])
 
 
-def _submit(file: Path, model_file: Path, provider: str) -> float:
+def _submit(file: Path, model_file: Path) -> float:
     """Seconds from the process's start to the CSV."""
     csv = file.with_suffix(".csv")
     command = ("-m", "serving", "submit", str(file), str(csv), "--model", str(model_file))
     began = time.perf_counter()
-    output("python -m serving submit", *command, env=environment(SERVING_PROVIDER=provider))
+    output("python -m serving submit", *command, env=environment())
     return time.perf_counter() - began
 
 
@@ -289,18 +293,22 @@ def _submit(file: Path, model_file: Path, provider: str) -> float:
 def markdown(figures: Figures) -> str:
     """The figures as Markdown tables, each with what it says, and where they are from."""
     compared = any((rates.engine, rates.precision) == REFERENCE for rates in figures.rates)
-    ratios = ", and in brackets as multiples of plain ONNX Runtime" * compared
+    ratios = ", and in brackets as multiples of plain ONNX Runtime in the same round" * compared
+    measured = [pace for rates in figures.rates for pace in rates.rates.values()]
+    spread = median(max(pace) / min(pace) for pace in measured)
+    repeated = f" (the highest is {spread:.2f} times the lowest, in the median)" * (figures.n > 1)
+    of_memory = min(len(rates.memory) for rates in figures.rates)
     of_engines = (
-        f"Images per second by batch size{ratios}: medians of n={figures.n} measurements of "
-        f"{figures.seconds:g} s that took turns, each in a process of its own, whose peak memory (RSS) "
-        "is the last column."
+        f"Images per second by batch size{ratios}: medians of n={figures.n} interleaved measurements of "
+        f"{figures.seconds:g} s{repeated}, each in a process of its own, whose peak memory (RSS"
+        f"{f', n={of_memory}' * (of_memory != figures.n)}) is the last column."
     )
     if not figures.submissions:
         return f"{_engines_table(figures)}\n\n{textwrap.fill(f'{of_engines} {figures.place}', 120)}"
     of_submissions = (
         "`python -m serving submit`, from the process's start to the CSV; its engine alone (warm, in "
         f"batches of {SUBMISSION_BATCH}); float32 PyTorch alone (in batches of {PYTORCH_BATCH}); "
-        f"*ratio* is that of PyTorch's time, computed from the table above, to submit's. Both tables: "
+        f"*ratio* is PyTorch's time, computed from the table above, divided by submit's. Both tables: "
         f"{figures.place}"
     )
     tables = (_engines_table(figures), of_engines, _submissions_table(figures), of_submissions)
@@ -320,7 +328,9 @@ def _engines_table(figures: Figures) -> str:
         for size, measured in rates.rates.items():
             cell = f"{median(measured):,.0f}"
             if rates.model in references:
-                cell += f" ({median(measured) / median(references[rates.model][size]):.2f})"
+                pairs = zip(measured, references[rates.model][size], strict=True)
+                # Of two rounds the lower: one that met a pause of the machine would flatter.
+                cell += f" ({median_low(pace / reference for pace, reference in pairs):.2g})"
             cells.append(cell)
         engine = NAMES[rates.engine]
         rows.append([rates.model, engine, rates.precision, *cells, f"{median(rates.memory):,.0f}"])
@@ -353,8 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> Iterator[Figures]:
     """The figures after each round."""
-    if options.rounds < 1 or options.seconds <= 0 or options.rows < 1:
-        raise BenchmarkError("--rounds and --rows have to be at least 1, and --seconds above 0")
+    if options.rounds < 1 or options.rows < 1:
+        raise BenchmarkError("--rounds and --rows have to be at least 1")
     begun = stored.begin(PACKAGES)
     with built(options.models, options.precisions) as models:
         turns = [turn for turn in plan(models) if turn[1].engine in options.engines]
@@ -405,7 +415,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: all that run here)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="of each batch size (default: %(default)s)"
+        "--seconds", type=stored.seconds, default=1.0, help="of each batch size (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument(

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import sys
+import tempfile
 import textwrap
 import time
 from collections import defaultdict
@@ -36,7 +37,7 @@ from benchmarks.inference import apart, built
 from benchmarks.load import requests
 from benchmarks.peers.model import ENGINE, MODEL
 from benchmarks.program import output
-from benchmarks.server import family, memory, temporary
+from benchmarks.server import ServerError, family, memory
 from benchmarks.server import running as started
 from benchmarks.stored import BenchmarkError
 from training.files import replacing
@@ -74,7 +75,7 @@ class Server:
         return f"{self.name}, {how}, {self.precision}"
 
 
-BENTOML = ("-m", "bentoml", "serve")
+BENTOML = ("-m", "bentoml", "serve", "--host", "127.0.0.1")
 PEERS = {
     "FastAPI": ("fastapi", ("-m", "benchmarks.peers.fastapi_app", "{port}")),
     "LitServe": ("litserve", ("-m", "benchmarks.peers.litserve_app", "{port}")),
@@ -121,8 +122,8 @@ class Load(BaseModel):
     """A load on a server.
 
     Attributes:
-        rate: answers with status 200 per second.
-        p50, p99: their milliseconds.
+        rate: answers with status 200 per second, of those that came in time.
+        p50, p99: milliseconds of these and of those that came later.
         errors: answers with another status, and requests without one.
         memory: MiB of the server's processes in RAM (RSS) at the end.
         cpu: seconds of processor time of the server's processes for each second.
@@ -162,8 +163,8 @@ def running(server: Server, file: Path) -> Iterator[tuple[str, psutil.Process, f
     settings = {MODEL: str(file), ENGINE: server.engine, "SERVING_MODEL": str(file)}
     began = time.perf_counter()
     with (
-        temporary() as folder,
-        started(server.label, server.command, settings, answers, folder) as (url, process),
+        tempfile.TemporaryDirectory() as folder,
+        started(server.label, server.command, settings, answers, Path(folder)) as (url, process),
     ):
         yield f"{url}/classify", process, time.perf_counter() - began
 
@@ -193,7 +194,7 @@ def _loaded(
     raw |= found
     good = found["statuses"].get("200", 0)
     return Load(
-        rate=good / seconds,
+        rate=found["in_time"] / seconds,
         p50=found["milliseconds"]["50"],
         p99=found["milliseconds"]["99"],
         errors=found["errors"] + found["answers"] - good,
@@ -220,6 +221,12 @@ class Measured:
     engine: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     raw: list[dict[str, Any]] = field(default_factory=list)
 
+    def leave_out(self, label: str) -> None:
+        """Drop a server's figures."""
+        del self.servers[label]
+        self.start_seconds.pop(label, None)
+        self.raw = [line for line in self.raw if line["server"] != label]
+
 
 def measure(server: Server, file: Path, number: int, seconds: float, measured: Measured) -> None:
     """Add what a server with a model's file does in a round, whose ``number`` the raw lines have.
@@ -240,8 +247,7 @@ def measure(server: Server, file: Path, number: int, seconds: float, measured: M
             options = ("--field", "images", "--images", str(BATCH))
             found = load(f"{url}_batch", BATCH_CONNECTIONS, seconds, *options)
             measured.raw.append({**place, "server": f"{server.label}, /classify_batch", **found})
-            rate = BATCH * found["statuses"].get("200", 0) / seconds
-            measured.batches[server.precision].append(rate)
+            measured.batches[server.precision].append(BATCH * found["in_time"] / seconds)
     if server.name == SERVICE:
         measured.engine[server.precision].append(_engine_alone(file, seconds))
 
@@ -258,17 +264,18 @@ def markdown(figures: Figures) -> str:
         for found in loads.values():
             errors = sum(each.errors for each in found)
             cells.append(
-                f"{_median(found, 'rate'):,.0f}/s, {_median(found, 'p50'):,.0f} and "
-                f"{_median(found, 'p99'):,.0f} ms{f', {errors} errors' if errors else ''}"
+                f"{_median(found, 'rate'):,.0f}/s, {_milliseconds(_median(found, 'p50'))} and "
+                f"{_milliseconds(_median(found, 'p99'))} ms{f', {errors:,} errors' if errors else ''}"
             )
         memory = max(median(each.memory for each in found) for found in loads.values())
         start = median(figures.start_seconds[label])
         rows.append([label, *cells, f"{memory:,.0f}", f"{start:.1f}"])
     told = (
         f"`POST /classify` with the network of {figures.network}: requests per second, and the median "
-        "and the 99th percentile of their time, by connections that each wait for their answer. Medians "
-        f"of n={figures.n} loads of {figures.seconds:g} s; the client shares the cores. Memory (RSS) is "
-        "of all the server's processes; the start is until the first answer."
+        "and the 99th percentile of their time, by number of connections, each of which waits for its "
+        f"answer before the next request. Medians of n={figures.n} loads of {figures.seconds:g} s, and "
+        "the errors of all; the client shares the cores. Memory (RSS) is of all the server's processes; "
+        "start is the time to the first answer."
     )
     batches = " ".join(
         f"`/classify_batch` with {BATCH} images gives {median(rates):,.0f} images/s ({precision}), "
@@ -276,7 +283,7 @@ def markdown(figures: Figures) -> str:
         f"{median(figures.engine[precision]):,.0f}."
         for precision, rates in figures.batches.items()
     )
-    missing = "".join(f" {name} was not there." for name in figures.skipped)
+    missing = "".join(f" {name} was left out: {reason}." for name, reason in figures.skipped.items())
     parts = (told, _multiples(figures), batches, figures.place)
     text = textwrap.fill(" ".join(part for part in parts if part) + missing, 120)
     return f"{markdown_table(rows)}\n\n{text}"
@@ -293,7 +300,7 @@ def _multiples(figures: Figures) -> str:
         if (label := f"{SERVICE}, {precision}") in rates
     }
     parts = []
-    for how, told in ((DOCUMENTED, "peer as documented"), (OUR_ENGINE, "with our engine")):
+    for how, told in ((DOCUMENTED, "set up as documented"), (OUR_ENGINE, "with our engine")):
         peers = {label: rate for label, rate in rates.items() if how in label}
         if peers:
             best = max(peers, key=peers.__getitem__)
@@ -304,9 +311,14 @@ def _multiples(figures: Figures) -> str:
                 if own == precision or how == DOCUMENTED  # the same engine runs the same file
             )
             if times:
-                parts.append(f"{times} times as many as the best {told} ({name}, {precision})")
+                best_peer = f"the best peer {told} ({name}, {precision})"
+                parts.append(f"{times} times as many requests as {best_peer}")
     told = "; ".join(parts)
     return f"With {BUSY} connections the service answers {told}." if parts else ""
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
 
 
 def _median(loads: Sequence[Load], field: str) -> float:
@@ -319,15 +331,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Figures]:
-    """The figures after each round; a server whose package is missing is left out and told."""
-    if options.rounds < 1 or options.seconds <= 0 or min(options.connections) < 1:
-        raise BenchmarkError("--rounds and --connections have to be at least 1, and --seconds above 0")
+    """The figures after each round, without peers that are not installed or do not start."""
+    if options.rounds < 1 or min(options.connections) < 1:
+        raise BenchmarkError("--rounds and --connections have to be at least 1")
     begun = stored.begin(PACKAGES)
     servers = [server for server in SERVERS if options.servers is None or server.name in options.servers]
-    skipped = {server.name: INSTALL for server in servers if find_spec(server.package) is None}
-    for name, command in skipped.items():
-        print(f"{name} is left out, as it is not installed: {command}", file=sys.stderr)
-    chosen = [server for server in servers if server.name not in skipped]
+    absent = [server for server in servers if find_spec(server.package) is None]
+    skipped = {server.name: "it is not installed" for server in absent}
+    for name, reason in skipped.items():
+        print(f"{name} is left out: {reason}: {INSTALL}", file=sys.stderr)
+    chosen = [server for server in servers if server not in absent]
     if not chosen:
         raise BenchmarkError("none of the servers is installed")
     raw = options.figures.parent / "results" / f"{options.figures.stem}.jsonl"
@@ -337,7 +350,15 @@ def _measure(options: argparse.Namespace) -> Iterator[Figures]:
     with built([options.network], ["int8"]) as (model,):
         for number in range(options.rounds):
             for server in track(chosen, f"round {number + 1}", console=CONSOLE):
-                measure(server, model.files[server.precision], number, options.seconds, measured)
+                try:
+                    measure(server, model.files[server.precision], number, options.seconds, measured)
+                except ServerError as error:
+                    if server.name == SERVICE:
+                        raise
+                    print(f"{server.label} is left out: {error}", file=sys.stderr)
+                    skipped[server.label] = "it did not start"
+                    measured.leave_out(server.label)
+            chosen = [server for server in chosen if server.label not in skipped]
             raw.parent.mkdir(exist_ok=True)
             with replacing(raw) as file:
                 file.writelines(f"{json.dumps(line)}\n".encode() for line in measured.raw)
@@ -363,7 +384,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--servers", nargs="+", choices=names, help="default: all")
     parser.add_argument("--connections", type=int, nargs="+", default=CONNECTIONS)
     parser.add_argument("--network", default=NETWORK, metavar="RECIPE", help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a load (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=stored.seconds, default=10.0, help="of a load (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
     return parser
 

@@ -18,6 +18,7 @@ import json
 import pickle
 import random
 import sys
+import tempfile
 import textwrap
 import tomllib
 from collections import Counter
@@ -25,6 +26,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
@@ -36,7 +38,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import stored
-from benchmarks.server import ROOT, ServerError, family, is_ready, memory, running, temporary
+from benchmarks.server import ROOT, ServerError, family, is_ready, memory, running
 from benchmarks.stored import BenchmarkError
 from serving.settings import BUNDLED_MODEL
 from training import data
@@ -111,8 +113,8 @@ def server() -> Iterator[tuple[str, psutil.Process]]:
     command = ("-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", "{port}")
     settings = {"SERVING_MODEL": str(BUNDLED_MODEL)}
     with (
-        temporary() as folder,
-        running("the service", command, settings, is_ready, folder) as (url, process),
+        tempfile.TemporaryDirectory() as folder,
+        running("the service", command, settings, is_ready, Path(folder)) as (url, process),
     ):
         yield url, process
     if process.returncode != 0:
@@ -290,7 +292,10 @@ async def soak(url: str, process: psutil.Process, seconds: float, count: int) ->
     async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS) as client:
         load = calls((await client.get("/model")).json()["name"])
         for call in load:
-            await call.make(client)
+            try:
+                await call.make(client)
+            except httpx.HTTPError as error:
+                raise ServerError(f"the service does not answer {call.route}: {error!r}") from error
     began, memory = await _settled(process, None), []
     with Progress(console=CONSOLE) as progress:
         task = progress.add_task("soaking", total=SAMPLES)
@@ -335,11 +340,12 @@ def markdown(figures: Figures) -> str:
     first, *_, last = figures.memory
     text = (
         f"{figures.n:,} requests of {figures.clients} clients in {figures.seconds / 60:g} minutes, by "
-        f"status; *{LEFT}* are those of clients that left while they sent. {wrong} had another status "
-        f"than they should. The server's processes took {first:,.0f} MiB (RSS) at the start, "
+        f"status; *{LEFT}* counts clients that disconnected while sending. {wrong} had an unexpected "
+        f"status. The server's processes took {first:,.0f} MiB (RSS) after "
+        f"{figures.seconds / len(figures.memory):.0f} s, "
         f"{figures.warm[0]:,.0f} MiB after {begin:g} minutes and {last:,.0f} MiB at the end, "
         f"{figures.worker:,.0f} MiB of which are the worker's; a line "
-        f"through the time after {begin:g} minutes rises by {figures.slope:.2f} MiB per minute. They "
+        f"fitted to the time after {begin:g} minutes rises by {figures.slope:.2f} MiB per minute. They "
         f"had {figures.descriptors[0]} file descriptors open before and "
         f"{figures.descriptors[1]} after, {figures.threads[0]} threads before and {figures.threads[1]} "
         f"after. {figures.place}"
@@ -367,8 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Figures]:
-    if options.seconds <= 0 or options.clients < 1:
-        raise BenchmarkError("--clients has to be at least 1, and --seconds above 0")
+    if options.clients < 1:
+        raise BenchmarkError("--clients has to be at least 1")
     begun = stored.begin(PACKAGES)
     with server() as (url, process):
         measured = asyncio.run(soak(url, process, options.seconds, options.clients))
@@ -381,7 +387,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Mixed load and bad input against a server of its own, while its memory, file "
         "descriptors and threads are watched.",
     )
-    parser.add_argument("--seconds", type=float, default=600.0, help="default: %(default)s")
+    parser.add_argument("--seconds", type=stored.seconds, default=600.0, help="default: %(default)s")
     parser.add_argument("--clients", type=int, default=8, help="default: %(default)s")
     return parser
 

@@ -1,8 +1,9 @@
 """Figures in files: each benchmark has a model of its own, and the README's tables come from them."""
 
+import math
 import platform
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from benchmarks.server import ended_in_order
 from serving.errors import ProviderError
 from training import device, provenance
-from training.errors import ExplainedError
+from training.errors import ExplainedError, first_of
 from training.files import make_place, replacing
 
 FOLDER = Path(__file__).parent
@@ -88,8 +90,23 @@ def read(kind: type[Kind], path: Path | None = None) -> Kind:
         ) from error
     except ValidationError as error:
         raise BenchmarkError(
-            f"{path} does not hold the figures of benchmarks.{kind.benchmark}: {error}"
+            f"{path} does not hold the figures of benchmarks.{kind.benchmark}: {first_of(error)}"
         ) from error
+
+
+def seconds(text: str) -> float:
+    """An option's seconds.
+
+    Raises:
+        ArgumentTypeError: not a number above 0.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
 
 
 def main(
@@ -105,8 +122,8 @@ def main(
     Args:
         kind: the benchmark's figures.
         parser: of its own options.
-        measure: the figures so far, again and again; each time they are written, beside their place
-            and renamed, so that an interruption costs the last part only.
+        measure: the figures so far, again and again. They are written beside their place, so that an
+            interruption costs the last part only, and take it when they are complete.
         markdown: the figures as the README has them, which are printed.
         arguments: of the command line; None for the process's.
         failed: what is not as it must be in the figures, if anything.
@@ -122,17 +139,26 @@ def main(
     )
     options = parser.parse_args(arguments)
     device.limit_threads()
+    figures: Kind | None = None
+    partial = options.figures.with_name(f"{options.figures.name}.partial")
     try:
         if options.markdown:
             figures = read(kind, options.figures)
         else:
             make_place(options.figures)
-            for figures in measure(options):
-                with replacing(options.figures) as file:
-                    file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
-    except (ExplainedError, ProviderError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+            with ended_in_order():
+                for figures in measure(options):
+                    with replacing(partial) as file:
+                        file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
+            partial.replace(options.figures)
+    except (ExplainedError, ProviderError, OSError, KeyboardInterrupt) as error:
+        if figures is not None:  # what was measured before: the disk may be full
+            print(markdown(figures))
+        kept = f"; what was measured before is in {partial}" if figures and partial.exists() else ""
+        interrupted = isinstance(error, KeyboardInterrupt)
+        print(f"interrupted{kept}" if interrupted else f"error: {error}{kept}", file=sys.stderr)
+        return 130 if interrupted else 1
+    assert figures is not None, "a benchmark measures something"
     print(markdown(figures))
     if not options.markdown and (complaint := failed(figures)):
         print(f"error: {complaint}", file=sys.stderr)

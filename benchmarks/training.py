@@ -288,10 +288,16 @@ def markdown(figures: Figures) -> str:
                 *(f"{median(rates.job_without_augmentation):,.0f}", f"{100 * rates.kept:.0f} %"),
             ]
         )
+    begins = {rates.recipe: recipe.load(rates.recipe).resolution for rates in figures.rates}
+    sizes = "".join(
+        f" {name} begins with images of {stages[0].size} pixels, and is measured with these."
+        for name, stages in begins.items()
+        if stages
+    )
     text = (
-        f"Images per second, medians of n={figures.n} measurements of {figures.seconds:g} s that took "
-        "turns; *kept* is the training job's pace beside its own without augmentation. "
-        f"{figures.place}"
+        f"Images per second, medians of n={figures.n} interleaved measurements of {figures.seconds:g} "
+        "s; *kept* is the training job's speed as a share of its speed without augmentation."
+        f"{sizes} {figures.place}"
     )
     return f"{markdown_table(rows)}\n\n{textwrap.fill(text, 120)}"
 
@@ -303,8 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> Iterator[Figures]:
     """The figures after each recipe."""
-    if options.rounds < 1 or options.seconds <= 0:
-        raise BenchmarkError("--rounds has to be at least 1, and --seconds above 0")
+    if options.rounds < 1:
+        raise BenchmarkError("--rounds has to be at least 1")
     chosen = {name: recipe.load(name) for name in options.recipes}
     dataset = data.load()  # if it has to be downloaded, then now
     begun = stored.begin(PACKAGES)
@@ -330,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
         help="default: all of the reports, and the fastest of ours",
     )
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="of a measurement (default: %(default)s)"
+        "--seconds", type=stored.seconds, default=10.0, help="of a measurement (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     return parser
