@@ -3,7 +3,7 @@
 FROM python:3.12-slim
 
 ARG GPU=0
-# With BentoML's files there too, /tmp is the only place that has to be writable.
+# BentoML's files go to /tmp too, so it is the only place that has to be writable.
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 BENTOML_DO_NOT_TRACK=True BENTOML_HOME=/tmp/bentoml
 
 # What serving needs, in a layer that changes only with the requirements. The extra installs
@@ -26,7 +26,7 @@ COPY bentofile.yaml ./
 COPY models/default.onnx models/
 COPY serving serving/
 
-# By number: Kubernetes' runAsNonRoot takes no name.
+# By number, as Kubernetes' runAsNonRoot does not accept a name.
 RUN useradd --create-home --uid 10001 cifar10
 USER 10001
 EXPOSE 3000

@@ -1,4 +1,4 @@
-# Everything runs in .venv, which each target fills with what it needs; calling again installs nothing.
+# Everything runs in .venv. Each target installs what it needs there, once.
 PYTHON ?= python3
 HOST ?= 0.0.0.0
 PORT ?= 3000
@@ -12,7 +12,7 @@ GPU ?= 0
 SECONDS ?= 120
 FIGURES ?= runs/figures
 
-# BentoML would tell its makers of each start.
+# Otherwise BentoML reports each start to its makers.
 export BENTOML_DO_NOT_TRACK := True
 
 .DEFAULT_GOAL := help
@@ -25,7 +25,7 @@ help:  ## show this help
 serve: .venv/.serve  ## start the service with the bundled model (HOST=0.0.0.0 PORT=3000)
 	.venv/bin/bentoml serve --host $(HOST) --port $(PORT)
 
-# Files whole and in order: a worker then makes the fixtures of a package once.
+# Files are not split and keep their order, so that a worker makes the fixtures of a package only once.
 test: lint  ## run ruff, the type checker and all tests
 	.venv/bin/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
@@ -34,7 +34,7 @@ lint: .venv/.dev  ## run ruff and the type checker
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-setup: .venv/.export  ## install what training and export take, for their commands in .venv/bin
+setup: .venv/.export  ## install what training and export need, to use their commands in .venv/bin
 
 train: .venv/.train  ## train a recipe (RECIPE=accurate), which adds its row to training/results.csv
 	.venv/bin/python -m training run "$(RECIPE)"
@@ -43,7 +43,7 @@ export: .venv/.export  ## turn a run into a model file (RUN=runs/accurate-seed0 
 	.venv/bin/python -m export write "$(RUN)/checkpoint.pt" "$(OUT)" --precision $(PRECISION) \
 		$(if $(TTA),--tta $(TTA)) $(if $(TRIAL),--temperature-from "$(TRIAL)/checkpoint.pt")
 
-bench: .venv/.peers  ## measure the pace of training, inference and serving (FIGURES=runs/figures, the README's: benchmarks)
+bench: .venv/.peers  ## measure the pace of training, inference and serving (FIGURES=runs/figures; those in the README: benchmarks)
 	mkdir -p $(FIGURES)
 	.venv/bin/python -m benchmarks.training --figures $(FIGURES)/training.json
 	.venv/bin/python -m benchmarks.inference --figures $(FIGURES)/inference.json
@@ -59,7 +59,7 @@ fuzz: .venv/.dev  ## search for bytes that break the service's readers (SECONDS=
 image:  ## build the Docker image (GPU=1 for CUDA)
 	docker build --tag cifar10 --build-arg GPU=$(GPU) .
 
-# One stamp for each extra of pyproject.toml; a change of either file installs again.
+# One stamp for each extra of pyproject.toml; a change to either file installs the extra again.
 .venv/.%: pyproject.toml constraints.txt | .venv/bin/python
 	.venv/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@

@@ -1,4 +1,4 @@
-"""`python -m serving`: the service's work from the command line, without a server."""
+"""`python -m serving`: label a competition pickle from the command line, without a server."""
 
 import argparse
 import asyncio
@@ -19,7 +19,7 @@ from serving.submission import Submission, read_submission
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, or 1 after one line about what went wrong."""
+    """Run a command; return the exit status: 0, 1 after one line on what went wrong, 130 on Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         submit(options.pickle, options.csv, options.model)
@@ -41,9 +41,9 @@ def _failed(message: str) -> int:
 
 
 def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
-    """Label the images of a competition pickle; the CSV has the bytes that /submission answers.
+    """Label the images of a competition pickle; the CSV has the same bytes as /submission's answer.
 
-    The file is written beside its place and renamed, so it is either whole or not there.
+    The CSV is written under another name in the same folder and then renamed, so it is never incomplete.
     """
     settings = Settings.from_environment()
     check_replaceable(csv)
@@ -68,15 +68,15 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
         written.write(submission.csv(labels))
     try:
         print(f"{len(submission)} labels in {csv}", flush=True)
-    except BrokenPipeError:  # nobody reads it; the labels are there all the same
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
+    except BrokenPipeError:  # nobody reads the message; the CSV is there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's flush at exit fails
 
 
 async def _labels(model: Model, submission: Submission) -> list[int]:
-    """The most probable class of each image; a bar on the terminal says how far it is.
+    """Return the most probable class of each image, showing a progress bar on standard error.
 
     Raises:
-        ModelError: the model fails on an image, or gives logits that are no finite numbers.
+        ModelError: the model fails on an image, or gives logits that are not finite.
     """
     batcher = Batcher(
         model.logits,
@@ -86,7 +86,7 @@ async def _labels(model: Model, submission: Submission) -> list[int]:
     )
     labels: list[int] = []
     with Progress(
-        TextColumn("{task.description}", markup=False),  # a name with brackets is a name
+        TextColumn("{task.description}", markup=False),  # a model's name may have brackets
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -98,7 +98,7 @@ async def _labels(model: Model, submission: Submission) -> list[int]:
             async for logits in batcher.many(submission.images):
                 labels.extend(logits.argmax(axis=1).tolist())
                 progress.advance(task, len(logits))
-        except Exception as error:  # onnxruntime's own, of which there are a dozen kinds
+        except Exception as error:  # onnxruntime has a dozen exceptions of its own
             raise ModelError(f"the model does not compute these images' labels: {error}") from error
         finally:
             await batcher.stop()

@@ -1,4 +1,4 @@
-"""The access log: a JSON object a line on standard output, one for each request."""
+"""The access log: one line of JSON per request, on standard output."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from starlette.types import Scope
 REQUEST_ID = "x-request-id"
 SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context
-MAX_SHOWN = 200  # characters of a path
+MAX_SHOWN = 200  # characters of a path in the log
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
@@ -24,14 +24,14 @@ _logger.propagate = False
 
 
 def open_access_log() -> None:
-    """Begin to write; without it nothing is written."""
+    """Start the access log; until then `log_request` writes nothing."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     _logger.addHandler(handler)
 
 
 def id_of(headers: Headers) -> str:
-    """The id that the client gave its request where it can be shown as it is, else a new one."""
+    """Return the request's X-Request-Id if it is safe to show as it is, else a new random id."""
     given = headers.get(REQUEST_ID, "")
     return given if SANE_ID.fullmatch(given) else token_hex(16)
 
@@ -46,7 +46,7 @@ def log_request(
     bytes_in: int,
     bytes_out: int,
 ) -> None:
-    """Write a request's line."""
+    """Write a request's line, if the access log is open."""
     if not _logger.handlers:
         return
     client = scope.get("client")

@@ -1,6 +1,6 @@
-"""The address that `bentoml serve` is to listen on, looked at before BentoML takes it.
+"""Check that `bentoml serve` can listen on its address, before BentoML tries to.
 
-BentoML would end with a traceback, and only after it has begun to start.
+BentoML itself would fail with a traceback, and only once it has begun to start.
 """
 
 import errno
@@ -18,16 +18,16 @@ REASONS = {
 
 
 def check_address() -> None:
-    """Look whether the address that the command line names can be listened on.
+    """Raise `StartError` unless the service can listen on the address that the command line gives.
 
     Raises:
-        StartError: it cannot, and why.
+        StartError: it cannot; the message says why.
     """
-    context = click.get_current_context(silent=True)  # of `bentoml serve`, its environment included
+    context = click.get_current_context(silent=True)  # of `bentoml serve`, with its environment
     options = context.params if context else {}
     host, port = options.get("host"), options.get("port")
     if host is None or port is None:
-        return  # BentoML's configuration has the rest
+        return  # BentoML takes it from its configuration
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()

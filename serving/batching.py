@@ -1,10 +1,10 @@
-"""Concurrent requests share runs of the engine.
+"""Let concurrent requests share runs of the engine.
 
 BentoML's own `batchable=True` is not used: it polls instead of waking up, its queue has no bound,
 it counts requests rather than images, takes one argument only, and one bad item fails its batch.
 Here a run takes whatever waits at that moment, so an idle service answers at once and a busy one
-fills its batches, with no delay to tune. The engine's threads take the next batch by themselves: the
-event loop, which may be busy reading requests, is never between two runs.
+fills its batches, with no delay to tune. The engine's threads fetch the next batch themselves, so a
+run never waits for the event loop, which may be busy reading requests.
 """
 
 import asyncio
@@ -34,11 +34,11 @@ class _Job:
 
 
 class Batcher:
-    """Runs the engine in threads, with turns between single images and chunks of bulk work.
+    """Runs the engine in threads, alternating between single images and chunks of bulk work.
 
-    Each thread takes its share of the single images that wait, up to `max_batch_size`, and leaves the
-    rest to the next that is free. Bulk work is cut into chunks, of which one at a time runs: the first
-    thread takes one every other turn while single images wait. So neither can hold up the other.
+    Each thread takes its share of the waiting single images, up to `max_batch_size`, and leaves the
+    rest to the next free thread. Bulk work is cut into chunks that run one at a time: only the first
+    thread takes them, every other turn while single images wait. So neither can hold up the other.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class Batcher:
     ) -> None:
         """
         Args:
-            run: uint8 [N, 32, 32, 3] to float32 [N, classes]; called in each of the threads.
-            max_batch_size: single images in one call of `run`.
-            chunk_size: images of bulk work in one call.
-            waited: told, when its run begins, for how many seconds each image or chunk has waited;
-                called in the same threads.
-            threads: calls of `run` at a time.
+            run: from images uint8 [N, 32, 32, 3] to logits float32 [N, classes]; called in all threads.
+            max_batch_size: most single images in one call of `run`.
+            chunk_size: most images of bulk work in one call.
+            waited: called in the same threads when a run begins, once for each image or chunk in it,
+                with the seconds that it waited.
+            threads: how many calls of `run` at a time.
         """
         self._run = run
         self._max_batch_size = max_batch_size
@@ -66,15 +66,15 @@ class Batcher:
         self._waiting = 0
         self._singles: deque[_Job] = deque()
         self._chunks: deque[_Job] = deque()
-        self._arrived = threading.Condition()  # work, or the end
+        self._arrived = threading.Condition()  # notified of new work and of the end
         self._stopped = False
-        self._idle = asyncio.Event()  # nobody waits
+        self._idle = asyncio.Event()  # set while nobody waits for logits
         self._idle.set()
         self._engine: list[threading.Thread] = []
         self._threads = threads
 
     def start(self) -> None:
-        """Begin to take turns; needs a running event loop."""
+        """Start the threads; needs a running event loop."""
         loop = asyncio.get_running_loop()
         self._engine = [
             threading.Thread(target=self._take_turns, args=(loop, queues), name="engine", daemon=True)
@@ -84,7 +84,7 @@ class Batcher:
             thread.start()
 
     async def stop(self) -> None:
-        """Stop taking turns and wait for the runs under way."""
+        """Stop the threads and wait for the runs under way; what is still queued gets no answer."""
         with self._arrived:
             self._stopped = True
             self._arrived.notify_all()
@@ -92,21 +92,21 @@ class Batcher:
             await asyncio.to_thread(thread.join)
 
     async def finish(self) -> None:
-        """Answer everybody who waits, then stop; nobody may come any more."""
+        """Answer everything that waits, then stop; nothing new may be added."""
         await self._idle.wait()
         await self.stop()
 
     async def one(self, image: Images) -> Logits:
-        """Logits float32 [classes] of one image uint8 [32, 32, 3]."""
+        """Return the logits, float32 [classes], of one image, uint8 [32, 32, 3]."""
         with self._counted():
             logits: Logits = (await self._queued(self._singles, image[np.newaxis]))[0]
             return logits
 
     async def many(self, images: Images) -> AsyncIterator[Logits]:
-        """Logits of images uint8 [N, 32, 32, 3], in order, as float32 [n, classes] a chunk.
+        """Yield the logits of images, uint8 [N, 32, 32, 3], in order: float32 [n, classes] per chunk.
 
-        While the engine runs a chunk the next one is laid out in memory and queued, so `images` can be a
-        view in any strides, and of a file that is larger than the memory; it is never copied whole.
+        While the engine runs a chunk, the next one is made contiguous and queued. So `images` may be a
+        view with any strides, even of a file larger than memory; it is never copied as a whole.
         """
         with self._counted():
             under_way: deque[asyncio.Future[Logits]] = deque()
@@ -123,7 +123,7 @@ class Batcher:
             finally:
                 for logits in under_way:
                     if not logits.cancel():
-                        logits.exception()  # looked at, or asyncio would log it
+                        logits.exception()  # retrieved, or asyncio would log it
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -144,7 +144,7 @@ class Batcher:
         return job.logits
 
     def _take_turns(self, loop: asyncio.AbstractEventLoop, queues: list[deque[_Job]]) -> None:
-        """Run what waits in `queues`, one after the other, until the end."""
+        """Run what waits in `queues`, taking from each in turn, until `stop`."""
         for queue in cycle(queues):
             with self._arrived:
                 self._arrived.wait_for(lambda: self._stopped or any(queues))
@@ -158,7 +158,7 @@ class Batcher:
                 self._answered(jobs, loop)
 
     def _taken(self, queue: deque[_Job]) -> list[_Job]:
-        """The single images, or the chunk, of one run; without those that nobody waits for any more."""
+        """Take the single images, or the chunk, of one run; drop those that nobody waits for."""
         share = -(-len(queue) // self._threads)
         count = min(share, self._max_batch_size) if queue is self._singles else 1
         jobs: list[_Job] = []
@@ -169,7 +169,7 @@ class Batcher:
         return jobs
 
     def _answered(self, jobs: list[_Job], loop: asyncio.AbstractEventLoop) -> None:
-        """One run; where it fails, one for each job, so that the one it failed for harms no other."""
+        """Run the jobs together; if that fails, run each alone, so that a bad one fails no other."""
         try:
             batch = jobs[0].images if len(jobs) == 1 else np.concatenate([j.images for j in jobs])
             logits = self._run(batch)

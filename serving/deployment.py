@@ -1,4 +1,4 @@
-"""A model that serves, and its replacement by a newer file without losing a request."""
+"""The model that is served, and its replacement by a newer file without losing a request."""
 
 import asyncio
 import functools
@@ -23,12 +23,12 @@ from serving.settings import KEPT_MODEL, Settings
 
 logger = logging.getLogger("serving")
 
-LOOK_SECONDS = 1.0  # between two looks at the model file
+LOOK_SECONDS = 1.0  # between two checks of the model file
 
 
 @dataclass(frozen=True)
 class FileState:
-    """What changes when a file is replaced or written."""
+    """Properties of a file that change when it is replaced or written to."""
 
     device: int
     inode: int
@@ -37,7 +37,7 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path) -> "FileState | None":
-        """The state of a file, through links; None where there is none."""
+        """Return the state of a file, following links, or None if there is no file."""
         try:
             found = path.stat()
         except OSError:
@@ -48,25 +48,25 @@ class FileState:
 class Deployment:
     """One version of the model with its own engine and queue.
 
-    A request is computed and answered by one deployment as a whole: while a newer one takes new
-    requests, the older one finishes those that it has.
+    Each request is computed and answered by a single deployment: while a newer one takes new requests,
+    the older one finishes those that it has.
 
     Attributes:
         model: the model.
         batcher: shares the engine's runs among requests.
-        file: the state that the model's file had.
+        file: the state of the model file when it was loaded.
     """
 
     def __init__(self, path: Path, settings: Settings, metrics: Any) -> None:
-        """Load a file, check it and run it once.
+        """Load a model file, check it and run it.
 
         Args:
-            path: the file.
-            settings: the service's.
-            metrics: the module `serving.metrics`, which only workers import.
+            path: the model file.
+            settings: the service's settings.
+            metrics: the module `serving.metrics`, which only workers may import.
 
         Raises:
-            StartError: the file or the provider is not usable.
+            StartError: the file or the provider cannot be used.
         """
         self.file = FileState.of(path)
         self.model = Model(
@@ -81,8 +81,8 @@ class Deployment:
         if FileState.of(path) != self.file:
             raise ModelError(f"{path} changed while it was loaded.")
         self._metrics = metrics
-        # Not a method of this: in a circle of references a model that was replaced would stay in memory
-        # until Python looks for such, which it hardly does (serving.service freezes what is there).
+        # Not a bound method: in a reference cycle, a replaced model would stay in memory until a full
+        # garbage collection, which hardly ever comes (serving.service freezes the objects at start).
         self.batcher = Batcher(
             functools.partial(_run, model, metrics),
             max_batch_size=model.batch_size,
@@ -95,13 +95,13 @@ class Deployment:
         return f"{self.model.name} {self.model.version}"
 
     def start(self) -> None:
-        """Begin to serve; needs a running event loop."""
+        """Start the engine's threads and report the model as served; needs a running event loop."""
         self.batcher.start()
         self._metrics.serves(self.model)
 
 
 def _run(model: Model, metrics: Any, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """A run of the engine, counted."""
+    """Run the engine, and record the run in the metrics."""
     began = time.perf_counter()
     logits = model.logits(images)
     metrics.ran(model, logits, time.perf_counter() - began)
@@ -109,10 +109,10 @@ def _run(model: Model, metrics: Any, images: npt.NDArray[np.uint8]) -> npt.NDArr
 
 
 def deploy(settings: Settings, metrics: Any) -> Deployment:
-    """Deploy the model file, and keep a copy of it for a worker that starts when it is usable no more.
+    """Deploy the model file, and keep a copy for workers that start when it can no longer be used.
 
     Raises:
-        StartError: it is not usable.
+        StartError: the file or the provider cannot be used.
     """
     deployment = Deployment(settings.model, settings, metrics)
     if KEPT_MODEL in os.environ:
@@ -124,13 +124,13 @@ def deploy(settings: Settings, metrics: Any) -> Deployment:
 
 
 def deploy_first(settings: Settings, metrics: Any) -> Deployment:
-    """Deploy what a worker that starts has to serve: the model file, or the copy of one that passed.
+    """Deploy what a starting worker has to serve: the model file, or a copy of the last one that passed.
 
-    The copy where the file is not usable any more, and where nobody watches it: all workers then serve
-    the one that the service began with.
+    The copy is used if the file can no longer be used, and also if the file is not watched, so that all
+    workers serve the model that the service began with.
 
     Raises:
-        StartError: the model file is not usable, and there is no copy.
+        StartError: the model file cannot be used, and there is no usable copy.
     """
     kept = Path(os.environ.get(KEPT_MODEL, ""))
     if kept.is_file() and not settings.watch_model:
@@ -147,10 +147,10 @@ def deploy_first(settings: Settings, metrics: Any) -> Deployment:
 
 
 def _keep(path: Path, kept: Path, state: FileState | None) -> None:
-    """Copy a file, unless it has changed from that state.
+    """Copy the file `path` to `kept`, unless it is no longer in the given state.
 
     Raises:
-        OSError: it has, or it cannot be copied.
+        OSError: the file has changed, or it cannot be copied.
     """
     with path.open("rb") as file, replacing(kept) as copy:
         shutil.copyfileobj(file, copy)
@@ -159,9 +159,9 @@ def _keep(path: Path, kept: Path, state: FileState | None) -> None:
 
 
 async def replacements(path: Path, known: FileState | None) -> AsyncIterator[None]:
-    """Yield each time when another file than the `known` one, and then the last, lies at `path`.
+    """Yield each time that the file `path` has changed from the `known` state, or since the last yield.
 
-    Only once two looks have found the same, so that a file that is still being copied is left alone.
+    Two checks in a row must find it in the same state, so that a file still being copied is left alone.
     """
     before = known
     while True:

@@ -1,9 +1,9 @@
-"""The end of a worker: no request that it has accepted is lost.
+"""Graceful shutdown of a worker: no request that it has accepted is lost.
 
 BentoML's supervisor sends SIGTERM to each worker and waits. uvicorn by itself closes its port at once,
-tells nobody before, and waits for requests under way without bound. Here the worker says first that it
-is not ready, still takes what is on its way to it, then refuses new requests, finishes those under way
-and only then lets uvicorn stop.
+without warning, and waits for requests under way without limit. Here the worker first reports that it
+is not ready while it still takes requests on their way to it, then refuses new ones, finishes those
+under way and only then lets uvicorn stop.
 """
 
 import asyncio
@@ -24,24 +24,24 @@ from serving.settings import SUPERVISOR
 
 logger = logging.getLogger("serving")
 
-ARRIVING_SECONDS = 0.3  # in which requests that were sent before the signal still come in
-REFUSING_SECONDS = 0.3  # at least, in which clients on kept connections are told, not cut off
-CLOSING_SECONDS = 2  # for clients that do not read their answers, after all has been answered
+ARRIVING_SECONDS = 0.3  # in which requests sent before the signal still arrive and are taken
+REFUSING_SECONDS = 0.3  # at least, in which clients on open connections get 503 and are not just cut off
+CLOSING_SECONDS = 2  # for clients to read their answers, once all requests have been answered
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's <sys/prctl.h>
 
 
 class Drain:
-    """Counts the requests under way, and at SIGTERM or SIGINT waits for them.
+    """Keeps track of the requests under way, and waits for them on SIGTERM or SIGINT.
 
     Attributes:
-        stopping: whether a signal came; the worker is not ready any more.
+        stopping: whether a signal has come; the worker is no longer ready.
         refusing: whether new requests are refused.
     """
 
     def __init__(self, limit: float) -> None:
         """
         Args:
-            limit: seconds in which the requests under way may finish; then they get 503.
+            limit: seconds that the requests under way have to finish; after that they get 503.
         """
         self.stopping = False
         self.refusing = False
@@ -53,23 +53,23 @@ class Drain:
         self._waiting: asyncio.Task[None] | None = None
 
     def listen(self, server: uvicorn.Server) -> None:
-        """Take the signals over from the server; called in its event loop, in the main thread.
+        """Take over the server's signals; call this in its event loop, in the main thread.
 
-        The end of the supervisor, however it came, is as SIGTERM then (on Linux).
+        On Linux, the end of the supervisor, whatever its cause, then counts as SIGTERM too.
         """
         server.config.timeout_graceful_shutdown = CLOSING_SECONDS
         loop = asyncio.get_running_loop()
 
         def stop(number: int, frame: FrameType | None) -> None:
-            # An event loop that sleeps is not woken up by a handler alone.
-            if self.stopping and number == signal.SIGINT:  # again Ctrl-C: at once
+            # A signal handler alone does not wake up an event loop that sleeps.
+            if self.stopping and number == signal.SIGINT:  # Ctrl-C while stopping: stop at once
                 loop.call_soon_threadsafe(self._expire)
             else:
                 loop.call_soon_threadsafe(self._begin, lambda: server.handle_exit(number, None))
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
-        # A worker would outlive a supervisor that is killed, and hold its port.
+        # Otherwise a worker would outlive a killed supervisor and keep its port.
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
             parent = str(os.getppid())
@@ -78,10 +78,10 @@ class Drain:
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
-        """Around a request, which is finished before the worker ends.
+        """Mark a request as under way within the `with` block; the worker waits for it before it ends.
 
         Raises:
-            StoppingError: the worker takes no new requests, or this one took too long to end.
+            StoppingError: the worker takes no new requests, or it stopped before this one was finished.
         """
         if self.refusing:
             raise StoppingError("The service is stopping; another one or a later try may answer.")
@@ -120,7 +120,7 @@ class Drain:
         stop()
 
     def _expire(self) -> None:
-        """Let go of the requests under way, and take no new ones."""
+        """Cancel the requests under way, and take no new ones."""
         self.refusing = self._expired = True
         for task in self._under_way:
             task.cancel()

@@ -1,4 +1,4 @@
-"""The engine: a model file in an inference session, on the provider that was named or is the fastest."""
+"""The engine: a model file in inference sessions, on the provider asked for by name or the fastest."""
 
 import logging
 import threading
@@ -19,11 +19,11 @@ logger = logging.getLogger("serving")
 TRIAL_BATCH_SIZE = 8  # of the runs that decide which provider is the fastest
 TRIAL_SECONDS = 0.3
 
-# At a time, for a server. The threads of a run wait for each other at every layer, all the more while
-# the server takes a core from one of them; two runs on half the threads each get more done.
+# How many a server makes at a time. The threads of a run wait for each other at every layer, all the
+# more while the server takes a core from one of them; two runs on half the threads each get more done.
 RUNS = 2
 
-# For each thread of a run on a CPU: more make it no faster, they only wait for each other.
+# In a run on a CPU: with more it gets no faster per image, and the images only wait for each other.
 IMAGES_PER_THREAD = 8
 
 
@@ -32,20 +32,20 @@ class Engine:
 
     Attributes:
         provider: the execution provider that runs it, by ONNX Runtime's name.
-        reason: why it is that one.
-        runs: how many at a time make the most of it.
-        enough: images with which a run is as fast as it gets, or None where more is always better.
+        reason: why that provider was chosen.
+        runs: how many calls of `run` at a time make full use of the device.
+        enough: batch size from which on a run is no faster per image; None if larger is always faster.
     """
 
     def __init__(self, path: Path, provider: Provider, threads: int, runs: int = 1) -> None:
-        """Open a session, and on a CPU one more for runs at the same time.
+        """Open a session, and on a CPU another one for simultaneous runs.
 
         Args:
             path: a model file that keeps the contract.
-            provider: by name, or "auto": CUDA where it works, else the faster of OpenVINO and the CPU
-                provider in a few runs of this model.
-            threads: of the providers that use the CPU.
-            runs: how many the caller will make at a time.
+            provider: its name, or "auto": CUDA where it works, else whichever of OpenVINO and the CPU
+                provider is faster in a few runs of this model.
+            threads: how many threads a provider on the CPU uses.
+            runs: how many calls of `run` the caller will make at a time.
 
         Raises:
             ProviderError: a provider that was asked for by name cannot be used here.
@@ -65,9 +65,9 @@ class Engine:
         self._count = threading.Lock()
 
     def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB in any strides.
+        """Return the logits, float32 [N, classes], of RGB images, uint8 [N, 32, 32, 3] with any strides.
 
-        A run has all the threads where it begins alone, and shares them where it begins beside others.
+        A run that begins alone uses all threads; one that begins while others are under way shares them.
         """
         batch = np.ascontiguousarray(images)
         if self._pads:
@@ -84,8 +84,9 @@ class Engine:
     def warm_up(self, max_batch_size: int) -> None:
         """Run the batch sizes that will occur, so that no request waits for what a first run prepares.
 
-        On a GPU these are the powers of two, to which batches are padded, the largest first, so that its
-        memory serves the others. On a CPU a new batch size costs little; the largest gets the memory.
+        On a GPU these are the powers of two that batches are padded to, the largest first, so that the
+        others reuse its memory. On a CPU a new batch size costs little, and only the largest is run, so
+        that its memory is allocated.
         """
         largest = _bucket(max_batch_size) if self._pads else max_batch_size
         sizes = [largest >> shift for shift in range(largest.bit_length())] if self._pads else [largest]
@@ -100,7 +101,7 @@ def _bucket(count: int) -> int:
 
 
 def _padded(batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """On a GPU each new batch size is prepared anew, for longer than a larger batch takes."""
+    """Pad a batch for a GPU, which takes longer to prepare a new batch size than to run a larger one."""
     missing = _bucket(len(batch)) - len(batch)
     return np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
 
@@ -118,7 +119,7 @@ def _named(path: Path, provider: ProviderName, threads: int) -> ort.InferenceSes
 
 
 def _best(path: Path, threads: int) -> tuple[ort.InferenceSession, str]:
-    """The session that "auto" means, and why; what does not start is left out with a warning."""
+    """Return the session that "auto" means and why; what does not start is skipped with a warning."""
     if not obstacle("cuda"):
         try:
             return open_session(path, "cuda", threads), "a GPU is here and CUDA works"
@@ -142,7 +143,7 @@ def _best(path: Path, threads: int) -> tuple[ort.InferenceSession, str]:
 
 
 def _rates(sessions: Mapping[ProviderName, ort.InferenceSession]) -> dict[ProviderName, float]:
-    """Images per second of each session's fastest run; they take turns, so that a load meets all."""
+    """Return images/s in each session's fastest run; they take turns, so that load slows all alike."""
     batch = np.zeros((TRIAL_BATCH_SIZE, 32, 32, 3), np.uint8)
     for session in sessions.values():
         _logits(session, batch)

@@ -1,7 +1,7 @@
-"""What can go wrong, as exceptions with the HTTP status and the stable code a client sees.
+"""Exceptions for all that can go wrong, with the HTTP status and the stable code that a client sees.
 
-The message of a `RequestError` says what was wrong and what would be right, and never holds a path, a
-traceback or a value that the client did not send itself.
+The message of a `RequestError` says what was wrong and what would be right. It never has a file's path,
+a traceback or input that the client did not send itself.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class SettingsError(StartError):
 
 
 class ModelError(StartError):
-    """The model file is missing, is not ONNX, does not keep the contract or does not compute."""
+    """The model file is missing, is not ONNX, does not keep the contract or fails when it is run."""
 
 
 class ProviderError(StartError):
@@ -26,11 +26,11 @@ class ProviderError(StartError):
 
 
 class NoProviderError(ProviderError):
-    """The provider, its libraries or its device are not here."""
+    """The provider, its libraries or its device are missing on this machine."""
 
 
 class RequestError(Exception):
-    """A request that gets an error answer; other requests do not notice."""
+    """A request that is answered with an error; other requests are not affected."""
 
     status: ClassVar[HTTPStatus] = HTTPStatus.BAD_REQUEST
     code: ClassVar[str] = "bad_request"
@@ -38,7 +38,7 @@ class RequestError(Exception):
 
 
 class ImageError(RequestError):
-    """Bytes that are no readable image."""
+    """Bytes that are not a readable image."""
 
     code = "bad_image"
 
@@ -66,7 +66,7 @@ class SlowBodyError(RequestError):
 
 
 class NotFoundError(RequestError):
-    """A model or version by a name that is not the model's."""
+    """A request for a model or version other than the one that is served."""
 
     status = HTTPStatus.NOT_FOUND
     code = "not_found"
@@ -94,7 +94,7 @@ class FieldError(RequestError):
 
 
 class OverloadedError(RequestError):
-    """Too many requests wait already; the client should come again."""
+    """The queue is full, or there is no room for an upload; the client should try again later."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "overloaded"
@@ -125,7 +125,7 @@ class RequestTimeoutError(RequestError):
 
 
 class InternalError(RequestError):
-    """A fault of ours; the log has the details, the client does not."""
+    """A fault of the service; the log has the details, the answer does not."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     code = "internal_error"

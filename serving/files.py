@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Replace files so that they are never incomplete."""
 
 import os
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from typing import IO
 
 
 def check_replaceable(path: Path) -> None:
-    """Whether `replacing` could put a file there, to know it before the work that makes its content.
+    """Raise `OSError` unless `replacing` can write `path`, to know it before its content is computed.
 
     Raises:
-        OSError: something else than a file is there, or the folder is absent or not for us to write.
+        OSError: `path` is something other than a file, or its folder is missing or not writable.
     """
     if path.exists() and not path.is_file():
         raise FileExistsError(EEXIST, "not a file that can be replaced", str(path))
@@ -25,13 +25,13 @@ def check_replaceable(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file beside `path` that takes its place once it is written and on the disk.
+    """Open a binary file beside `path` for writing; it replaces `path` once it is complete and on disk.
 
-    A kill at any moment leaves the old file or the new one; after an error the old one stays, and
-    nothing beside it. Where `path` is a link, the file that it leads to is replaced.
+    If the process is killed, `path` is either the old file or the new one. After an error the old file
+    stays, and the new one is removed. If `path` is a link, the file that it points to is replaced.
 
     Raises:
-        OSError: it cannot be written, and of which file that is so.
+        OSError: the file cannot be written; the error names it.
     """
     path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # as of a full disk
+        if error.errno is not None and error.filename is None:  # such as that of a full disk
             error.filename = str(path)
         raise
     finally:

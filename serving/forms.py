@@ -1,7 +1,7 @@
-"""Multipart forms: their parts, each in memory while it is small and else on disk.
+"""Read multipart forms; each part is kept in memory while it is small, and on disk otherwise.
 
-They are read by the package `multipart`, which looks for the boundary by `bytes.find`; python-multipart,
-on which Starlette's own forms rest, calls back for each piece of a header.
+The package `multipart` parses them. It finds the boundary with `bytes.find`; python-multipart, which
+Starlette's own forms are built on, makes a callback for each piece of a header.
 """
 
 import logging
@@ -19,27 +19,27 @@ from serving.errors import FieldError, OverloadedError, RequestError, TooLargeEr
 
 logger = logging.getLogger("serving")
 
-MAX_TEXTS = 16  # more are not a form of ours
+MAX_TEXTS = 16  # fields of text; a form with more is not one of ours
 MAX_TEXT_BYTES = 1024
-# How some clients (urllib3 before its version 2) name a file if its name is not ASCII; the package reads
-# `filename` alone.
+# How some clients (urllib3 before version 2) give a file name that is not ASCII; the package reads only
+# `filename`.
 EXTENDED_NAME = re.compile(r"; *filename\* *=", re.IGNORECASE)
-# How files come of clients that have no name for them.
+# The types of files, for clients that send a file without a name.
 OF_FILES = re.compile(r"image/.*|application/octet-stream", re.IGNORECASE)
-# Some clients quote no boundary, though it has characters that make that necessary, such as a slash; the
-# package reads it up to there.
+# Some clients do not quote a boundary that has characters which require it, such as a slash; the
+# package's own parser reads it only up to there.
 BOUNDARY = re.compile(r';\s*boundary\s*=\s*(?:"([^"]+)"|([^\s;"]+))', re.IGNORECASE)
-SPOOLED_BYTES = 2**20  # of a part in memory; a larger one lies on disk
+SPOOLED_BYTES = 2**20  # of a part are kept in memory; a larger part goes to disk
 
 
 class Part:
     """A field of a form.
 
     Attributes:
-        name: the field's.
-        is_file: whether it came with a file's name, or a file's type; else it is text.
+        name: the field's name.
+        is_file: whether it came with a file's name, or a file's type; otherwise it is text.
         size: bytes received.
-        file: those bytes, at their beginning once the form is complete.
+        file: those bytes, positioned at the start once the form is complete.
     """
 
     def __init__(self, segment: MultipartSegment) -> None:
@@ -53,15 +53,15 @@ class Part:
 
     @property
     def on_disk(self) -> bool:
-        """Whether it was too large for memory."""
+        """Whether the part is on disk, as it is larger than `SPOOLED_BYTES`."""
         return self.size > SPOOLED_BYTES
 
     def content(self) -> bytes:
-        """All of it."""
+        """Read the part's bytes, once the form is complete."""
         return self.file.read()
 
     async def write(self, content: bytes) -> None:
-        """Add what came."""
+        """Append bytes that have arrived."""
         self.size += len(content)
         if self.on_disk:
             await run_in_threadpool(self.file.write, content)
@@ -69,18 +69,18 @@ class Part:
             self.file.write(content)
 
     def close(self) -> None:
-        """Let go of the bytes; a full disk may report once more what it had no room for."""
+        """Discard the bytes; an error in closing, as of a disk that is still full, is ignored."""
         with suppress(OSError):
             self.file.close()
 
 
 @asynccontextmanager
 async def received(request: Request, max_files: int) -> AsyncIterator[list[Part]]:
-    """The parts of a request's form in their order; their files are gone afterwards.
+    """Receive the parts of a request's form, in order; their files are deleted on exit.
 
     Raises:
-        RequestError: the body is no multipart form.
-        FieldError: it has several files where one is right, or a text that is too long.
+        RequestError: the body is not a multipart form, or has too many fields of text.
+        FieldError: it has several files where only one is allowed, or a text that is too long.
         TooLargeError: it has more than `max_files` files.
         OverloadedError: there is no room for its files.
     """
@@ -103,7 +103,7 @@ async def _receive(request: Request, max_files: int, parts: list[Part]) -> None:
     boundary = BOUNDARY.search(request.headers["content-type"])
     if not boundary:
         raise RequestError("The multipart form cannot be read: its Content-Type has no boundary.")
-    # File names are not used, and some come in other encodings than UTF-8: any bytes are Latin-1.
+    # File names are not used, and some are not UTF-8. Latin-1 decodes any bytes.
     delimiter = (boundary[1] or boundary[2]).encode("latin-1")
     files = 0
     with PushMultipartParser(delimiter, header_charset="latin-1") as parser:

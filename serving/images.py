@@ -1,10 +1,10 @@
-"""From the bytes of an image file to the 32x32 RGB pixels that the model takes.
+"""Turn the bytes of an image file into the 32x32 RGB pixels that the model takes.
 
-The order matters: the format is recognised by content (never by name or Content-Type) among a
-short list, the size is checked from the header before a pixel is decoded, then a centred square crop,
-then transparency over white, then RGB, then the resize, then EXIF orientation. The crop rather than a
-stretch, because the network has seen objects in their natural proportions. Colour profiles are not
-applied and of an animation the first frame counts.
+The order of the steps matters: recognise the format by content (never by name or Content-Type) among a
+short list, check the size in the header before decoding a pixel, crop the centred square, lay
+transparency over white, convert to RGB, resize, apply the EXIF orientation. The image is cropped and not
+stretched, because the network has seen objects in their natural proportions. Colour profiles are not
+applied, and only the first frame of an animation counts.
 """
 
 import io
@@ -20,38 +20,38 @@ from PIL.ExifTags import Base
 from serving.errors import ImageError, TooLargeError
 
 SIDE = 32
-# Formats that a person would send. TIFF and the dozens of others that Pillow reads stay out:
-# each is another decoder for hostile bytes.
+# Formats that a person would send. TIFF and the dozens of others that Pillow reads are left out:
+# each would be another decoder for hostile bytes.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
-# JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time; at four times the
-# target's side the resize still has all that it can use.
+# A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size in a fraction of the time; four times the
+# target's side still has all the detail that the resize can use.
 DRAFT_SIDE = 4 * SIDE
 
-# Before the bicubic resize, averaging leaves at least so many times the target's side.
+# Averaging before the bicubic resize leaves at least this many times the target's side.
 REDUCING_GAP = 3
 BAND_PIXELS = 2**20
 
-# An image with more pixels in memory is a large one. A camera's JPEG never is, as it is decoded row by
-# row, at the draft's size.
+# An image with more pixels in memory counts as large. A camera's JPEG never does, as it is decoded row
+# by row, at the draft's size.
 LARGE_PIXELS = 4_000_000
-MAX_SIDE = 65_535  # Pillow keeps a pointer for each row and makes a call; only PNG and BMP can have more
-WEBP_COPIES = 4  # that Pillow's decoder of WebP has of the pixels
+MAX_SIDE = 65_535  # for each row Pillow keeps a pointer and makes a call; only PNG and BMP can have more
+WEBP_COPIES = 4  # of the pixels that Pillow's WebP decoder has in memory
 
-# JPEG: how a scan begins, with the first byte of the length that it can have; and how those frames begin
-# that are progressive or lossless.
+# JPEG: how a scan begins, including the first byte of its length, which can only be 0; and how
+# progressive and lossless frames begin.
 SCAN = b"\xff\xda\0"
 WHOLE = re.compile(rb"\xff[\xc2\xc3\xc6\xc7\xca\xcb\xce\xcf]")
 
-# What a small PNG is: by its header, and by its bytes too, since a few can stand for a long text.
+# The limits of a small PNG: on its sides, and on its bytes too, as a few of them can hold a long text.
 SMALL_SIDE = 64
 SMALL_BYTES = 4 * 1024
-PNG_DEPTH = 24  # where a PNG has its bits for each channel
+PNG_DEPTH = 24  # offset of the bits per channel in a PNG
 PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
-# What a few bytes of a file can ask for again and again, each time for work on the whole image or on all
-# that was read before: how a format's files begin, what is counted in them, its name, and how many of it
-# are more than any camera or program writes.
+# What a few bytes of a file can ask for again and again, each time causing work on the whole image or on
+# all that was read before: how files of the format begin, what is counted in them, its name, and a limit
+# that no camera or program exceeds.
 REPEATABLE = (
     (b"\xff\xd8", SCAN, "scans", 100),
     (b"\xff\xd8", b"Exif\0\0", "Exif segments", 100),
@@ -61,29 +61,29 @@ REPEATABLE = (
     (b"\x89PNG", b"iTXt", "international texts", 100),
 )
 
-PIECE = 2**20  # bytes that are searched in one go, for which all else waits
-MAX_READS = 100_000  # of a file's pieces: a marker, chunk or block is one to five
-# JPEG: what lists layers or tables, of which an image has a few, and how long that is at most.
+PIECE = 2**20  # bytes searched in one call, during which all else waits
+MAX_READS = 100_000  # reads of one file: a marker, chunk or block takes one to five
+# JPEG: segments that list layers or tables, of which an image has only a few, and their greatest length.
 LISTING = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xdb\xde]..", re.DOTALL)
 MAX_LISTING = 1024
 
-# The check against `max_pixels` is ours, so that the limit is a setting and the answer a 413.
+# `decode` checks `max_pixels` itself, so that the limit is a setting and the answer a 413.
 Image.MAX_IMAGE_PIXELS = None
 
-# Pillow warns of odd EXIF; the log is not its place. Here, as filters are the whole process's: to change
-# them around a call is not for threads.
+# Pillow warns of odd EXIF, which does not belong in the log. Set once for the whole process, as changing
+# the filters around a call is not safe with threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class LargeImageError(Exception):
-    """An image has more pixels in memory than are to be decoded here."""
+    """An image would have more pixels in memory than the caller allows."""
 
 
 class _Pieces(io.BytesIO):
-    """A file that is not read in any number of pieces.
+    """A file that limits how often it is read, and the length of JPEG segments that list something.
 
     Pillow walks in Python over the markers, chunks and blocks around the pixels, and keeps what it
-    meets; a file of megabytes can consist of millions of them.
+    finds; a file of megabytes can consist of millions of them.
     """
 
     _left = MAX_READS
@@ -95,7 +95,7 @@ class _Pieces(io.BytesIO):
         return super().read(size)
 
     def _begins_a_listing(self, size: int) -> bool:
-        """Whether that many bytes are a segment that lists; its marker and length were read before."""
+        """Return whether the next `size` bytes are such a segment; its marker and length come before."""
         start = self.tell()
         self.seek(max(0, start - 4))
         before = super().read(start - self.tell())
@@ -107,16 +107,16 @@ def decode(content: bytes, max_pixels: int, in_memory: int | None = None) -> npt
 
     Args:
         content: a PNG, JPEG, WebP, GIF or BMP file of any size, mode and EXIF orientation.
-        max_pixels: limit of width times height, checked before decoding.
-        in_memory: how many of them the decoder may keep in memory; None is any number.
+        max_pixels: limit of width times height (a quarter for WebP), checked before decoding.
+        in_memory: how many pixels the decoder may keep in memory; None for no limit.
 
     Returns:
-        uint8 [32, 32, 3], RGB; a 32x32 opaque image comes through pixel by pixel.
+        uint8 [32, 32, 3], RGB; an opaque 32x32 image is not resampled.
 
     Raises:
-        ImageError: the bytes are no image of these formats, or a damaged one.
+        ImageError: the bytes are not an image of these formats, or it is damaged.
         TooLargeError: the image has more than `max_pixels` pixels, or a side of more than 65,535.
-        LargeImageError: it takes more than `in_memory`; it may still be damaged.
+        LargeImageError: it takes more than `in_memory`; whether it is damaged is not known yet.
     """
     if not content:
         raise ImageError("The image is empty (0 bytes); send a PNG, JPEG, WebP, GIF or BMP file.")
@@ -140,7 +140,7 @@ def decode(content: bytes, max_pixels: int, in_memory: int | None = None) -> npt
                 raise LargeImageError
             image.load()
             _scale_colour_key(image, content)
-            # At a half of its size, say, an odd side is half a pixel shorter than what was decoded.
+            # Of a draft at half size, say, an odd side ends half a pixel before the decoded pixels do.
             size = drawn[1][2:] if drawn else image.size
             return np.array(_upright(_square(image, size), image), dtype=np.uint8)
     except (ImageError, TooLargeError, LargeImageError):
@@ -158,8 +158,8 @@ def decode(content: bytes, max_pixels: int, in_memory: int | None = None) -> npt
 
 
 def is_small(content: bytes) -> bool:
-    """Whether a file is a small PNG, whose decoding is so short that the event loop can wait for it."""
-    # With a second header there could be other pixels than the first one has.
+    """Return whether a file is a small PNG, which decodes fast enough to do it in the event loop."""
+    # A second header could have another size than the first one.
     if len(content) > SMALL_BYTES or not content.startswith(PNG_HEAD) or content.count(b"IHDR") > 1:
         return False
     width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
@@ -167,12 +167,12 @@ def is_small(content: bytes) -> bool:
 
 
 def _is_read_by_rows(image: Image.Image, content: bytes) -> bool:
-    """Whether an image is a JPEG of which the decoder keeps some rows, not all of its coefficients.
+    """Return whether an image is a JPEG of which the decoder keeps a few rows, not all coefficients.
 
-    It keeps them where an image comes in several scans. So the file must not have anything that could be
-    the beginning of a scan of some of the layers only, or of a frame that is made of such scans.
+    It keeps all of them if an image comes in several scans. So nothing in the file may be the possible
+    beginning of a scan of only some of the layers, or of a frame that is made of such scans.
     """
-    layers = getattr(image, "layers", 0)  # of a JPEG
+    layers = getattr(image, "layers", 0)  # only JPEGs have them
     starts = range(0, len(content), PIECE)
     if not layers or any(WHOLE.search(content, start, start + PIECE + 1) for start in starts):
         return False
@@ -181,23 +181,23 @@ def _is_read_by_rows(image: Image.Image, content: bytes) -> bool:
 
 
 def _check_repetition(content: bytes) -> None:
-    """Refuse a file of few bytes that would take minutes to decode."""
+    """Raise `ImageError` if a file repeats something so often that it could take minutes to decode."""
     for start, part, name, most in REPEATABLE:
         if content.startswith(start) and _count(content, part) > most:
             raise ImageError(f"The image has more than {most} {name}; save it anew, without them.")
 
 
 def _count(content: bytes, part: bytes) -> int:
-    """How often a `part` that cannot overlap itself is in there."""
+    """Return how often `content` has `part`, which must be unable to overlap itself."""
     longer = PIECE + len(part) - 1
     return sum(content.count(part, start, start + longer) for start in range(0, len(content), PIECE))
 
 
 def _scale_colour_key(image: Image.Image, content: bytes) -> None:
-    """Bring a PNG's transparent colour to the 8 bits that its pixels have after decoding.
+    """Scale a PNG's transparent colour to the 8 bits that its pixels have after decoding.
 
-    Pillow leaves it as the file has it. Of 16-bit colours, whose low bytes are gone, all with its high
-    bytes are then transparent.
+    Pillow leaves it as it is in the file. The pixels of 16-bit colours lose their low bytes, so all that
+    share its high bytes become transparent.
     """
     key, depth = image.info.get("transparency"), content[PNG_DEPTH] if image.format == "PNG" else 8
     if image.mode == "L" and isinstance(key, int):
@@ -207,7 +207,7 @@ def _scale_colour_key(image: Image.Image, content: bytes) -> None:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: transparency over white, 16-bit grey scaled to 8 bits."""
+    """Convert an image of any mode to RGB: transparency over white, 16-bit grey scaled to 8 bits."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion differs between versions: some clip at 255.
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
@@ -221,12 +221,13 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _square(image: Image.Image, size: tuple[float, float]) -> Image.Image:
-    """The centred square of the image as 32x32 RGB; bicubic, which Pillow antialiases on reduction.
+    """Return the centred square of the image as 32x32 RGB, by bicubic resizing (antialiased by Pillow).
 
-    The picture has the `size`, width and height; what there is beyond it is the decoder's.
+    `size` is the width and height of the picture; pixels beyond it are the decoder's padding.
 
-    A large one is first averaged down to three to six times that side. That, and all that makes it
-    RGB, is done in bands of rows: a small file can have many pixels, and no second copy is made of them.
+    A large square is first averaged down to three to six times the target's side. This and the
+    conversion to RGB are done in bands of rows: a small file can have many pixels, and no second copy is
+    made of them.
     """
     if size == (SIDE, SIDE):
         return _rgb(image)
@@ -246,12 +247,12 @@ def _square(image: Image.Image, size: tuple[float, float]) -> Image.Image:
 
 
 def _upright(square: Image.Image, image: Image.Image) -> Image.Image:
-    """Turn the `square` of an image as the image's EXIF orientation says."""
+    """Turn the `square` of an image upright, by the image's EXIF orientation."""
     try:
         orientation = image.getexif().get(Base.Orientation, 1)
     except ImageError:
         raise
-    except Exception:  # of what is no EXIF Pillow raises nearly anything; the pixels are good
+    except Exception:  # on invalid EXIF Pillow raises nearly anything; the pixels are good
         return square
     if orientation != 1:
         square.getexif()[Base.Orientation] = orientation

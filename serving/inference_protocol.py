@@ -2,8 +2,8 @@
 
 The input is `images`, uint8 [N, 32, 32, 3] RGB; the outputs are `logits` and `probabilities`, float32
 [N, classes]. Tensors come and go as JSON or by the binary tensor data extension, its raw requests
-included, and an output can be asked for by Triton's classification extension, as the k best classes in
-text.
+included. With Triton's classification extension a client can ask for an output as its k best classes,
+as text.
 """
 
 import itertools
@@ -28,17 +28,17 @@ EXTENSIONS = ["binary_tensor_data", "classification"]
 JSON_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary tensors
 OUTPUTS = ("logits", "probabilities")
 IMAGE = (32, 32, 3)
-BYTES_A_VALUE = 8  # of JSON, generously; more is refused before it takes many times that memory
-MAX_TENSORS = 16  # that are named in a request; more is refused before each has its error
-# What JSON is made of, and how many of it an image has; texts and objects are around the images.
+BYTES_A_VALUE = 8  # of JSON, generously; more is refused, as parsing takes many times that memory
+MAX_TENSORS = 16  # in each list of a request; more are refused, before each of them has its error
+# The characters that structure JSON, and how many of each an image has; texts and objects are around it.
 SIGNS = ((b"[", 1 + 32 + 32 * 32), (b",", math.prod(IMAGE)), (b"{", 0), (b'"', 0))
-AROUND = 10_000  # of each of them, beside the images
+AROUND = 10_000  # of each of them are allowed besides those of the images
 
 Json = dict[str, Any]
 
-# Lists that end at the first thing that is wrong: a list of all of them takes a thousand times the JSON.
+# Lists that stop at the first error: to collect all errors takes a thousand times the JSON's memory.
 Value = Annotated[int, Field(strict=True, ge=0, le=255)]
-Size = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)]  # errors give it whole
+Size = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)]  # errors show all of it
 Values = Annotated[list[Value], Field(fail_fast=True)]
 Pixel = Annotated[list[Value], Field(fail_fast=True, min_length=3, max_length=3)]
 Row = Annotated[list[Pixel], Field(fail_fast=True, min_length=32, max_length=32)]
@@ -46,18 +46,18 @@ Image = Annotated[list[Row], Field(fail_fast=True, min_length=32, max_length=32)
 Images = Annotated[list[Image], Field(fail_fast=True)]
 
 
-# Clients that send their structures whole have null where there is nothing.
+# Some clients send null for an object that has nothing in it.
 OrNothing = BeforeValidator(lambda value: {} if value is None else value)
 
 
 class InputParameters(BaseModel):
-    """Of an input: how many bytes it has after the JSON, if its data is there."""
+    """Parameters of an input: how many bytes it has after the JSON, if its data is there."""
 
     binary_data_size: Size | None = Field(None, ge=0)
 
 
 class Input(BaseModel):
-    """A tensor that is sent."""
+    """A tensor that the client sends."""
 
     name: str
     shape: Annotated[list[Size], Field(fail_fast=True, max_length=8)]
@@ -67,27 +67,27 @@ class Input(BaseModel):
 
 
 class OutputParameters(BaseModel):
-    """Of an output: whether it is sent as bytes, and the number of classes if it is wanted as text."""
+    """Parameters of an output: whether to send bytes, and how many classes if it is wanted as text."""
 
     binary_data: bool | None = None
     classification: Size | None = Field(None, ge=1)
 
 
 class Output(BaseModel):
-    """A tensor that is wanted."""
+    """A tensor that the client asks for."""
 
     name: str
     parameters: Annotated[OutputParameters, OrNothing] = OutputParameters()
 
 
 class Parameters(BaseModel):
-    """Of a request: how outputs are sent that do not say so themselves."""
+    """Parameters of a request: whether outputs that do not say so themselves are sent as bytes."""
 
     binary_data_output: bool | None = None
 
 
 class InferenceRequest(BaseModel):
-    """The JSON of a request; what it has besides is ignored, as the protocol wants it."""
+    """The JSON of a request; other keys are ignored, as the protocol demands."""
 
     id: str | None = None
     parameters: Annotated[Parameters, OrNothing] = Parameters()
@@ -97,7 +97,7 @@ class InferenceRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Inference:
-    """A request that was read: its images, uint8 [N, 32, 32, 3], and the outputs that it wants."""
+    """A parsed request: its images, uint8 [N, 32, 32, 3], the outputs it asks for, and its id."""
 
     images: npt.NDArray[np.uint8]
     outputs: list[Output]
@@ -105,7 +105,7 @@ class Inference:
 
 
 def is_protocol(path: str) -> bool:
-    """Whether a path is the protocol's, also where there is nothing."""
+    """Return whether a path belongs to the protocol, even if nothing is there."""
     return path == PREFIX or path.startswith(f"{PREFIX}/")
 
 
@@ -127,7 +127,7 @@ def model_metadata(model: Model) -> Json:
 
 
 def check_named(model: Model, path: Mapping[str, str]) -> None:
-    """Check that the parameters of a path, name and perhaps version, are those of the model.
+    """Raise `NotFoundError` unless the name in a path, and the version if it has one, are the model's.
 
     Raises:
         NotFoundError: they are not.
@@ -140,14 +140,14 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
     """Read the body of a request.
 
     Args:
-        body: JSON, with the binary tensors after it if there are any; or the pixels alone.
-        json_length: the header Inference-Header-Content-Length; without it all is JSON, with 0 nothing.
-        max_images: in a request.
+        body: JSON, followed by the binary tensors if there are any; or the pixels alone.
+        json_length: the header Inference-Header-Content-Length: how many bytes are JSON; None for all.
+        max_images: most images in a request.
 
     Raises:
         RequestError: the body is not a request of the protocol.
         FieldError: its tensors are not those of the model.
-        TooLargeError: it has more than `max_images` images.
+        TooLargeError: it has more than `max_images` images, or more JSON than these could need.
     """
     if json_length is not None and not (
         json_length.isdecimal() and len(json_length) < 20 and int(json_length) <= len(body)
@@ -165,7 +165,7 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
             f"The request's JSON has {end} bytes; the limit is {longest}. The binary tensor data "
             "extension takes less."
         )
-    # It is read in one go, in which all else waits: what is ignored as well.
+    # The JSON is parsed in one call, during which all else waits, even for keys that are ignored.
     for sign, of_an_image in SIGNS:
         most = max_images * of_an_image + AROUND
         if body.count(sign, 0, end) > most:
@@ -202,7 +202,7 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
 
 
 def respond(inference: Inference, logits: npt.NDArray[np.float32], model: Model) -> Response:
-    """The answer to an inference from its `logits`, float32 [N, classes]."""
+    """Return the answer to an inference that gave `logits`, float32 [N, classes]."""
     described: list[Json] = []
     blobs: list[bytes] = []
     for output in inference.outputs:
@@ -235,7 +235,7 @@ def respond(inference: Inference, logits: npt.NDArray[np.float32], model: Model)
 
 
 def _raw(body: bytes, max_images: int) -> Inference:
-    """A body without JSON: one input of known size, and all outputs are wanted as bytes."""
+    """Read a body without JSON: it is the one input's pixels, and all outputs are sent as bytes."""
     size = math.prod(IMAGE)
     count, rest = divmod(len(body), size)
     if rest or not count:
@@ -289,7 +289,7 @@ def _pixels(tensor: Input, binary: bytes) -> npt.NDArray[np.uint8]:
 
 
 def _best(values: npt.NDArray[np.float32], classes: tuple[str, ...], count: int) -> list[list[str]]:
-    """For each image the `count` highest values as Triton writes them: value:index:label."""
+    """Return each image's `count` highest values as Triton writes them: value:index:label."""
     best = np.argsort(-values, axis=1, kind="stable")[:, :count]
     return [
         [f"{row[index]:f}:{index}:{classes[index]}" for index in indices]
@@ -298,6 +298,6 @@ def _best(values: npt.NDArray[np.float32], classes: tuple[str, ...], count: int)
 
 
 def _blob(texts: list[list[str]]) -> bytes:
-    """Texts as BYTES elements: each its length as a little-endian uint32, then itself."""
+    """Encode texts as BYTES elements: each is its length, a little-endian uint32, and then the text."""
     encoded = [text.encode() for row in texts for text in row]
     return b"".join(struct.pack("<I", len(text)) + text for text in encoded)

@@ -1,4 +1,4 @@
-"""What the requests under way may hold together. What a single one may is for those who read it."""
+"""Limits on what all requests under way hold together; those on a single one are where it is read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +7,13 @@ from serving.errors import OverloadedError
 
 
 class Budget:
-    """An amount that requests share; all in the event loop."""
+    """An amount that requests share; to be used in the event loop only."""
 
     def __init__(self, amount: int, refusal: str) -> None:
         """
         Args:
-            amount: how much there is.
-            refusal: what is told to who asks for more than is left.
+            amount: how much there is in all.
+            refusal: message of the error that is raised when too little is left.
         """
         self._left = amount
         self._refusal = refusal
@@ -24,7 +24,7 @@ class Budget:
         return self._left == 0
 
     def check(self) -> None:
-        """Nothing is taken yet.
+        """Raise `OverloadedError` if nothing is left; takes nothing.
 
         Raises:
             OverloadedError: nothing is left.
@@ -33,22 +33,22 @@ class Budget:
             raise OverloadedError(self._refusal)
 
     def take(self, amount: int) -> None:
-        """Hold so much of it.
+        """Take an amount.
 
         Raises:
-            OverloadedError: less is left; nothing was taken.
+            OverloadedError: less than that is left; nothing was taken.
         """
         if amount > self._left:
             raise OverloadedError(self._refusal)
         self._left -= amount
 
     def give_back(self, amount: int) -> None:
-        """What was taken."""
+        """Give back an amount that was taken."""
         self._left += amount
 
     @contextmanager
     def share(self) -> Iterator[None]:
-        """Hold one of it meanwhile.
+        """Hold an amount of one within the `with` block.
 
         Raises:
             OverloadedError: nothing is left.

@@ -1,9 +1,9 @@
-"""What Prometheus reads at /metrics.
+"""The metrics that Prometheus reads at /metrics.
 
-BentoML's own request metrics are off: their labels are raw paths, a new series for each that a scanner
-tries, and their buckets begin at 5 ms. To be imported in a worker only: prometheus_client decides at its
-import that the workers' figures are added up, by PROMETHEUS_MULTIPROC_DIR, which BentoML has set by
-then; where they are it reads only when the first of them is made.
+BentoML's own request metrics are off: their labels are raw paths, so each one that a scanner tries makes
+a new series, and their buckets begin at 5 ms. Import this module in workers only: when prometheus_client
+is imported, it decides by PROMETHEUS_MULTIPROC_DIR, which BentoML has set by then, to add up the figures
+of all workers. Which folder it names is read only when the first metric is made.
 """
 
 import logging
@@ -35,17 +35,18 @@ from serving.settings import METRICS_FOLDER
 
 logger = logging.getLogger("serving")
 
-FILE_BYTES = 2**18  # more than all figures of a kind take, whose labels are bounded
+FILE_BYTES = 2**18  # more than all figures of a kind can take, as their labels are bounded
 
 
 def _take_room(folder: Path) -> None:
-    """Write the files that prometheus_client maps into memory, which it would leave without room.
+    """Write the files that prometheus_client maps into memory, so that they have their room on disk.
 
-    Where the disk is full then, the first look at a new page would kill the worker.
+    prometheus_client would only set their size: if the disk was full later, the first access to a new
+    page would kill the worker.
     """
     try:
         for kind in ("counter", "histogram", "gauge_livemax", "gauge_livesum"):
-            # Whole from the first moment: an empty one would fail who reads all of them just then.
+            # Complete from the first moment: an empty one would fail a worker that reads them just then.
             with replacing(folder / f"{kind}_{os.getpid()}.db") as file:
                 file.write(bytes(FILE_BYTES))
     except OSError:
@@ -55,7 +56,7 @@ def _take_room(folder: Path) -> None:
 
 
 if METRICS_FOLDER in os.environ:
-    # BentoML has one for all servers of a user, and each that starts empties it.
+    # BentoML's folder is shared by all servers of a user, and each of them empties it when it starts.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.environ[METRICS_FOLDER]
     try:
         _take_room(Path(os.environ[METRICS_FOLDER]))
@@ -68,7 +69,7 @@ SECONDS = (*(value / 1000 for value in MILLISECONDS), 1, 2, 5, 10, 30, 60, 120, 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 
-# The routes by which requests are told apart; all others are one.
+# The paths that have a label of their own; `route` gives all others one of the three after them.
 ROUTES = frozenset(
     {"/", "/classify", "/classify_batch", "/submission", "/model", "/docs.json", "/metrics"}
     | {"/healthz", "/livez", "/readyz"}
@@ -109,8 +110,8 @@ swaps = Counter(
     "New model files that came while serving, by what became of them, in each worker",
     ["outcome"],
 )
-# At 0 from the start, as a rate does not see a series' first step: of swaps, and of answers for which
-# somebody is paged.
+# At 0 from the start, as a rate does not see the first step of a series: swaps, and the statuses whose
+# rates matter for alerts.
 for outcome in ("done", "refused"):
     swaps.labels(outcome)
 for name in (*ROUTES, PROTOCOL, INFER, OTHER):
@@ -119,25 +120,25 @@ for name in (*ROUTES, PROTOCOL, INFER, OTHER):
 
 
 def leave() -> None:
-    """As this worker ends: drop its gauges."""
+    """Drop this worker's gauges, as it ends."""
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         mark_process_dead(os.getpid())
 
 
 def serves(model: Model) -> None:
-    """Tell which model is served; its classes begin at 0, so that each has its series."""
+    """Report a model as served, and start the counts of its classes at 0, so that each has a series."""
     model_info.labels(model.name, model.version, model.provider).set(1)
     for label in model.classes:
         predictions.labels(label)
 
 
 def retired(model: Model) -> None:
-    """Tell that a model is served no more."""
+    """Report a model as no longer served."""
     model_info.labels(model.name, model.version, model.provider).set(0)
 
 
 def ran(model: Model, logits: npt.NDArray[np.float32], seconds: float) -> None:
-    """Count a run of the engine that gave ``logits``, float32 [N, classes]."""
+    """Record a run of the engine that took `seconds` and gave `logits`, float32 [N, classes]."""
     engine_seconds.observe(seconds)
     batch_images.observe(len(logits))
     probabilities = softmax(logits)
@@ -150,7 +151,7 @@ def ran(model: Model, logits: npt.NDArray[np.float32], seconds: float) -> None:
 
 
 def exposition() -> Response:
-    """All figures of all workers in Prometheus' text format; workers that have ended have no gauges."""
+    """Return all workers' metrics in Prometheus' text format, without the gauges of ended workers."""
     registry = REGISTRY
     if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         _count_the_killed(Path(folder))
@@ -160,18 +161,18 @@ def exposition() -> Response:
 
 
 def _count_the_killed(folder: Path) -> None:
-    """Drop the gauges of workers that ended without a word, and count these; their counts stay."""
+    """Drop the gauges of workers that were killed or crashed, and count these; their counters stay."""
     for file in folder.glob("gauge_live*_*.db"):
         kind, _, process = file.stem.rpartition("_")
         if not psutil.pid_exists(int(process)):
             with suppress(FileNotFoundError):  # another worker was first
                 file.unlink()
-                if kind == "gauge_livesum":  # each has one, and another of the other kind
+                if kind == "gauge_livesum":  # each worker has one file of each kind
                     killed.inc()
 
 
 def route(path: str) -> str:
-    """The label of a request's path: one of few, whatever clients ask for."""
+    """Return the label of a request's path: one of a few, whatever clients ask for."""
     if path in ROUTES:
         return path
     if is_protocol(path):

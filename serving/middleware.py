@@ -1,7 +1,7 @@
-"""Around every request: its figures and its id, one shape for every error, who is let in, and its body.
+"""Middleware around every request: metrics and log, the shape of errors, admission, limits on the body.
 
-All are plain ASGI. What is inside of `ErrorShape` may raise: a `RequestError` is answered as what it is,
-anything else as a fault of ours. What is outside of it must not, before the answer starts: BentoML would
+All of it is plain ASGI. What is inside `ErrorShape` may raise: a `RequestError` is answered with its own
+status, anything else with 500. What is outside must not raise before the answer starts: BentoML would
 let such a request hang until its timeout.
 """
 
@@ -36,29 +36,29 @@ logger = logging.getLogger("serving")
 Header = tuple[bytes, bytes]
 
 HIDDEN_HEADERS = frozenset({b"server", b"x-bentoml-request-id"})  # what runs here is nobody's business
-# BentoML's page at / would load a tracker's script, which could read what is tried out there.
+# BentoML's page at / would load a tracker's script, which could read all that is tried out there.
 PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 )
-# Of which BentoML would write a traceback into the log.
+# For a request of this type BentoML would write a traceback into the log.
 FOR_BENTOML = "application/vnd.bentoml+pickle"
-FREE_BYTES = 64 * 1024  # of a body; up to here a request is not refused for the size of others
-GONE = 499  # as nginx has it: the client left before the answer
+FREE_BYTES = 64 * 1024  # of a body; up to this a request is not refused for the size of other bodies
+GONE = 499  # nginx's status for a client that left before the answer
 
-# For the machines that watch the service: they need no key, and are answered while it stops.
+# For the machines that watch the service: these need no key, and are answered even while it stops.
 OPEN_PATHS = frozenset(
     {"/healthz", "/livez", "/readyz", "/metrics", f"{PREFIX}/health/live", f"{PREFIX}/health/ready"}
 )
-# A browser asks for these without a key; the page then takes the key for what is tried out on it.
+# A browser asks for these without a key; the page itself takes the key for requests tried out on it.
 PAGE_PATHS = frozenset({"/", "/docs.json"})
 PAGE_FILES = "/static_content/"
 
 
 class Observed:
-    """Counts, times and logs every request, and gives its answer an id and the headers that all have."""
+    """Counts, times and logs every request, and adds its id and the common headers to its answer."""
 
     def __init__(self, app: ASGIApp, drain: Drain) -> None:
-        from serving import metrics  # in a worker only, as it says
+        from serving import metrics  # in workers only, see there
 
         self.app, self.drain, self.metrics = app, drain, metrics
 
@@ -84,8 +84,8 @@ class Observed:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 completed = self._completed(message["headers"], identity)
-                # A client that waits to be asked for the body, and is refused, may send it or the next
-                # request; nothing tells them apart.
+                # A client that waits for 100 Continue and is refused may go on with the body or with its
+                # next request; nothing tells them apart.
                 if status >= 400 and not bytes_in and "expect" in headers:
                     completed.append((b"connection", b"close"))
                 message = {**message, "headers": completed}
@@ -123,16 +123,16 @@ class Observed:
 
 
 class ErrorShape:
-    """Gives the errors of routing and of BentoML (404, 405, 500, ...) the shape of ours.
+    """Gives the errors of routing and of BentoML (404, 405, 500, ...) the same shape as ours.
 
-    Under /v2 all errors, ours too, get the shape of the Open Inference Protocol.
+    Under /v2 all errors, including ours, get the shape of the Open Inference Protocol.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and hold an error back until its shape is known."""
+        """Pass the request on, and hold an error answer back until its body is complete."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -143,7 +143,7 @@ class ErrorShape:
         async def shaped(message: Message) -> None:
             nonlocal start, body, started
             if message.get("status") == HTTPStatus.TEMPORARY_REDIRECT:
-                # Starlette's, to the path without its last slash at whatever host the client named.
+                # Starlette's, to the path without its trailing slash at whatever host the client named.
                 message = {**message, "status": HTTPStatus.NOT_FOUND, "headers": []}
             if message["type"] == "http.response.start" and GONE != message["status"] >= 400:
                 start = message
@@ -157,14 +157,14 @@ class ErrorShape:
                     await _send_shaped(scope, receive, send, start, body)
 
         app = self.app
-        if scope["path"].endswith("\n"):  # which Starlette's routes do not look at
+        if scope["path"].endswith("\n"):  # which Starlette's routes would overlook
             app = Response(status_code=HTTPStatus.NOT_FOUND)
         try:
             await app(scope, receive, shaped)
         except Exception as error:
             if started:
                 if isinstance(error, RequestError):
-                    return  # too late to tell; uvicorn ends the connection
+                    return  # too late for an error answer; uvicorn ends the connection
                 raise
             if not isinstance(error, RequestError):
                 logger.exception("%s %s (%s) failed", scope["method"], scope["path"], request_id.get())
@@ -173,7 +173,7 @@ class ErrorShape:
 
 
 async def _send_shaped(scope: Scope, receive: Receive, send: Send, start: Message, body: bytes) -> None:
-    """Send an error in the shape that its path has: as it is, or with another body."""
+    """Send an error in the shape that its path requires, with our text if it is not one of ours."""
     status = HTTPStatus(start["status"])
     headers = Headers(raw=start["headers"])
     try:
@@ -195,7 +195,7 @@ async def _send_shaped(scope: Scope, receive: Receive, send: Send, start: Messag
 
 
 class Admission:
-    """Lets in who has the key, where there is one, and nobody any more when the service stops."""
+    """Refuses requests without the key, if one is set, and all new ones once the service stops."""
 
     def __init__(self, app: ASGIApp, drain: Drain, api_key: SecretStr | None) -> None:
         self.app, self.drain = app, drain
@@ -220,7 +220,7 @@ class Admission:
 
 
 def _given_keys(scope: Scope) -> list[bytes]:
-    """Bytes as they came, so that a key may hold any character."""
+    """Return the keys in a request's headers, as raw bytes, so that a key may have any character."""
     keys = []
     for name, value in scope["headers"]:
         if name == b"x-api-key":
@@ -233,11 +233,11 @@ def _given_keys(scope: Scope) -> list[bytes]:
 
 
 class Reception:
-    """Receives the body within its limits, and drops the work of a client that has left.
+    """Receives the body within its limits, and cancels the work for a client that has left.
 
-    A body of more than `max_bytes` is refused, by its Content-Length at once and else while it comes,
-    and so is one that has not arrived after `seconds`, or for which `uploads`, the bytes of all bodies
-    under way, has too few left.
+    A body is refused if it has more than `max_bytes` (at once by its Content-Length, otherwise while it
+    arrives), if it has not arrived after `seconds`, or if too little is left of `uploads`, the budget of
+    bytes for all bodies under way.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float, uploads: Budget) -> None:
@@ -271,7 +271,7 @@ class Reception:
         deadline = loop.time() + self.seconds
         received = held = 0
         answered = left = False
-        leaving: asyncio.Task[Message] | None = None  # once the body is there
+        leaving: asyncio.Task[Message] | None = None  # started once the body is there
 
         async def watched() -> Message:
             nonlocal received, held, leaving
@@ -281,7 +281,7 @@ class Reception:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                # To the endpoint that is reading, which answers with it; as is `too_large`.
+                # Raised in the endpoint that is reading, which answers with it; so is `too_large`.
                 raise SlowBodyError(f"The body took over {self.seconds:g} seconds to arrive.") from None
             received += len(message.get("body", b""))
             if received > self.max_bytes:
@@ -312,7 +312,7 @@ class Reception:
             if not left:
                 raise
             task.uncancel()
-            await Response(status_code=GONE)(scope, receive, send)  # the end of it for BentoML
+            await Response(status_code=GONE)(scope, receive, send)  # for BentoML, the end of it
         finally:
             self.uploads.give_back(held)
             if leaving is not None:

@@ -1,4 +1,4 @@
-"""The model file: one ONNX graph with its description, checked and loaded into an engine."""
+"""The model file: one ONNX graph with its metadata, checked and loaded into an engine."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from serving.settings import Provider
 
 CONTRACT = "1"
 REQUIRED = ("contract", "name", "version", "classes", "precision")
-# Texts that may look like numbers: a version of twelve hex digits can be 123456789012 or 12e456.
+# Texts that may look like numbers: a version of twelve hex digits can be 123456789012 or 1234567890e1.
 TEXTS = frozenset({"name", "version", "precision", "commit", "checkpoint_sha256", "recipe"})
 DOMAINS = ("", "ai.onnx")
 
@@ -28,13 +28,14 @@ class Model:
     classes and precision.
 
     Attributes:
-        metadata: everything the file says of itself, JSON values decoded.
+        metadata: everything the file says about itself, with JSON values decoded.
         name, version: identify the model in every answer.
         classes: label of each index.
-        provider: the execution provider that really runs it, and `provider_reason` why it is that one.
-        runs: how many calls of `logits` at a time make the most of the device.
-        chunk_size: images of one of them at most, so that all together have `max_batch_size`.
-        batch_size: of those, as many as make the most of it: the answers to more would only come later.
+        provider: the execution provider that really runs it; `provider_reason` says why that one.
+        runs: how many calls of `logits` at a time make full use of the device.
+        chunk_size: most images in one call, so that all calls together have up to `max_batch_size`.
+        batch_size: single images in one call, up to `chunk_size`, that make full use of the device: with
+            more, the answers would only come later.
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class Model:
 
         Args:
             path: the file.
-            provider: of `serving.engine.Engine`, as are `threads` and `runs`.
-            max_batch_size: images that will be in the engine at a time; as many are run once here.
+            provider: as for `serving.engine.Engine`, like `threads` and `runs`.
+            max_batch_size: most images that will be in the engine at a time; it is warmed up for these.
 
         Raises:
             ModelError: the file is missing, is not ONNX, does not keep the contract or is damaged.
@@ -79,15 +80,15 @@ class Model:
             self._engine.warm_up(self.chunk_size)
         except StartError:
             raise
-        except Exception as error:  # whatever damage raises: texts that are no UTF-8, JSON too deep
+        except Exception as error:  # whatever damage raises: text that is not UTF-8, JSON too deep
             raise ModelError(f"{path} cannot be used: {error}") from error
 
     def logits(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Logits float32 [N, classes] of images uint8 [N, 32, 32, 3] RGB.
+        """Return the logits, float32 [N, classes], of RGB images, uint8 [N, 32, 32, 3].
 
         Raises:
-            ModelError: they are not as many.
-            FloatingPointError: they are no finite numbers, so that no class is the most probable.
+            ModelError: the logits have another shape.
+            FloatingPointError: the logits are not finite, so no class is the most probable.
         """
         logits = self._engine.run(images)
         if logits.shape != (len(images), len(self.classes)):
@@ -102,9 +103,10 @@ class Model:
 
 
 def _opened(path: Path) -> ort.InferenceSession:
-    """The file as it is, to check it: nothing is optimised, so that its own operators are listed.
+    """Open the file for checks, without optimisation, so that its own operators are listed.
 
-    It is opened by its bytes, so that it has to be whole: a copy of it could not have weights beside it.
+    It is opened from its bytes, so that it has to be complete in itself: a copy of it would lack weights
+    that lie in other files.
     """
     options = session_options()
     options.intra_op_num_threads = 1
@@ -154,11 +156,11 @@ def _metadata(path: Path, session: ort.InferenceSession) -> dict[str, Any]:
 
 
 def _decoded(value: str) -> Any:
-    """What a text of JSON stands for, if that can be told again; any other is itself."""
+    """Decode a text that is JSON, if its value can be sent as JSON again; return any other as it is."""
     try:
         decoded = json.loads(value)
         json.dumps(decoded, allow_nan=False, ensure_ascii=False).encode()
-    except ValueError:  # no JSON; or NaN, infinity, or half a character
+    except ValueError:  # not JSON; or NaN, infinity, or half a surrogate pair
         return value
     return decoded
 
@@ -181,7 +183,7 @@ def _check_signature(path: Path, session: ort.InferenceSession, classes: int) ->
 
 
 def _check_runs(path: Path, session: ort.InferenceSession, classes: int) -> None:
-    """Two batch sizes, so that a graph whose batch is fixed is found now and not under load."""
+    """Run two batch sizes, so that a graph whose batch is fixed is found now and not under load."""
     for count in (1, 2):
         try:
             logits = session.run(["logits"], {"images": np.zeros((count, 32, 32, 3), np.uint8)})[0]

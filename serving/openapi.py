@@ -1,7 +1,7 @@
 """The OpenAPI document: BentoML's own for the health checks, ours for the endpoints.
 
-BentoML would describe files as `type: file`, which OpenAPI 3 does not know, knows no GET of ours,
-no status codes and no examples.
+BentoML's would describe files as `type: file`, which OpenAPI 3 does not have, and would lack our GET
+endpoints, the status codes and the examples.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,7 +39,7 @@ TOP_K: Json = {
     "description": "How many classes to answer with, most probable first.",
 }
 TOP_K_FIELD: Json = {**TOP_K, "default": DEFAULT_TOP_K}
-# Without a default, which the page would send beside the field's: it is given twice then, an error.
+# Without a default, which the page would send besides the form's field: `top_k` twice is an error.
 TOP_K_PARAMETER: Json = {
     "name": "top_k",
     "in": "query",
@@ -84,12 +84,12 @@ OF_A_BODY = (SlowBodyError, TooLargeError, MediaTypeError, FieldError)
 
 
 def openapi_document(base: Json, version: str, *, with_key: bool) -> Json:
-    """BentoML's document `base` with our endpoints in place of BentoML's account of them.
+    """Return BentoML's document `base` with our own description of our endpoints.
 
     Args:
-        base: what BentoML would show.
-        version: of the model, shown as the document's.
-        with_key: whether the service asks for its key.
+        base: the document that BentoML would show.
+        version: the model's version, shown as the document's.
+        with_key: whether the service asks for a key.
     """
     definitions = models_json_schema(
         [
@@ -110,7 +110,7 @@ def openapi_document(base: Json, version: str, *, with_key: bool) -> Json:
     }
     document = {
         **base,
-        "openapi": "3.1.0",  # whose schemas are pydantic's
+        "openapi": "3.1.0",  # the version that pydantic's schemas are for
         "info": info,
         "paths": {**_paths(), **health, "/readyz": {"get": not_ready}},
         "components": {"schemas": definitions},
@@ -199,7 +199,7 @@ def _paths() -> Json:
 
 
 def _inference_protocol() -> Json:
-    """The Open Inference Protocol's paths; its schemas are the protocol's."""
+    """Return the Open Inference Protocol's paths; the protocol itself has the schemas of the answers."""
     name: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     json: Json = {"application/json": {"schema": {"type": "object"}}}
     answers: Json = {"200": {"description": "As the protocol has it.", "content": json}}

@@ -6,9 +6,9 @@ a small stack machine follows those that build plain data. The few globals that 
 there is nothing that a file could execute. An opcode or a name that is not in the tables ends
 the reading.
 
-Memory stays in proportion to the file: a payload is never read further than the file goes, an
-array is a view of bytes that are there (its declared shape must fit them exactly), a long text has a
-byte a character, and the number of opcodes is limited.
+Memory stays in proportion to the file: a payload is never read past the end of the file, an array is a
+view of bytes that are there (its declared shape must fit them exactly), a long text has one byte per
+character, and the number of opcodes is limited.
 """
 
 import math
@@ -27,7 +27,7 @@ from serving.errors import PickleError
 OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 PROTOCOLS = range(2, 6)
 RIGHT = "right would be what `pickle.dump(..., protocol=4)` writes"
-# How files begin that are sent in the place of a pickle.
+# How files begin that are sent by mistake instead of a pickle.
 OTHERS = {
     b"\x1f\x8b": "is packed by gzip",
     b"PK\3\4": "is a zip archive, as those of numpy.savez and torch.save are",
@@ -35,20 +35,21 @@ OTHERS = {
     b"BZh": "is packed by bzip2",
     b"\xfd7zXZ": "is packed by xz",
 }
-SHOWN = 20  # bytes of a text in the place of a pickle
+SHOWN = 20  # bytes in an error message of a text that is sent instead of a pickle
 TEXT = re.compile(rb"[\t\n\r -~]+")
-MAX_OPCODES = 400_000  # twenty for each of the most rows that the settings allow by default
-MAX_LINE = 512  # of an opcode whose argument is a line: the module or the name of a global
+MAX_OPCODES = 400_000  # twenty for each of the 20,000 rows that the settings allow by default
+MAX_LINE = 512  # bytes of an argument that is a line: the module or the name of a global
 MAX_DIMENSIONS = 32
-# Longer ones are the bytes of arrays in protocol 2. Other characters would take four times the file.
-MAX_TEXT = 2**16  # bytes of a text whose characters are beyond Latin-1
-TEXTS = {"SHORT_BINUNICODE": "<B", "BINUNICODE": "<I", "BINUNICODE8": "<Q"}  # and their lengths
+# Longer ones are the bytes of arrays in protocol 2. Other characters would take four times the file's
+# size in memory.
+MAX_TEXT = 2**16  # bytes of a text that has characters beyond Latin-1
+TEXTS = {"SHORT_BINUNICODE": "<B", "BINUNICODE": "<I", "BINUNICODE8": "<Q"}  # and their length's format
 LATIN_1 = 0xC3  # the highest byte that Latin-1's characters have in UTF-8
 INT_KEYS = range(-(2**31), 2**31)  # larger ones could be chosen to collide in a dict
 
 NUMBERS = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"})
 
-# What NumPy 1 and 2 and Python 2 and 3 write for an array, a number of NumPy's, or bytes.
+# The globals that NumPy 1 and 2 and Python 2 and 3 write for an array, a NumPy scalar or bytes.
 SYMBOLS = {
     (f"{package}.{module}", name): symbol
     for package in ("numpy.core", "numpy._core")
@@ -81,14 +82,14 @@ class _DType:
 
 
 class _Empty:
-    """What `_reconstruct` makes; BUILD puts the array in its place on the stack and in the memo."""
+    """What `_reconstruct` makes; BUILD replaces it by the array, on the stack and in the memo."""
 
     def __init__(self) -> None:
         self.memo_indices: list[int] = []
 
 
 class _Parts(tuple[Any, ...]):
-    """A tuple with parts in it that an array is made of, as the arguments of a call have them."""
+    """A tuple that has parts of an array in it, such as the arguments of a call."""
 
 
 PARTS = _Symbol | _DType | _Empty | _Parts
@@ -108,7 +109,7 @@ def read_pickle(file: IO[bytes]) -> Any:
         Arrays are read-only views of the file's bytes.
 
     Raises:
-        PickleError: the file is no such pickle, is truncated, or holds anything else.
+        PickleError: the file is not such a pickle, is truncated, or holds anything else.
     """
     source = _Source(file)
     source.check_start()
@@ -167,7 +168,7 @@ class _Source:
         return line
 
     def opcode(self) -> tuple[str, Any]:
-        """The name of the next opcode, which is one of `_STEPS`, and its argument."""
+        """Read the next opcode: its name, which is a key of `_STEPS`, and its argument."""
         if self._position == self.size:
             raise PickleError("The pickle is truncated: it ends without a STOP.")
         code = self.read(1)
@@ -179,7 +180,7 @@ class _Source:
             raise PickleError(f"The opcode {name} builds more than plain data and is not allowed.")
         if name in TEXTS:
             return name, self._text(TEXTS[name])
-        # The readers only read and tell.
+        # The readers only call methods that this class has too.
         argument = None if opcode.arg is None else opcode.arg.reader(cast(IO[bytes], self))
         if name == "FRAME":
             self._begin_frame(cast(int, argument))
@@ -193,7 +194,7 @@ class _Source:
 
     def _advance(self, count: int) -> None:
         start, self._position = self._position, self._position + count
-        if start < self._frame_end < self._position:  # pickle's own readers differ in what they do then
+        if start < self._frame_end < self._position:  # in this case pickle's own readers differ
             raise PickleError("The pickle has a value that goes on behind the end of its frame.")
 
     def _text(self, length: str) -> str:
@@ -232,7 +233,7 @@ class _Machine:
         self._stack.append(value)
 
     def string(self, text: str) -> None:
-        self.push(text.encode("latin-1"))  # how genops shows the bytes of a Python 2 str
+        self.push(text.encode("latin-1"))  # pickletools decodes a Python 2 str as Latin-1
 
     def pop(self) -> Any:
         if not self._stack or self._stack[-1] is _MARK:
@@ -298,7 +299,7 @@ class _Machine:
     # Arrays
 
     def name(self, module: Any, name: Any) -> None:
-        # Never printed if it is anything else: a small pickle can nest tuples whose text is endless.
+        # Anything but text is never shown: a small pickle can nest tuples whose text would be endless.
         if not (isinstance(module, str) and isinstance(name, str)):
             raise PickleError("The pickle names something by values that are not text.")
         symbol = SYMBOLS.get((module, name))
@@ -351,7 +352,7 @@ class _Machine:
 
 
 def _finished(value: Any) -> Any:
-    """A value as it may stay in the result: not a part that an array was to be made of."""
+    """Return a value that may be in the result; raise `PickleError` for a mere part of an array."""
     if isinstance(value, PARTS):
         raise PickleError("The pickle holds a name, a dtype or an unfinished array as a value.")
     return value
@@ -374,7 +375,7 @@ def _byte_order(order: str | bytes) -> str:
 
 
 def _array(buffer: Any, dtype: _DType, shape: Any, order: Literal["C", "F"]) -> npt.NDArray[Any]:
-    """A view of the bytes; nothing is allocated for a shape that they do not fill exactly."""
+    """Return an array that is a view of the bytes, which must fill it exactly; it allocates nothing."""
     if not isinstance(buffer, bytes | bytearray):
         raise PickleError(f"An array's contents are a {type(buffer).__name__}, not bytes.")
     if not (
@@ -409,7 +410,7 @@ def _transposed(array: npt.NDArray[Any], axes: Any) -> npt.NDArray[Any]:
 
 _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "PROTO": _Machine.protocol,
-    "FRAME": lambda machine, _: None,  # the source's affair
+    "FRAME": lambda machine, _: None,  # `_Source` has dealt with it
     "STOP": lambda machine, _: machine.stop(),
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),

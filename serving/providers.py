@@ -1,7 +1,7 @@
-"""Execution providers: which of them can run here, what the others lack, and a session with each.
+"""Execution providers: which of them can run here, what the others lack, and sessions with them.
 
-OpenVINO's is a plug-in: a library of the package onnxruntime-ep-openvino, which the installed
-onnxruntime loads. CUDA's and TensorRT's are in onnxruntime-gpu, their libraries in packages of NVIDIA's.
+OpenVINO's is a plug-in: a library in the package onnxruntime-ep-openvino, which the installed
+onnxruntime loads. CUDA's and TensorRT's are in onnxruntime-gpu, their libraries in NVIDIA's packages.
 """
 
 import ctypes
@@ -37,9 +37,9 @@ COMMANDS: dict[ProviderName, str] = {
 }
 
 CUDA_OPTIONS = {
-    # The default, EXHAUSTIVE, times every algorithm anew for each batch size that turns up.
+    # The default, EXHAUSTIVE, times every algorithm again for each new batch size.
     "cudnn_conv_algo_search": "HEURISTIC",
-    # The default doubles what the arena has each time that it is too small.
+    # The default doubles the arena each time that it is too small.
     "arena_extend_strategy": "kSameAsRequested",
     # Channels last, as tensor cores take them: 1.4 times the images/s of the bundled network on an H200
     # (benchmarks/results/cuda-layout.json).
@@ -50,7 +50,7 @@ ORT_ERRORS_ONLY = 3
 
 
 def session_options() -> ort.SessionOptions:
-    """Options without ONNX Runtime's warnings; without a GPU its search for one would be such."""
+    """Return options that log errors only; without a GPU, ONNX Runtime warns of its search for one."""
     options = ort.SessionOptions()
     options.log_severity_level = ORT_ERRORS_ONLY
     return options
@@ -59,27 +59,27 @@ def session_options() -> ort.SessionOptions:
 def open_session(
     model: Path | bytes, provider: ProviderName, threads: int, runs: int = 1
 ) -> ort.InferenceSession:
-    """A session that has run a model file on a provider.
+    """Open a session with a model file on a provider, and run it once.
 
     Args:
         model: the file, or its bytes.
-        provider: that runs it.
-        threads: of the session, where it runs on the CPU.
-        runs: at a time that share the threads; as many as it has at most.
+        provider: the provider that is to run it.
+        threads: how many threads the session uses, if it runs on the CPU.
+        runs: how many runs at a time share the threads; at most `threads`.
 
     Raises:
-        NoProviderError: the provider is not here; the message has the command that helps.
+        NoProviderError: the provider cannot start here; the message has the command that helps.
         ProviderError: it does not run the model.
     """
     lack = obstacle(provider)
     if lack:
         raise NoProviderError(f"{lack}.")
     options = session_options()
-    options.intra_op_num_threads = threads - runs + 1  # whoever calls for a run is one of them
+    options.intra_op_num_threads = threads - runs + 1  # each run's calling thread works too
     options.inter_op_num_threads = 1
     # Threads that spin while they wait would take the cores from the HTTP server.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Patterns are cached for each batch size, and batch sizes vary.
+    # A pattern is cached for each batch size, and batch sizes vary.
     options.enable_mem_pattern = False
     try:
         chain = _chain(options, provider, threads, runs)
@@ -87,7 +87,7 @@ def open_session(
         session.run(["logits"], {"images": np.zeros((1, 32, 32, 3), np.uint8)})
     except Exception as error:
         raise ProviderError(f"{FULL_NAMES[provider]} does not run the model: {error}") from error
-    # onnxruntime falls back to the CPU without an error.
+    # onnxruntime falls back to the CPU without raising an error.
     if session.get_providers()[0] != FULL_NAMES[provider]:
         raise NoProviderError(
             f"{FULL_NAMES[provider]} does not start, though a GPU is here; `{COMMANDS[provider]}`."
@@ -96,7 +96,10 @@ def open_session(
 
 
 def obstacle(provider: ProviderName) -> str | None:
-    """Why a provider need not be tried, and the command that helps; asking first keeps the log clean."""
+    """Return why a provider cannot run here and the command that helps, or None if it is worth a try.
+
+    To ask first keeps ONNX Runtime's errors out of the log.
+    """
     match provider:
         case "openvino":
             if importlib.util.find_spec("onnxruntime_ep_openvino") is None:
@@ -107,7 +110,7 @@ def obstacle(provider: ProviderName) -> str | None:
             try:
                 processor = _openvino_cpu()
             except Exception:
-                return None  # a plug-in that is damaged: whoever opens a session is told how
+                return None  # a damaged plug-in: `open_session` says what is wrong
             if processor is None:
                 return "The OpenVINO plug-in takes no processor of this machine; it takes Intel's"
         case "cuda" | "tensorrt":
@@ -127,7 +130,7 @@ def obstacle(provider: ProviderName) -> str | None:
 
 
 def _has_tensorrt() -> bool:
-    """Whether its libraries are here, by NVIDIA's packages for pip or the system's."""
+    """Return whether TensorRT's libraries are here, from NVIDIA's packages for pip or the system's."""
     if importlib.util.find_spec("tensorrt_libs") is not None:
         return True
     try:
@@ -140,15 +143,15 @@ def _has_tensorrt() -> bool:
 def _chain(
     options: ort.SessionOptions, provider: ProviderName, threads: int, runs: int
 ) -> list[Any] | None:
-    """The providers in the order in which nodes are offered; None where the options have them."""
+    """Return the providers in the order in which nodes are offered; None if `options` now has them."""
     match provider:
         case "openvino":
             processor = _openvino_cpu()
-            assert processor is not None  # else there was an obstacle
+            assert processor is not None  # else `obstacle` reports it
             options.add_provider_for_devices([processor], _openvino_options(threads, runs))
             return None
         case "cuda" | "tensorrt":
-            # The libraries of NVIDIA's packages lie in site-packages, where no loader looks.
+            # The libraries of NVIDIA's packages lie in site-packages, where the loader does not look.
             ort.preload_dlls()
             if provider == "tensorrt" and importlib.util.find_spec("tensorrt_libs"):
                 importlib.import_module("tensorrt_libs")
@@ -159,7 +162,7 @@ def _chain(
 
 @functools.cache
 def _openvino_cpu() -> ort.OrtEpDevice | None:
-    """OpenVINO's CPU device, or None where it takes none, such as AMD's; loads the plug-in."""
+    """Load the plug-in; return its CPU device, or None if it takes no processor here, such as AMD's."""
     plugin = importlib.import_module("onnxruntime_ep_openvino")
     ort.register_execution_provider_library(OPENVINO, plugin.get_library_path())
     for device in ort.get_ep_devices():
@@ -172,14 +175,14 @@ def _openvino_options(threads: int, runs: int) -> dict[str, str]:
     properties = {
         "INFERENCE_NUM_THREADS": str(threads),
         "NUM_STREAMS": str(runs),
-        # Threads that are bound to cores meet those of other workers on the same ones.
+        # Threads bound to cores would meet those of other workers on the same cores.
         "ENABLE_CPU_PINNING": "NO",
     }
     return {"load_config": json.dumps({"CPU": properties})}
 
 
 def _gpu_count() -> int:
-    """GPUs that the driver shows."""
+    """Return how many GPUs NVIDIA's driver shows; 0 without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,4 +1,4 @@
-"""The threads in which the bytes of clients are read, off the event loop."""
+"""The threads in which clients' bytes are read, off the event loop."""
 
 import asyncio
 import threading
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from serving.errors import RequestError
 from serving.images import LARGE_PIXELS, LargeImageError, decode, is_small
 
-SHORT_BYTES = 64 * 1024  # of JSON; more takes long to read
+SHORT_BYTES = 64 * 1024  # of a request under /v2; a longer one takes long to read
 READ_AT_ONCE = 16  # images of a request that a thread decodes in one turn
 
 Pixels = npt.NDArray[np.uint8]
@@ -21,13 +21,13 @@ Arguments = TypeVarTuple("Arguments")
 
 
 class Readers:
-    """What is single and short waits neither for the many images of a request nor for a large one."""
+    """Threads in which a single short read waits neither for a request's many images nor a large one."""
 
     def __init__(self, threads: int, max_pixels: int) -> None:
         """
         Args:
-            threads: that read what is short, and as many what is long.
-            max_pixels: of an image.
+            threads: how many for short reads, and again as many for long ones.
+            max_pixels: limit of an image's width times height.
         """
         self._max_pixels = max_pixels
         self._short = ThreadPoolExecutor(threads, "reader")
@@ -35,7 +35,7 @@ class Readers:
         self._large = ThreadPoolExecutor(1, "large-reader")  # so one large image at a time is in memory
 
     async def image(self, content: bytes) -> Pixels:
-        """The pixels of an image file, uint8 [32, 32, 3].
+        """Return the pixels of an image file, uint8 [32, 32, 3].
 
         Raises:
             ImageError, TooLargeError: as `serving.images.decode`.
@@ -48,7 +48,7 @@ class Readers:
             return await _in(self._large, decode, content, self._max_pixels)
 
     async def images(self, contents: list[bytes]) -> list[Pixels | RequestError]:
-        """Those of several files, or what is wrong with each."""
+        """Return the pixels of several image files in order, or for a bad one its error."""
         starts = range(0, len(contents), READ_AT_ONCE)
         given_up = threading.Event()
         try:
@@ -61,20 +61,20 @@ class Readers:
             given_up.set()
 
     async def short(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        """What a function reads, beside other short things."""
+        """Call a function in the threads for short reads."""
         return await _in(self._short, function, *arguments)
 
     async def long(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        """What a function reads in a second or more."""
+        """Call a function in the threads for long reads, which may take a second or more."""
         return await _in(self._long, function, *arguments)
 
     def stop(self) -> None:
-        """Read nothing more than what is begun."""
+        """Begin no more reads; those under way are not waited for."""
         for threads in (self._short, self._long, self._large):
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _decoded(self, contents: list[bytes], given_up: threading.Event) -> list[Pixels | RequestError]:
-        """The images of one turn; no more of them once nobody waits."""
+        """Decode the images of one turn; stop once nobody waits for them."""
         images: list[Pixels | RequestError] = []
         for content in contents:
             if given_up.is_set():

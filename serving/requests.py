@@ -1,8 +1,8 @@
 """Reading requests: forms with files, raw images, and the parameter `top_k`.
 
-BentoML's stock parsing is replaced: for a file field it fetches a URL that the client names, it
-answers a bad image with 500, and its errors are not ours. The classes here describe each form to
-BentoML (its schema.json, and with that its client), and hand the request itself to the endpoint.
+BentoML's own parsing is not used: for a file field it would fetch a URL that the client names, it
+answers a bad image with 500, and its errors have another shape. The classes here describe each form to
+BentoML (for its schema.json and, by that, its client), and pass the request itself to the endpoint.
 """
 
 # BentoML ships without types: its base classes are Any.
@@ -35,7 +35,7 @@ class Form(IODescriptor):
 
     @classmethod
     async def from_http_request(cls, request: Request, serde: Any) -> IODescriptor:
-        """Hand the request on unread, so that what is wrong with it is answered in our shape."""
+        """Pass the request on unread, so that its errors are answered in our shape."""
         return _Received.model_construct(request=request)
 
 
@@ -47,7 +47,7 @@ class ClassifyForm(Form):
 
 
 class ClassifyBatchForm(Form):
-    """Several images, as fields of one name."""
+    """Several images, as fields with the same name."""
 
     images: list[File]
     top_k: TopK = DEFAULT_TOP_K
@@ -60,7 +60,7 @@ class SubmissionForm(Form):
 
 
 async def read_image(request: Request) -> tuple[bytes, int]:
-    """The image's bytes and `top_k`, from a form or from a body that is the image."""
+    """Return the image's bytes and `top_k`, from a form or from a body that is the image itself."""
     _check_query(request, "top_k")
     if _media_type(request).startswith("image/"):
         return await request.body(), _top_k(request, [])
@@ -70,7 +70,7 @@ async def read_image(request: Request) -> tuple[bytes, int]:
 
 
 async def read_images(request: Request, max_images: int) -> tuple[list[bytes], int]:
-    """The bytes of each image in the order of the form, and `top_k`."""
+    """Return the bytes of each image, in the order of the form, and `top_k`."""
     _check_query(request, "top_k")
     async with _form(request, ClassifyBatchForm, max_files=max_images) as parts:
         images = _files(parts, "images")
@@ -79,7 +79,7 @@ async def read_images(request: Request, max_images: int) -> tuple[list[bytes], i
 
 @asynccontextmanager
 async def read_file(request: Request) -> AsyncIterator[Part]:
-    """The uploaded file, which lies on disk when it is large and is gone afterwards."""
+    """Receive the uploaded file, which is on disk if it is large and is deleted on exit."""
     _check_query(request)
     async with _form(request, SubmissionForm, max_files=1) as parts:
         (file,) = _files(parts, "file")
@@ -87,7 +87,7 @@ async def read_file(request: Request) -> AsyncIterator[Part]:
 
 
 def _check_query(request: Request, *known: str) -> None:
-    """A misspelt parameter is told, not ignored."""
+    """Raise `FieldError` for an unknown parameter, so that a misspelt one is not ignored."""
     for name in request.query_params if request.scope["query_string"] else ():
         if name not in known:
             raise FieldError(
@@ -102,7 +102,7 @@ def _media_type(request: Request) -> str:
 
 @asynccontextmanager
 async def _form(request: Request, spec: type[Form], max_files: int) -> AsyncIterator[list[Part]]:
-    """Read a multipart form that has no fields but those of `spec`."""
+    """Receive a multipart form that has only fields of `spec`."""
     media_type = _media_type(request)
     if media_type != "multipart/form-data":
         also = " or, as a raw body, image/*" if spec is ClassifyForm else ""

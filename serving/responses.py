@@ -1,4 +1,4 @@
-"""The bodies of answers: models for the schema and the document, and the one shape of errors."""
+"""The bodies of answers: models for the schema and the OpenAPI document, and the shape of errors."""
 
 from typing import Any
 
@@ -53,15 +53,15 @@ class Answers(RootModel[list[Classification | ErrorBody]]):
 
 
 def error_body(code: str, message: str) -> dict[str, Any]:
-    """The one shape of an error, as `ErrorBody` describes it."""
+    """Return an error in the shape of `ErrorBody`."""
     return {"error": {"code": code, "message": message}}
 
 
 def error_response(error: RequestError) -> JSONResponse:
-    """The answer to a request that failed."""
+    """Return the answer to a request that failed."""
     return JSONResponse(error_body(error.code, str(error)), error.status, error.headers)
 
 
 def answer_response(answer: dict[str, Any] | list[dict[str, Any]]) -> Response:
-    """An answer as JSON, by pydantic's encoder, which takes a fifth of the standard library's time."""
+    """Return an answer as JSON, encoded by pydantic in a fifth of the standard library's time."""
     return Response(to_json(answer), media_type="application/json")

@@ -74,25 +74,25 @@ from serving.uvicorn_server import (
 )
 
 logger = logging.getLogger("serving")
-logger.setLevel(logging.INFO)  # BentoML shows warnings only, of all loggers but its own
+logger.setLevel(logging.INFO)  # of loggers other than its own BentoML shows warnings only
 
 try:
     SETTINGS = Settings.from_environment()
 except SettingsError as error:
     raise BentoMLConfigException(str(error)) from None
 
-# Where the spans go is for OpenTelemetry's own variables to say.
+# OpenTelemetry's own variables say where the spans go.
 TRACING = {
     "exporter_type": "otlp",
     "otlp": {"protocol": "http"},
     "sample_rate": SETTINGS.tracing,
     "excluded_urls": sorted(OPEN_PATHS),
 }
-NO_TRACING = {"excluded_urls": ".*"}  # BentoML makes spans also where they are sent nowhere
+NO_TRACING = {"excluded_urls": ".*"}  # BentoML makes spans even if they are sent nowhere
 
 SPANS_SECONDS = 5  # for a collector to take the last spans of a worker that ends
 
-# Large submissions in memory: one that the engine works on, and one that is read meanwhile.
+# Large submissions in memory at a time: one that the engine works on, and one that is read meanwhile.
 LARGE_FILES = 2
 
 drain = Drain(SETTINGS.stop_timeout)
@@ -108,9 +108,9 @@ uploads = Budget(
 def endpoint(
     function: Callable[["Classifier", Request], Awaitable[Response]],
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Let a function answer requests, with this worker's classifier.
+    """Turn a function of this worker's classifier and a request into a request handler.
 
-    Whatever it raises becomes an answer of the one error shape.
+    Whatever the function raises becomes an answer in the shape of errors.
     """
 
     @functools.wraps(function)
@@ -146,13 +146,13 @@ async def get_model(classifier: "Classifier", request: Request) -> JSONResponse:
 
 @endpoint
 async def get_openapi(classifier: "Classifier", request: Request) -> Response:
-    """The document behind the page at /."""
+    """The OpenAPI document, which the page at / shows."""
     return Response(_document(classifier.model.version), media_type="application/json")
 
 
 @endpoint
 async def get_metrics(classifier: "Classifier", request: Request) -> Response:
-    """For Prometheus."""
+    """The metrics, in Prometheus' text format."""
     return await asyncio.get_running_loop().run_in_executor(
         classifier.reporter, classifier.metrics.exposition
     )
@@ -160,19 +160,19 @@ async def get_metrics(classifier: "Classifier", request: Request) -> Response:
 
 @endpoint
 async def get_v2(classifier: "Classifier", request: Request) -> JSONResponse:
-    """What the server can do, by the Open Inference Protocol."""
+    """The server's metadata in the Open Inference Protocol."""
     return JSONResponse(inference_protocol.server_metadata(classifier.model))
 
 
 @endpoint
 async def get_v2_live(classifier: "Classifier", request: Request) -> JSONResponse:
-    """Whether the process lives; it does."""
+    """Report that the process is alive."""
     return JSONResponse({"live": True})
 
 
 @endpoint
 async def get_v2_ready(classifier: "Classifier", request: Request) -> JSONResponse:
-    """Whether requests are taken: of the server, or of a model by its name."""
+    """Report whether requests are taken, by the server or by the model that the path names."""
     named = {}
     if "name" in request.path_params:
         inference_protocol.check_named(classifier.model, request.path_params)
@@ -183,14 +183,14 @@ async def get_v2_ready(classifier: "Classifier", request: Request) -> JSONRespon
 
 @endpoint
 async def get_v2_model(classifier: "Classifier", request: Request) -> JSONResponse:
-    """The model's tensors."""
+    """The model's input and output tensors."""
     inference_protocol.check_named(classifier.model, request.path_params)
     return JSONResponse(inference_protocol.model_metadata(classifier.model))
 
 
 @endpoint
 async def post_v2_infer(classifier: "Classifier", request: Request) -> Response:
-    """Tensors in, tensors out."""
+    """Run the model on the request's tensors."""
     inference_protocol.check_named(classifier.model, request.path_params)
     waiting.check()
     body = await request.body()
@@ -214,7 +214,7 @@ async def post_v2_infer(classifier: "Classifier", request: Request) -> Response:
 @endpoint
 async def post_classify(classifier: "Classifier", request: Request) -> Response:
     """Classify one image."""
-    waiting.check()  # here too, so that nobody sends a body in vain
+    waiting.check()  # before the body too, so that nobody sends one in vain
     content, top_k = await read_image(request)
     with waiting.share():
         image = await classifier.readers.image(content)
@@ -248,7 +248,7 @@ async def post_submission(classifier: "Classifier", request: Request) -> Respons
     """Label a pickle of images."""
     waiting.check()
     async with read_file(request) as upload:
-        # Files that lie on disk wait there for their turn in memory.
+        # Files that are on disk wait there for their turn in memory.
         room = classifier.large_files if upload.on_disk else contextlib.nullcontext()
         with waiting.share():
             async with room:
@@ -291,42 +291,42 @@ class Classifier:
     """Classifies images into the classes of CIFAR-10."""
 
     def __init__(self) -> None:
-        from serving import metrics  # in a worker only, as it says
+        from serving import metrics  # in workers only, see there
 
         self.metrics = metrics
-        # A full garbage collection looks at every object, and all requests wait meanwhile: a tenth of a
-        # second where cores are slow. Those of the libraries stay for good, so it need not look at them;
-        # the model, which comes after this, may be replaced.
+        # A full garbage collection looks at every object while all requests wait: a tenth of a second on
+        # slow cores. The libraries' objects stay for good, so it need not look at them; the model, which
+        # is loaded after this, may be replaced.
         gc.collect()
         gc.freeze()
         self.deployment = deploy_first(SETTINGS, metrics)
         self.watch: asyncio.Task[None] | None = None
         pages.state.classifier = self
         self.readers = Readers(SETTINGS.threads, SETTINGS.max_image_pixels)
-        # One, as each holds up all else while it looks at the figures of all workers.
+        # One thread, as each report holds up all else while it reads the figures of all workers.
         self.reporter = ThreadPoolExecutor(1, "reporter")
         self.large_files = asyncio.Semaphore(LARGE_FILES)
 
     @bentoml.on_deployment
     @staticmethod
     def check() -> None:
-        """Before any worker starts: what makes it useless ends `bentoml serve` with its reason."""
-        from serving import supervisor  # with circus, which workers do without
+        """End `bentoml serve` with the reason, before any worker starts, if workers could not serve."""
+        from serving import supervisor  # imports circus, which workers do without
 
         try:
             check_address()
-            # What "auto" means is for the workers to find out, once.
+            # Only the workers measure which provider "auto" means.
             provider = "cpu" if SETTINGS.provider == "auto" else SETTINGS.provider
             Model(SETTINGS.model, provider, SETTINGS.threads)
             supervisor.prepare()
         except StartError as error:
             raise BentoMLConfigException(str(error)) from None
-        # The workers of a Bento start in its folder, not in the one that the path is relative to.
+        # A Bento's workers start in the Bento's folder, not in the one that the path is relative to.
         os.environ["SERVING_MODEL"] = str(SETTINGS.model.absolute())
 
     @bentoml.on_startup
     async def start(self) -> None:
-        """Begin to take turns, before the first request."""
+        """Start the engine's threads and set up the server, before the first request."""
         self.deployment.start()
         if SETTINGS.watch_model:
             self.watch = asyncio.get_running_loop().create_task(self._replace())
@@ -346,12 +346,12 @@ class Classifier:
                 self.metrics.evicted.inc,
             )
             limit_connections(server, limits)
-            if not SETTINGS.tracing:  # BentoML makes the spans, on its own way
+            if not SETTINGS.tracing:  # only BentoML's own way makes spans
                 shorten(server, SHORT, short_way())
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
-        """After the last request."""
+        """Stop the threads, drop the gauges and send the last spans, after the last request."""
         if self.watch is not None:
             self.watch.cancel()
         await self.deployment.batcher.stop()
@@ -364,11 +364,11 @@ class Classifier:
 
     @property
     def model(self) -> Model:
-        """The model that takes new requests."""
+        """The model that answers new requests."""
         return self.deployment.model
 
     async def __is_ready__(self) -> bool:
-        """Whether new requests are taken, for BentoML's /readyz.
+        """Return True if new requests are taken; for BentoML's /readyz.
 
         Raises:
             NotReadyError: they are not.
@@ -379,7 +379,7 @@ class Classifier:
             raise NotReadyError("The queue is full; try again shortly.")
         return True
 
-    # Of these BentoML has the description, for its schema and its client; SHORT answers the first two.
+    # BentoML describes these in the schema for its client. Without tracing, SHORT answers the first two.
     @bentoml.api(input_spec=ClassifyForm, output_spec=Classification)
     async def classify(self, request: Request) -> Response:
         """Classify one image."""
@@ -396,7 +396,7 @@ class Classifier:
         return await post_submission(request)
 
     async def _replace(self) -> None:
-        """Let each new model file take over that passes the checks."""
+        """Let each new model file that passes the checks take over."""
         async for _ in replacements(SETTINGS.model, self.deployment.file):
             try:
                 new = await asyncio.to_thread(deploy, SETTINGS, self.metrics)
@@ -412,7 +412,7 @@ class Classifier:
                 await self._hand_over(new)
 
     async def _hand_over(self, new: Deployment) -> None:
-        """Let a deployment take new requests, and the one before it finish those that it has."""
+        """Let a new deployment take new requests, and the old one finish those that it has."""
         old = self.deployment
         self.metrics.retired(old.model)
         new.start()
@@ -427,7 +427,7 @@ async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.ND
 
 
 def _send_spans() -> None:
-    from bentoml._internal.configuration.containers import BentoMLContainer  # nobody else has them
+    from bentoml._internal.configuration.containers import BentoMLContainer  # there is no public way
 
     BentoMLContainer.tracer_provider.get().force_flush()
 
@@ -464,13 +464,13 @@ LAYERS = [  # the outermost first
 for layer, _, options in LAYERS:
     service.add_asgi_middleware(layer, **options)
 
-# These go through our middleware alone. BentoML's way adds a router, a context, a bound signature and
-# background tasks, which they do without, and a timer that outlives the answer until the timeout.
+# These go through our middleware only. BentoML's way adds a router, a context, a bound signature and
+# background tasks, which they do not need, and a timer that outlives the answer until the timeout.
 SHORT = {"/classify": post_classify, "/classify_batch": post_classify_batch}
 
 
 def short_way() -> ASGIApp:
-    """The application that answers the paths of `SHORT`."""
+    """Return the application that answers the paths of `SHORT`."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         response = await SHORT[scope["path"]](Request(scope, receive))

@@ -22,19 +22,19 @@ from pydantic import (
 from serving.errors import SettingsError
 
 PREFIX = "SERVING_"
-# The variables by which a server's workers know the process that started them, and share their figures
-# and the last model file that passed.
+# Variables that tell a server's workers which process started them, and where they share their figures
+# and the last model file that passed the checks.
 SUPERVISOR = "CIFAR10_SUPERVISOR"
 METRICS_FOLDER = "CIFAR10_METRICS_FOLDER"
 KEPT_MODEL = "CIFAR10_KEPT_MODEL"
 
 # What Kubernetes sets in all pods of a namespace for a Service there, such as one named `serving-api`.
-# By its name, as far as the first "=": a key that looks like one is a key.
+# Recognised by the name, up to the first "=": a key that looks like such a variable is still a key.
 SERVICE_LINK = re.compile(
     r"[^=]*(_SERVICE_(HOST|PORT(_\w+)?)=|_PORT(_\d+_(TCP|UDP|SCTP))?=\w+://|_(TCP|UDP|SCTP)_\w+=)"
 )
 
-# Found beside the package, not in the working directory: a built Bento starts from anywhere.
+# Found beside the package, not in the working directory: a built Bento can be started from anywhere.
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "default.onnx"
 
 ProviderName = Literal["cpu", "openvino", "cuda", "tensorrt"]
@@ -49,73 +49,81 @@ class Settings(BaseModel):
     model: Path = Field(BUNDLED_MODEL, description="The ONNX model file.")
     provider: Provider = Field(
         "auto",
-        description="auto (CUDA where it works, else the faster of OpenVINO and the CPU provider), "
-        "or the name of one.",
+        description="What runs the model: auto (CUDA where it works, else the faster of OpenVINO and "
+        "the CPU provider), cpu, openvino, cuda or tensorrt.",
     )
     watch_model: bool = Field(
-        True, description="Whether a new file in the model file's place takes over while serving."
+        True, description="Whether a new file that replaces the model file takes over while serving."
     )
-    workers: PositiveInt = Field(1, description="Processes that serve.")
+    workers: PositiveInt = Field(
+        1, description="Processes that serve, each with its own model and threads."
+    )
     threads: int = Field(
-        # The cores of the CPU affinity (taskset), or of the cgroup's quota (a container's) if fewer.
+        # The cores in the CPU affinity (taskset), or in the cgroup's quota (a container's) if fewer.
         default_factory=loky.cpu_count,
         ge=1,
         le=1024,
         description="Threads of the engine on the CPU, shared by two runs at a time under load, and "
-        "threads that decode images.",
+        "also how many threads decode images.",
     )
     max_batch_size: int = Field(
         64,
         ge=1,
-        le=4096,  # images in one run that take gigabytes
-        description="Most images in the engine at a time; single images go into it by 8 for each of a "
-        "CPU's threads, as more are no faster.",
+        le=4096,  # so many images in one run take gigabytes
+        description="Most images in the engine at a time, on a CPU in two runs; there, a run takes up "
+        "to 8 single images per thread, as more are no faster.",
     )
     max_waiting: PositiveInt = Field(
         512,
-        description="Requests of a worker that have arrived and wait for their answers before new ones "
-        "get 503.",
+        description="Most requests of a worker that have arrived and wait for their answers; further "
+        "ones get 503.",
     )
     max_connections: PositiveInt = Field(
         1024,
         validate_default=True,
-        description="Open connections of a worker before those are closed that have been waited for "
-        "longest.",
+        description="Most open connections of a worker; a further one closes the one that has waited "
+        "longest for its client.",
     )
-    max_body_bytes: PositiveInt = Field(64 * 2**20, description="Bytes of a request body.")
+    max_body_bytes: PositiveInt = Field(64 * 2**20, description="Most bytes in a request's body.")
     max_upload_bytes: PositiveInt = Field(
         512 * 2**20,
         validate_default=True,
-        description="Bytes of all bodies under way in a worker, but the first 64 KiB of each, before "
-        "more get 503.",
+        description="Most bytes of all bodies under way in a worker, without the first 64 KiB of each; "
+        "further ones get 503.",
     )
-    max_image_pixels: PositiveInt = Field(50_000_000, description="Width times height of an image.")
-    max_batch_images: PositiveInt = Field(256, description="Images of a /classify_batch request.")
-    max_rows: PositiveInt = Field(20_000, description="Images of a submission pickle.")
+    max_image_pixels: PositiveInt = Field(
+        50_000_000, description="Most pixels of an image, width times height; a quarter of it for WebP."
+    )
+    max_batch_images: PositiveInt = Field(
+        256, description="Most images in a request to /classify_batch or under /v2."
+    )
+    max_rows: PositiveInt = Field(20_000, description="Most images in a submission's pickle.")
     request_timeout: PositiveFloat = Field(
-        300, description="Seconds until a request is given up with 504."
+        300, description="Seconds after which a request is given up and gets 504."
     )
     body_timeout: PositiveFloat = Field(
         60,
-        description="Seconds in which a request's body must have arrived, else 408, and in which a "
-        "client must take its answer, else it is hung up on.",
+        description="Seconds within which a request's body must arrive, else it gets 408, and a client "
+        "must take its answer, else its connection is closed.",
     )
     head_timeout: PositiveFloat = Field(
-        10, description="Seconds in which a request's headers must have arrived, else it is hung up on."
+        10,
+        description="Seconds within which a request's headers must arrive, else the connection is "
+        "closed.",
     )
     stop_timeout: PositiveFloat = Field(
-        25, description="Seconds in which requests under way may finish when the service is stopped."
+        25, description="Seconds that requests under way have to finish when the service is stopped."
     )
     api_key: SecretStr | None = Field(
-        None, min_length=1, description="The key that requests must bring; without it anybody may ask."
+        None, min_length=1, description="The key that requests must have; if unset, none is needed."
     )
     tracing: float = Field(
         0,
         ge=0,
         le=1,
-        description="Share of the requests, from 0 to 1, that have spans (OpenTelemetry).",
+        description="Share of requests, from 0 to 1, that have OpenTelemetry spans.",
     )
-    access_log: bool = Field(False, description="Log a line of JSON per request.")
+    access_log: bool = Field(False, description="Whether to log a line of JSON for each request.")
 
     @field_validator("api_key")
     @classmethod
@@ -147,7 +155,7 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """Read every `SERVING_*` variable; around its value, as from a file, white space is dropped.
+        """Read every `SERVING_*` variable; white space around a value, as from a file, is dropped.
 
         Raises:
             SettingsError: a variable is unknown (a typo must not pass silently) or unusable.
@@ -157,7 +165,7 @@ class Settings(BaseModel):
             for name, value in environment.items()
             if name.startswith(PREFIX) and not SERVICE_LINK.match(f"{name}={value}")
         }
-        # So is a variable that another one was to fill; without a key, say, everybody would be let in.
+        # A variable that is filled from another one may be empty; an empty key would let everybody in.
         if empty := [PREFIX + name.upper() for name, value in values.items() if not value]:
             raise SettingsError(f"{', '.join(empty)}: there is no value; unset it for the default.")
         try:
@@ -170,7 +178,7 @@ class Settings(BaseModel):
                 what = item["msg"].removeprefix("Value error, ")
                 if item["type"] == "extra_forbidden":
                     lines.append(f"{name} is not a setting; the settings are {known}.")
-                elif name == f"{PREFIX}API_KEY":  # which is not for the log
+                elif name == f"{PREFIX}API_KEY":  # the log must not have its value
                     lines.append(f"{name}: {what}.")
                 else:
                     lines.append(f"{name}={item['input']!r}: {what}.")

@@ -12,8 +12,8 @@ from serving.errors import PickleError, TooLargeError
 from serving.pickles import read_pickle
 
 IDS = range(-(2**63), 2**64)  # what an int64 or a uint64 can hold
-LONGEST_NAME = 100  # characters of a key that anybody has written
-# Keys that are meant to be `ids`, such as Image_ID, imageIds and index; not valid or grid.
+LONGEST_NAME = 100  # characters of a key that a person would have written
+# Keys that are probably meant to be `ids`, such as Image_ID, imageIds and index, but not valid or grid.
 LIKE_IDS = re.compile(
     r"(.*[\W\d_]|image|img|sample|row|test)?(ids?|idx|index|indices)|.*[a-z](?-i:I[Dd]s?|Index)",
     re.IGNORECASE,
@@ -25,7 +25,7 @@ class Submission:
     """Images to label.
 
     Attributes:
-        images: uint8 [N, 32, 32, 3], RGB, N at least 1; a view of the file's bytes in any strides.
+        images: uint8 [N, 32, 32, 3], RGB, N at least 1; a view of the file's bytes with any strides.
         ids: the id of each image, all different.
     """
 
@@ -36,7 +36,7 @@ class Submission:
         return len(self.ids)
 
     def csv(self, labels: Sequence[int]) -> bytes:
-        """The submission file: a header and a line per image in file order, LF line ends."""
+        """Return the submission file: a header and a line per image in file order, with LF line ends."""
         rows = zip(self.ids, labels, strict=True)
         return "".join(["ID,Labels\n", *(f"{id_},{label}\n" for id_, label in rows)]).encode()
 
@@ -44,13 +44,13 @@ class Submission:
 def read_submission(file: IO[bytes], max_rows: int) -> Submission:
     """Read a pickled dict with `data`, and `ids` if there are any.
 
-    Other keys are ignored, but for those that are meant to be `ids` where there are none.
+    Other keys are ignored, except that without `ids` a key that seems to be meant as it is an error.
 
     `data` is uint8 [N, 32, 32, 3], [N, 3, 32, 32] or [N, 3072] (the three colour planes one after
     the other, as in CIFAR-10's own batches). Without `ids` the images are numbered from 0.
 
     Raises:
-        PickleError: the file is no such pickle.
+        PickleError: the file is not such a pickle.
         TooLargeError: it has more than `max_rows` images.
     """
     content = read_pickle(file)
@@ -75,14 +75,14 @@ def read_submission(file: IO[bytes], max_rows: int) -> Submission:
 
 
 def _value(content: dict[Any, Any], key: str) -> Any:
-    """The value of a key that may be str or, from Python 2, bytes."""
+    """Return the value of a key that may be str or, from Python 2, bytes; None if there is none."""
     if key in content and key.encode() in content:
         raise PickleError(f"The pickle has {key} twice, as str and as bytes; once would be right.")
     return content.get(key, content.get(key.encode()))
 
 
 def _check_other_keys(content: dict[Any, Any]) -> None:
-    """Ids by another name would be ignored, and the rows of the CSV have numbers in their place."""
+    """Raise `PickleError` for ids under another key: the CSV would silently have row numbers instead."""
     for key in content:
         if not isinstance(key, str | bytes) or len(key) > LONGEST_NAME:
             continue
@@ -125,7 +125,7 @@ def _ids(ids: Any, count: int) -> list[int]:
     if len(ids) != count:
         raise PickleError(f"There are {len(ids)} ids for {count} images; one an image is right.")
     if isinstance(ids, np.ndarray):
-        ids = ids.tolist()  # now that it has been counted: as Python's integers it takes far more memory
+        ids = ids.tolist()  # only now that they are counted: Python's integers take far more memory
     wrong = [type(id_).__name__ for id_ in ids if type(id_) is not int or id_ not in IDS]
     if wrong:
         raise PickleError(f"ids has a {wrong[0]} that is no 64-bit integer; all must be such.")

@@ -1,4 +1,4 @@
-"""The process that starts the workers, `bentoml serve`: what they share, and who may command it."""
+"""The supervisor, `bentoml serve`, which starts the workers: what they share, and who may command it."""
 
 import atexit
 import fcntl
@@ -26,16 +26,16 @@ logger = logging.getLogger("serving")
 
 PREFIX = "cifar10-server-"
 LOCK = "supervisor.lock"
-BUSY_SECONDS = 0.1  # between two tries to stop circus
-YOUNG_SECONDS = 60.0  # in which a server that starts has locked its folder
-SOCKET_PATH_BYTES = 103  # of Unix sockets, on macOS; on Linux four more
+BUSY_SECONDS = 0.1  # between two attempts to stop circus
+YOUNG_SECONDS = 60.0  # within which a starting server has locked its folder
+SOCKET_PATH_BYTES = 103  # most in the path of a Unix socket, on macOS; on Linux four more
 
 
 def prepare() -> None:
-    """Before the workers start: what they share is a folder of this server's own.
+    """Set up circus, and the server's own folder that the workers share, before they start.
 
     Raises:
-        StartError: there can be no such folder.
+        StartError: there is no place for the folder, or its path is too long.
     """
     try:
         folder = _own_folder()
@@ -48,17 +48,17 @@ def prepare() -> None:
     os.environ[SUPERVISOR] = str(os.getpid())
     os.environ[METRICS_FOLDER] = str(figures)
     os.environ[KEPT_MODEL] = str(folder / "model.onnx")
-    # By which `bentoml containerize` has BentoML replace no worker that has died.
+    # `bentoml containerize` sets it, and BentoML would then not replace workers that have died.
     os.environ.pop("BENTOML_CONTAINERIZED", None)
 
 
 def _own_folder() -> Path:
-    """A new folder, removed when this process ends or, where it is killed, by a later server."""
+    """Make a folder that is removed when this process ends or, if it is killed, by a later server."""
     _remove_left()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)  # until the end
-    with suppress(OSError):  # where there are no locks nothing is removed
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)  # open until the process ends
+    with suppress(OSError):  # without locks on files, `_remove_left` removes nothing
         fcntl.flock(lock, fcntl.LOCK_EX)
     return folder
 
@@ -75,9 +75,9 @@ def _remove_left() -> None:
 
 
 def _instruct_circus(folder: Path) -> None:
-    """Let circus tell of workers that end, and take its commands from this user only.
+    """Make circus report workers that end, and take commands from this user only.
 
-    By a command it starts any program, and it would listen on ports of the loopback, for all users.
+    A command can start any program, and by default circus listens on loopback ports, open to all users.
 
     Raises:
         StartError: the folder's path is too long for sockets in it.
@@ -104,7 +104,7 @@ def _instruct_circus(folder: Path) -> None:
 def _tell_of_the_end(
     watcher: Watcher, arbiter: Arbiter, hook_name: str, process_pid: int, exit_code: int, **_: Any
 ) -> None:
-    """Log the end of a worker that nobody asked for; circus starts another without a word."""
+    """Log the end of a worker that was not asked to end; circus replaces it without logging anything."""
     asked = exit_code in (0, -signal.SIGTERM, -signal.SIGINT)
     if not asked and not watcher.is_stopping():
         how = f"status {exit_code}" if exit_code > 0 else signal.Signals(-exit_code).name
@@ -112,7 +112,7 @@ def _tell_of_the_end(
 
 
 def _heed_every_stop() -> None:
-    """Let circus stop also by a signal that comes while it replaces workers, which it would forget."""
+    """Make circus obey a stop signal that comes while it replaces workers, which it would drop."""
 
     def stop(controller: Controller) -> None:
         try:

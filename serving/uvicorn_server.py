@@ -1,4 +1,4 @@
-"""The uvicorn server that BentoML starts around a worker: how to reach it, and what it lacks."""
+"""The uvicorn server that BentoML starts in each worker: how to get at it, and the limits it lacks."""
 
 import asyncio
 import logging
@@ -24,18 +24,18 @@ from serving.responses import error_response
 logger = logging.getLogger("serving")
 
 COMPLAINT = "The request is not HTTP that can be read."
-NOTE = "Invalid HTTP request received."  # uvicorn's, of each; a client could fill the log with it
+NOTE = "Invalid HTTP request received."  # logged by uvicorn for each; a client could fill the log
 HOST = re.compile(rb"[^\s@/?#,]*")
 MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 100  # requests of a connection that wait for the answer to one before them
 IDLE_SECONDS = 75  # longer than proxies and clients' pools keep a connection: 60 seconds are usual
-OTHER_FILES = 512  # what the process opens beside connections and bodies: libraries, the model, figures
+OTHER_FILES = 512  # opened besides connections and bodies: libraries, the model, figures
 
 
 def running_server() -> uvicorn.Server | None:
-    """The server of this process, or None where something else runs the service.
+    """Return the server of this process, or None if something else runs the service.
 
-    BentoML hands it to nobody; but it is the server that handles this process's signals.
+    BentoML gives no access to it, but it is the server that handles this process's SIGTERM.
     """
     owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return owner if isinstance(owner, uvicorn.Server) else None
@@ -44,7 +44,7 @@ def running_server() -> uvicorn.Server | None:
 def shorten(server: uvicorn.Server, paths: Container[str], app: ASGIApp) -> None:
     """Let `app` answer POST requests to `paths` in place of the server's application.
 
-    Requests that come behind a proxy keep the client's address.
+    Behind a proxy, the requests that `app` gets have the client's address, too.
     """
 
     def shortened(longer: ASGIApp) -> ASGIApp:
@@ -62,26 +62,26 @@ def shorten(server: uvicorn.Server, paths: Container[str], app: ASGIApp) -> None
 
 
 def keep_idle_connections(server: uvicorn.Server) -> None:
-    """Leave it to clients to close a connection that is idle, for `IDLE_SECONDS` at least.
+    """Keep idle connections open for at least `IDLE_SECONDS`, so that clients close them first.
 
-    uvicorn closes it after five, perhaps while a request is on its way to it, and who sent a POST may
-    not send it again.
+    uvicorn closes them after five seconds, perhaps while a request is on its way, and a client may not
+    send a POST again.
     """
     server.config.timeout_keep_alive = max(IDLE_SECONDS, server.config.timeout_keep_alive)
 
 
 def separate_requests(server: uvicorn.Server) -> None:
-    """Let no request have the context of the one before it on its connection.
+    """Give each request a context of its own, not that of the request before it on its connection.
 
-    If that one had a span, the next one's would become a part of it.
+    If that one had a span, the next one's span would become a part of it.
     """
     server.config.reset_contextvars = True
 
 
 class _Flow(FlowControl):
-    """Reads nothing while requests wait that a client has sent before it had its answer.
+    """Reads nothing from a connection while pipelined requests wait.
 
-    uvicorn stops when the first one comes, and goes on as soon as a request is answered or reads.
+    uvicorn stops reading when the first comes, but goes on as soon as a request is answered or reads.
     """
 
     def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
@@ -94,12 +94,12 @@ class _Flow(FlowControl):
 
 
 class _Transport:
-    """A connection's transport, through which the client has so many `seconds` to take what is written.
+    """A connection's transport that gives the client `seconds` to take what is written.
 
-    Closed by whomever, a transport else waits without end for a client that reads nothing.
+    Otherwise a transport, whoever closes it, waits without end for a client that reads nothing.
 
     Attributes:
-        lingers: whether nothing more is written, and what still comes is read only to be dropped.
+        lingers: whether nothing more is written, and what still arrives is read only to be dropped.
     """
 
     def __init__(
@@ -111,29 +111,29 @@ class _Transport:
     ) -> None:
         """
         Args:
-            transport: the server's.
+            transport: the server's transport.
             loop: its event loop.
-            seconds: that the client has.
-            is_sent_in_vain: whether the client sends the rest of a body that has its answer already.
+            seconds: the time that the client has.
+            is_sent_in_vain: tells whether the client still sends a body whose request has been answered.
         """
         self._transport, self._loop, self._seconds = transport, loop, seconds
         self._is_sent_in_vain = is_sent_in_vain
         self._late: asyncio.TimerHandle | None = None
         self.lingers = False
-        self.write = transport.write  # called for each answer
+        self.write = transport.write  # not by __getattr__, as it is called for each answer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def is_closing(self) -> bool:
-        """Whether nothing more can be written."""
+        """Return whether nothing more can be written."""
         return self.lingers or self._transport.is_closing()
 
     def close(self) -> None:
-        """Close it, at the latest when the time is over.
+        """Close the connection, after `seconds` at the latest.
 
-        While a body comes the client may send for so long: of an answer that meets its bytes on the
-        way, it would see a reset only (RFC 9112, 9.6).
+        A client that is still sending a body may go on for that time: if the connection were closed at
+        once, it would see a reset instead of its answer (RFC 9112, 9.6).
         """
         if self.is_closing():
             return
@@ -147,27 +147,27 @@ class _Transport:
         self.hurry()
 
     def end(self) -> None:
-        """Close it, at the latest when the time is over, whatever comes."""
+        """Close the connection, after `seconds` at the latest, even if the client is still sending."""
         if not self._transport.is_closing():
             self._transport.close()
             self.hurry()
 
     def hurry(self) -> None:
-        """Let the time begin."""
+        """Start the client's time, unless it has started."""
         if self._late is None:
             self._late = self._loop.call_later(self._seconds, self._transport.abort)
 
     def relax(self) -> None:
-        """There is no hurry; the client has taken what it was to take."""
+        """Stop the client's time, as it has taken what was written."""
         if self._late is not None:
             self._late.cancel()
             self._late = None
 
 
 def connections_that_fit(wanted: int, bodies: int) -> int:
-    """As many connections as wanted, or as there can be: the limit of open files is raised for them.
+    """Raise the limit of open files as needed; return how many connections fit in, `wanted` at most.
 
-    Beside connections there may be `bodies` on disk.
+    `bodies` is how many request bodies may be on disk at the same time.
     """
     others = OTHER_FILES + bodies
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -187,14 +187,14 @@ def connections_that_fit(wanted: int, bodies: int) -> int:
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What the connections of a server may take of it, and clients of time.
+    """Limits on the connections of a server, and on the time that clients may take.
 
-    When there are more than `most`, that one goes, and `evicted` is called, which has been waited for
-    longest, for a whole request or to take its answer: who takes it gets an answer to a request that
-    has arrived. A request line with its headers may take `head_seconds`, and 64 KiB, as may what lies
-    between and after the pieces of a body. What was written must be taken within `body_seconds`, and
-    the rest of a body that was refused must come. Of requests that are sent before there was an answer
-    100 wait, and one more closes the connection.
+    If there are more than `most` connections, the one is closed whose client the server has waited for
+    longest, to send a whole request or to take its answer, and `evicted` is called. So a request that
+    has arrived is answered if its client reads. A request line with its headers may take `head_seconds`
+    and 64 KiB; the 64 KiB also hold for what lies between and after the pieces of a body. What was
+    written must be taken, and the rest of a refused body must arrive, within `body_seconds`. Up to 100
+    pipelined requests wait for the answer to one before them; one more closes the connection.
     """
 
     most: int
@@ -204,25 +204,25 @@ class ConnectionLimits:
 
 
 class _Connection(HttpToolsProtocol):
-    """A connection within limits; the server makes one for each client.
+    """A connection that keeps within limits; the server makes one of these for each.
 
-    An offer to speak another protocol is ignored.
+    An offer to speak another protocol (the header Upgrade) is ignored.
     """
 
     transport: _Transport  # type: ignore[assignment]
-    _overdue: asyncio.TimerHandle | None = None  # set while the head of a request is awaited
-    _running: RequestResponseCycle | None = None  # of the requests that came, the one that began last
-    _head_bytes = 0  # since the last byte of a body, or the last request
-    _data = _offer = b""  # what the parser reads, and what it is to read again
+    _overdue: asyncio.TimerHandle | None = None  # while a head or the rest of a refused body is due
+    _running: RequestResponseCycle | None = None  # the request that was started last
+    _head_bytes = 0  # received since the last byte of a body, or the last request
+    _data = _offer = b""  # what the parser reads, and what it is to read next
 
     def __init__(
         self, limits: ConnectionLimits, awaited: "dict[_Connection, None]", **options: Any
     ) -> None:
         """
         Args:
-            limits: of all connections of a server.
-            awaited: those of them that are waited for, not that wait for an answer, longest first.
-            options: what the server gives.
+            limits: those of all the server's connections.
+            awaited: the connections whose clients the server waits for, longest first; shared by all.
+            options: what uvicorn passes.
         """
         super().__init__(**options)
         self._limits, self._awaited = limits, awaited
@@ -261,11 +261,11 @@ class _Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._offer = self._head_without_offer()
             return
-        # One read brings thousands of small ones, whose state takes a hundred times their bytes.
+        # One read can bring thousands of small requests, whose state takes a hundred times their bytes.
         if len(self.pipeline) == MAX_PIPELINED:
             raise ValueError(f"{MAX_PIPELINED} requests wait for the answer to one before them.")
         super().on_headers_complete()
-        self.headers = []  # for trailers: nobody has looked whether they may be headers
+        self.headers = []  # for trailers, so that they do not become the request's headers unchecked
 
     def on_body(self, body: bytes) -> None:
         # The rest of a body that was refused is read too, or the client might not see its answer.
@@ -278,13 +278,13 @@ class _Connection(HttpToolsProtocol):
         if not self.cycle.response_complete and not self.flow.write_paused:
             self._awaited.pop(self, None)
         self._head_bytes = 0
-        if self._overdue is not None:  # a refused one; from now on the connection is idle
+        if self._overdue is not None:  # of a refused body; from now on the connection is idle
             self._cancel()
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
         super().on_message_complete()
-        self.cycle.more_body = False  # that of a refused one, too
+        self.cycle.more_body = False  # of a refused body, too
         if self.transport.lingers:
             self.transport.end()
 
@@ -298,13 +298,13 @@ class _Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.transport.is_closing() or self._has_refused_a_body():
-            self.transport.end()  # there was an answer
+            self.transport.end()  # it has its answer already
             return
         if self.pipeline and self.pipeline[0][0] is self.cycle and self.cycle.more_body:
-            self.pipeline.popleft()  # its body is what cannot be read
+            self.pipeline.popleft()  # its body is what could not be read
         last = self.pipeline[0][0] if self.pipeline else self._running
         if last is not None and not last.response_complete and not last.more_body:
-            last.keep_alive = False  # whole requests are answered, and that is the end
+            last.keep_alive = False  # complete requests are still answered, then it closes
             return
         if last is None or last.response_complete or not last.response_started:
             body = bytes(error_response(RequestError(COMPLAINT)).body)
@@ -333,29 +333,29 @@ class _Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._awaited.pop(self, None)
         self._cancel()
-        self._unset_keepalive_if_required()  # uvicorn keeps it, and so all of this, after a reset
+        self._unset_keepalive_if_required()  # uvicorn keeps the timer, and so this object, after a reset
         if self._running is not None and not self._running.response_complete:
-            self._running.disconnected = True  # uvicorn tells the request that came last
+            self._running.disconnected = True  # uvicorn tells only the request that came last
             self._running.message_event.set()
         super().connection_lost(exc)
         self.transport.relax()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Nothing to warn of, but to read behind the head too, where the parser has stopped."""
+        """Read on after the head, where the parser has stopped; there is nothing to warn of."""
         upgrade = sys.exception()
         assert isinstance(upgrade, HttpParserUpgrade)
         self._offer += self._data[upgrade.args[0] :]
-        # One that has read `Connection: close`, or HTTP/1.0, reads nothing more.
+        # A parser that has read `Connection: close`, or HTTP/1.0, reads nothing more.
         self.parser = HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
 
     def _head_without_offer(self) -> bytes:
-        """The head of a request as it came, but for its offer to speak another protocol.
+        """Return the head of a request as it came, but without its offer to speak another protocol.
 
-        The parser would take what comes behind it, such as its body, for that protocol.
+        With the offer, the parser would take what follows, such as the body, for that protocol.
         """
         method = self.parser.get_method()
-        if method == b"CONNECT":  # no offer: the other protocol has begun
+        if method == b"CONNECT":  # not an offer: the other protocol has begun
             raise ValueError("The service is no proxy.")
         version = self.parser.get_http_version().encode()
         lines = [b"%b %b HTTP/%b" % (method, self.url, version)]
@@ -363,11 +363,11 @@ class _Connection(HttpToolsProtocol):
         return b"\r\n".join([*lines, b"", b""])
 
     def _has_refused_a_body(self) -> bool:
-        """Whether the body comes still of the request that was answered last."""
+        """Return whether the body of the request that was answered last is still arriving."""
         return self.cycle is not None and self.cycle.response_complete and self.cycle.more_body
 
     def _await(self, seconds: float) -> None:
-        """Give up after so many, unless what is awaited comes."""
+        """Close the connection after `seconds`, unless `_cancel` is called before."""
         self._cancel()
         self._overdue = self.loop.call_later(seconds, self._give_up)
 
@@ -383,15 +383,15 @@ class _Connection(HttpToolsProtocol):
     def _make_room(self) -> None:
         self._limits.evicted()
         self._awaited.pop(self)
-        self.connections.discard(self)  # now, or the next new one would push out another for it
+        self.connections.discard(self)  # at once, or the next new one would evict another one
         self._cancel()
         self.transport.abort()
 
 
 def limit_connections(server: uvicorn.Server, limits: ConnectionLimits) -> None:
-    """Close connections that are too many, or bring too much, or too little for too long.
+    """Close connections that are too many, that bring too much, or too little for too long.
 
-    uvicorn keeps all of them for ever.
+    uvicorn by itself keeps all of them for ever.
     """
     logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg != NOTE)
     server.config.http_protocol_class = partial(_Connection, limits, {})  # type: ignore[assignment]
