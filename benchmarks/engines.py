@@ -1,8 +1,8 @@
-"""What runs a model in the benchmark of inference: each measurement is a process of this module.
+"""The engines of the inference benchmark; each measurement is a process that runs this module.
 
 ``python -m benchmarks.engines ENGINE --file FILE`` prints a line of JSON.
-Imports are inside the functions: what an engine does not need would count as its memory and, with its
-threads and allocators, change its pace.
+Imports are inside the functions: whatever an engine does not need would count as its memory and, with
+its threads and allocators, change its speed.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
-WARM_UP = 0.2  # of a measurement's seconds, and at least a run, before its clock starts
+WARM_UP = 0.2  # fraction of a measurement's seconds, and at least one run, before its clock starts
 MEBIBYTE = 2**20
-SUBMISSION_BATCH = 64  # that of `python -m serving submit`
+SUBMISSION_BATCH = 64  # as in `python -m serving submit`
 
 
 class Variant(NamedTuple):
@@ -51,7 +51,7 @@ def serving(provider: str) -> Engine:
 def bound(provider: str, device: str) -> Engine:
     """The service's session with its input and output kept in a device's memory (IOBinding).
 
-    Each batch is copied over its predecessor's, and its logits are copied back.
+    Each batch overwrites the last one of its size, and its logits are copied back.
     """
 
     def engine(variant: Variant) -> Run:
@@ -82,7 +82,7 @@ def bound(provider: str, device: str) -> Engine:
 
 
 def onnxruntime(variant: Variant) -> Run:
-    """ONNX Runtime's CPU provider with its defaults."""
+    """ONNX Runtime's CPU provider with default options."""
     import onnxruntime as ort
 
     session = ort.InferenceSession(variant.file, providers=["CPUExecutionProvider"])
@@ -109,9 +109,9 @@ def openvino(variant: Variant) -> Run:
 
 
 def pytorch(precision: str, compiled: bool = False) -> Engine:
-    """The network in evaluation mode, without gradients, on the GPU where there is one.
+    """The network in evaluation mode, without gradients, on the GPU if there is one.
 
-    As the reports' scripts ran it (eager), or compiled, which on a GPU captures its graph too.
+    It runs eagerly, as in the reports' scripts, or compiled, which on a GPU also captures its graph.
     """
 
     def engine(variant: Variant) -> Run:
@@ -143,7 +143,7 @@ def pytorch(precision: str, compiled: bool = False) -> Engine:
     return engine
 
 
-# By name; the parts after a colon are the provider of the service, or the precision in PyTorch.
+# By name; after a colon comes the provider or, for PyTorch, the precision.
 ENGINES: dict[str, Engine] = {
     **{f"service:{name}": serving(name) for name in ("auto", "cpu", "openvino", "cuda", "tensorrt")},
     "bound:cuda": bound("cuda", "cuda"),
@@ -156,7 +156,7 @@ ENGINES: dict[str, Engine] = {
 
 
 def measure(run: Run, batch_size: int, seconds: float) -> float:
-    """Images per second of whole batches, at least one, until ``seconds`` have passed."""
+    """Images per second over whole batches, at least one, for ``seconds`` after a warm-up."""
     batch = np.random.default_rng(0).integers(0, 256, (batch_size, 32, 32, 3), np.uint8)
     _pace(run, batch, WARM_UP * seconds)
     return _pace(run, batch, seconds)
@@ -172,7 +172,7 @@ def _pace(run: Run, batch: NDArray[np.uint8], seconds: float) -> float:
 
 
 def submission_seconds(run: Run, rows: int) -> float:
-    """Seconds for ``rows`` images by the batches of a submission, warm."""
+    """Seconds for ``rows`` images in the batches of a submission, after a warm-up run."""
     chunks = [min(SUBMISSION_BATCH, rows - start) for start in range(0, rows, SUBMISSION_BATCH)]
     images = np.random.default_rng(0).integers(0, 256, (SUBMISSION_BATCH, 32, 32, 3), np.uint8)
     run(images)
@@ -183,9 +183,9 @@ def submission_seconds(run: Run, rows: int) -> float:
 
 
 def _peak_memory() -> float:
-    """The most memory, in MiB, that the process has had in RAM."""
+    """The process's peak memory in RAM, in MiB."""
     status = Path("/proc/self/status")
-    # getrusage would give what the process that started this one had, if that is more.
+    # getrusage would give the memory of the process that started this one, if that was more.
     if status.exists():
         (line,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
         return int(line) * 1024 / MEBIBYTE
@@ -201,8 +201,8 @@ def main() -> None:
     parser.add_argument("--recipe", default="", help="of the same network, for PyTorch")
     parser.add_argument("--views", default="none", help="that the file averages, for PyTorch")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[])
-    parser.add_argument("--seconds", type=float, default=1.0, help="a batch size")
-    parser.add_argument("--rows", type=int, help="instead: seconds for a submission of as many images")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per batch size")
+    parser.add_argument("--rows", type=int, help="instead, time a submission of this many images")
     options = parser.parse_args()
     run = ENGINES[options.engine](Variant(options.file, options.recipe, options.views))
     if options.rows is not None:

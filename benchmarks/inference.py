@@ -1,17 +1,21 @@
-"""Images per second and memory of the service's engine, beside what else could run its models.
+"""Images per second and memory of the service's engine, beside other ways to run its models.
 
-For the network of the bundled model, with its views, and those of two reports, B1 and A3, with random
-weights, by batch size: the service's engine with each provider and precision of this machine, plain
-ONNX Runtime (its CPU provider, default options, float32), eager PyTorch as the reports' own scripts ran
-it, the same in bfloat16, and OpenVINO's own runtime as the limit; on a GPU, in fp16, also the service's
-session with IOBinding and compiled PyTorch. Then the whole of ``python -m serving submit``, from the
-process's start to the CSV, beside the engine's part of it. Measurements take turns in rounds, so that a
-change of the machine's pace meets all, and each has a process of its own.
+By default it measures the network of the bundled model, with that file's views, and those of two
+reports, B1 and A3, all with random weights. The engines, by batch size: the service's with each provider
+and precision of this machine, plain ONNX Runtime (its CPU provider, default options, float32), eager
+PyTorch as the reports' own scripts ran it, the same in bfloat16, and OpenVINO's own runtime as the
+limit; on a GPU, in fp16, also the service's session with IOBinding and compiled PyTorch. Then it times
+all of ``python -m serving submit``, from the process's start to the CSV, and the engine's part of it.
+Measurements take turns in rounds, so that a change in the machine's speed affects all of them, and each
+has a process of its own.
 
-``python -m benchmarks.inference`` measures and writes ``benchmarks/inference.json``;
-``--markdown`` prints the tables that the README has from that file. Those in ``inference-avx2.json`` are
-of ``--models accurate --seconds 2`` on another machine, that in ``inference-h200.json`` of
-``--models accurate --seconds 0.5 --rounds 1`` with the engines that a GPU runs, without submissions.
+``python -m benchmarks.inference`` measures and writes ``benchmarks/inference.json``; ``--markdown``
+prints that file as tables. The committed files were measured on three machines, with other options:
+
+- ``inference.json``, for the README: ``--models fast B1 A3 --rounds 2``;
+- ``inference-avx2.json``: ``--models accurate --seconds 2``;
+- ``inference-h200.json``: ``--models accurate --seconds 0.5 --rounds 1``, only the engines that run on a
+  GPU, and no submissions.
 """
 
 import argparse
@@ -58,7 +62,7 @@ MODELS = ("accurate", "B1", "A3")
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino", "openvino", "torch")
 
 CONSOLE = Console(stderr=True)
-REFERENCE = ("onnxruntime", "fp32")  # what the ratios are to
+REFERENCE = ("onnxruntime", "fp32")  # the ratios are multiples of its rates
 NAMES = {
     "service:cpu": "service, CPU provider",
     "service:openvino": "service, OpenVINO provider",
@@ -74,9 +78,9 @@ NAMES = {
 
 
 class Rates(BaseModel):
-    """An engine with a model in a precision: images per second by batch size, a number a round.
+    """Images per second of an engine with a model in a precision, by batch size, one number per round.
 
-    ``memory`` is each round's peak of the process in RAM, in MiB.
+    ``memory`` is the process's peak memory in RAM in each round, in MiB.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,7 +93,7 @@ class Rates(BaseModel):
 
     @classmethod
     def begin(cls, model: str, engine: str, precision: str) -> "Rates":
-        """None measured yet; in bfloat16 PyTorch runs the float32 network."""
+        """Start without measurements; ``pytorch:bf16`` runs the fp32 network, but is listed as bf16."""
         precision = "bf16" if engine == "pytorch:bf16" else precision
         return cls(
             model=model,
@@ -101,10 +105,10 @@ class Rates(BaseModel):
 
 
 class Submissions(BaseModel):
-    """Seconds for a pickle of ``rows`` images, a number a round.
+    """Seconds for a pickle of ``rows`` images, one number per round.
 
-    ``submit`` is of the whole command, ``engine_alone`` of its engine's part, warm; ``engine`` says
-    which provider both take.
+    ``submit`` is for the whole command, ``engine_alone`` for the engine's part of it, after a warm-up;
+    ``engine`` names the provider that both use.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -118,7 +122,7 @@ class Submissions(BaseModel):
 
 
 class Figures(stored.Figures):
-    """What ``inference.json`` holds; ``n`` rounds, each of ``seconds`` a batch size."""
+    """The contents of ``inference.json``: ``n`` rounds of ``seconds`` per batch size."""
 
     benchmark: ClassVar[str] = "inference"
 
@@ -130,7 +134,7 @@ class Figures(stored.Figures):
 
 @dataclass(frozen=True)
 class Model:
-    """A recipe's network under some views, with its file in each precision."""
+    """A recipe's network with some views, and its model file in each precision."""
 
     name: str
     views: Views
@@ -142,7 +146,7 @@ class Model:
 
 @contextmanager
 def built(names: Sequence[str], precisions: Sequence[str]) -> Iterator[list[Model]]:
-    """The networks of recipes with random weights, in fp32 and in ``precisions``.
+    """Build the networks of recipes with random weights, in fp32 and in ``precisions``.
 
     Raises:
         RecipeError: no such recipe.
@@ -174,7 +178,7 @@ def _built(name: str, precisions: Sequence[str], folder: Path) -> Model:
 
 
 def _recipe(name: str) -> Recipe:
-    """A recipe by its name; that of the bundled model with the bundled file's views."""
+    """Load a recipe by name; the bundled model's recipe gets the views of the bundled file."""
     chosen = recipe.load(name)
     bundled = metadata.read(onnx.load(BUNDLED_MODEL))
     if name != bundled.name:
@@ -186,10 +190,10 @@ def _recipe(name: str) -> Recipe:
 
 
 def engines(precision: str, file: Path) -> list[str]:
-    """What can run a file of a precision here.
+    """The engines that can run ``file``, which is of ``precision``, on this machine.
 
     Raises:
-        ProviderError: a provider is here and does not run the file.
+        ProviderError: a provider that is present cannot run the file.
     """
     providers = ["cpu", *(other.short_name for other in others(file.read_bytes()))]
     if precision == "fp16":
@@ -202,7 +206,7 @@ def engines(precision: str, file: Path) -> list[str]:
 
 
 def plan(models: Sequence[Model]) -> list[tuple[Variant, Rates]]:
-    """Every engine with every model's file in every precision, none measured yet."""
+    """Combine every engine with every model's file in every precision, without measurements yet."""
     return [
         (Variant(file, model.name, model.views), Rates.begin(model.name, engine, precision))
         for model in models
@@ -212,7 +216,7 @@ def plan(models: Sequence[Model]) -> list[tuple[Variant, Rates]]:
 
 
 def measure(turns: Sequence[tuple[Variant, Rates]], seconds: float) -> None:
-    """Add a round to the rates."""
+    """Measure a round and add it to the rates."""
     sizes = [str(size) for size in BATCH_SIZES]
     arguments = ["--batch-sizes", *sizes, "--seconds", str(seconds)]
     for variant, rates in track(turns, "measuring engines", console=CONSOLE):
@@ -223,10 +227,10 @@ def measure(turns: Sequence[tuple[Variant, Rates]], seconds: float) -> None:
 
 
 def apart(engine: str, variant: Variant, *arguments: str) -> dict[str, Any]:
-    """What a measurement in a process of its own found.
+    """Run a measurement in a process of its own and return what it found.
 
     Raises:
-        BenchmarkError: it failed.
+        BenchmarkError: the process failed.
     """
     file, recipe_name, views = variant
     given = ("--file", str(file), "--recipe", recipe_name, "--views", views, *arguments)
@@ -240,7 +244,7 @@ def plan_submissions(
 ) -> list[tuple[Variant, Submissions]]:
     """The first model's files that the service's engine runs, none measured yet.
 
-    The engine chooses its provider, as it does where nobody names one.
+    The engine chooses its provider, as it does unless one is named.
     """
     first = turns[0][1].model
     precisions = {
@@ -265,7 +269,7 @@ def plan_submissions(
 
 
 def measure_submissions(turns: Sequence[tuple[Variant, Submissions]]) -> None:
-    """Add a round: ``python -m serving submit`` on a pickle of images, and the engine alone."""
+    """Add a round: time ``python -m serving submit`` on a pickle of images, and the engine alone."""
     pixels = data.load_sample().test.pixels.numpy()
     rows = turns[0][1].rows
     content = {b"data": np.resize(pixels, (rows, *pixels.shape[1:])), b"ids": np.arange(rows)}
@@ -291,7 +295,7 @@ def _submit(file: Path, model_file: Path) -> float:
 
 
 def markdown(figures: Figures) -> str:
-    """The figures as Markdown tables, each with what it says, and where they are from."""
+    """The figures as Markdown tables, with a note on what they show and where they were measured."""
     compared = any((rates.engine, rates.precision) == REFERENCE for rates in figures.rates)
     ratios = ", and in brackets as multiples of plain ONNX Runtime in the same round" * compared
     measured = [pace for rates in figures.rates for pace in rates.rates.values()]
@@ -362,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Figures]:
-    """The figures after each round."""
+    """Yield the figures so far after each round."""
     if options.rounds < 1 or options.rows < 1:
         raise BenchmarkError("--rounds and --rows have to be at least 1")
     begun = stored.begin(PACKAGES)

@@ -1,7 +1,7 @@
-"""Load on a server: connections that each send their next request when the last one is answered.
+"""Load on a server: each connection sends its next request when the previous one is answered.
 
-``python -m benchmarks.load URL --connections 32 --seconds 5`` prints a line of JSON. The requests are
-made before the clock starts, real images as PNG in multipart forms, so that the client costs little.
+``python -m benchmarks.load URL --connections 32 --seconds 5`` prints a line of JSON. The requests, real
+images as PNG in multipart forms, are built before the clock starts, so that the client costs little.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from PIL import Image
 SAMPLE = Path(__file__).resolve().parent.parent / "training" / "cifar10_sample.npz"
 PERCENTILES = (50, 90, 99, 100)
 IMAGES = 256
-PATIENCE = 30.0  # seconds for answers that are under way when the time is over
+PATIENCE = 30.0  # seconds to wait for answers that are under way when the time is up
 
 
 def requests(url: str, field: str, images: int) -> list[bytes]:
-    """HTTP requests with ``images`` PNG files each in fields called ``field``, as bytes."""
+    """HTTP requests as bytes, each with ``images`` PNG files in form fields named ``field``."""
     with np.load(SAMPLE, allow_pickle=False) as sample:
         pixels = sample["test_images"][:IMAGES]
     files = cycle(_png(image) for image in pixels)
@@ -83,7 +83,7 @@ class Client(asyncio.Protocol):
             self._end()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """A request without an answer is an error."""
+        """Count a request without an answer as an error."""
         if self.sent is not None:
             self.load.errors += 1
         self._end()
@@ -102,14 +102,15 @@ class Client(asyncio.Protocol):
 
 
 class Load:
-    """What came back to requests that were sent in time, however late: if the answers under way at the
-    end were left out, these would be the slowest.
+    """Answers to the requests that were sent in time.
+
+    Those that come after the time count too, as they are the slowest.
 
     Attributes:
         seconds: of each answer with status 200.
         in_time: how many of these came in time.
-        statuses: of all answers.
-        errors: requests without an answer.
+        statuses: counts of all answers by status.
+        errors: the number of requests without an answer.
     """
 
     def __init__(self) -> None:
@@ -119,7 +120,7 @@ class Load:
         self.errors = 0
 
     async def run(self, url: str, bodies: list[bytes], connections: int, seconds: float) -> None:
-        """Keep ``connections`` busy for ``seconds``, then wait for the answers that are under way."""
+        """Keep ``connections`` busy for ``seconds``, then wait for the answers under way."""
         address = urlsplit(url)
         assert address.hostname is not None
         host, port = address.hostname, address.port or 80
@@ -127,7 +128,7 @@ class Load:
 
         async def client(number: int) -> None:
             mine = cycle(bodies[number % len(bodies) :] + bodies[: number % len(bodies)])
-            while time.perf_counter() < until:  # again where the server has hung up
+            while time.perf_counter() < until:  # reconnects if the server has hung up
                 try:
                     _, protocol = await asyncio.get_running_loop().create_connection(
                         lambda: Client(mine, until, self), host, port
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--field", default="image", help="of the form (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=1, help="a request (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1, help="per request (default: %(default)s)")
     options = parser.parse_args()
     bodies = requests(options.url, options.field, options.images)
     load, began, wall = Load(), time.process_time(), time.perf_counter()

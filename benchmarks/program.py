@@ -1,4 +1,4 @@
-"""Programs of ours in processes of their own, which share nothing with those who measure them."""
+"""Run our own programs in separate processes, which share nothing with the process that measures."""
 
 import subprocess
 import sys
@@ -9,10 +9,10 @@ from benchmarks.stored import BenchmarkError
 
 
 def output(name: str, *arguments: str, env: Mapping[str, str] | None = None) -> str:
-    """What Python prints with these ``arguments``, in this process's environment or another.
+    """Run Python with ``arguments``, in this process's environment or ``env``; returns what it prints.
 
     Raises:
-        BenchmarkError: it fails; the message has the program's ``name`` and the end of what it said.
+        BenchmarkError: it fails; the message has the program's ``name`` and the end of its stderr.
     """
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)

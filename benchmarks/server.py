@@ -1,4 +1,4 @@
-"""A server to measure, as a process that is ended with all that it started."""
+"""Servers to measure: processes that are stopped together with everything they started."""
 
 import contextlib
 import os
@@ -26,20 +26,20 @@ class ServerError(ExplainedError):
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """This process's, with no settings of the service but these."""
+    """This process's environment, with ``settings`` as the only settings of the service."""
     others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     return others | settings
 
 
 def service_environment(folder: Path, **settings: str) -> dict[str, str]:
-    """As ``environment``; what BentoML keeps goes into the folder, and nothing is sent home."""
+    """As ``environment``, but BentoML keeps its files in ``folder``, and no usage is reported."""
     silent = {"BENTOML_DO_NOT_TRACK": "True", "RAY_USAGE_STATS_ENABLED": "0"}
     return environment(BENTOML_HOME=str(folder / "bentoml"), **silent, **settings)
 
 
 @contextlib.contextmanager
 def ended_in_order() -> Iterator[None]:
-    """SIGTERM ends this process as Ctrl-C does: with what it started, and without temporary files."""
+    """Let SIGTERM end this process as Ctrl-C does, with what it started and its temporary files."""
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
@@ -56,25 +56,27 @@ def running(
     folder: Path,
     cwd: Path = ROOT,
 ) -> Iterator[tuple[str, psutil.Popen]]:
-    """A server that answers: its address, and its process, which ends with all that it started.
+    """Start a server and yield its address and process once it answers.
+
+    At the end the process is stopped together with everything it started.
 
     Args:
-        name: for errors.
-        command: arguments of Python, in which ``{port}`` stands for the port to listen on.
+        name: the server's name in error messages.
+        command: arguments for Python, in which ``{port}`` stands for the port to listen on.
         settings: environment variables.
-        answers: asks the server at an address whether it is as it should be.
-        folder: for its log and for what BentoML keeps.
-        cwd: where it runs.
+        answers: asks the server at an address whether it is ready.
+        folder: for its log and BentoML's files.
+        cwd: the working directory.
 
     Raises:
-        ServerError: it ended, or did not answer in time.
+        ServerError: the server ended, or did not answer in time.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with (folder / LOG).open("wb") as log:
-        early: list[int] = []  # SIGTERM while the server is started is heeded when it can be ended
+        early: list[int] = []  # a SIGTERM during the start is obeyed once the server can be stopped
         before = signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
         process = psutil.Popen(
             [sys.executable, *(argument.format(port=port) for argument in command)],
@@ -98,12 +100,12 @@ def running(
 
 
 def is_ready(url: str) -> bool:
-    """Whether the service at an address says that it is."""
+    """Whether the service at an address says that it is ready."""
     return httpx.get(f"{url}/readyz", timeout=5).is_success
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
-    """A process and all that it started."""
+    """A process and all its descendants; empty if the process is gone."""
     try:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -111,7 +113,7 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def memory(process: psutil.Process) -> list[float]:
-    """MiB of RAM (RSS) of each process of its family."""
+    """The memory (RSS, in MiB) of a process and of each of its descendants."""
     sizes = []
     for member in family(process):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -120,7 +122,7 @@ def memory(process: psutil.Process) -> list[float]:
 
 
 def reached(url: str, answers: Callable[[str], bool]) -> bool:
-    """What ``answers`` says of the server at an address; False where nobody answers it."""
+    """What ``answers`` returns for the server at an address; False if no server answers there."""
     try:
         return answers(url)
     except httpx.TransportError:

@@ -1,13 +1,14 @@
-"""Requests per second, latency, memory and CPU time of the service, beside what people run otherwise.
+"""Requests per second, latency, memory and CPU time of the service, beside other ways to serve a model.
 
-A network (B1) with random weights, `POST /classify` with a PNG in a form, by number of connections.
-Servers run one after the other on the same cores as their client: the service, and the programs of
-`benchmarks.peers` as their documentation has them (the float32 file in plain ONNX Runtime) and with the
-service's engine and its int8 file, which shows what is engine and what is server.
+The load is `POST /classify` with a PNG in a form, by number of connections; the network (by default B1)
+has random weights. Servers run one after the other, on the same cores as their client: the service, and
+the programs of `benchmarks.peers` both as their documentation has them (the float32 file in plain ONNX
+Runtime) and with the service's engine and int8 file, which tells engine and server apart.
 
 ``python -m benchmarks.serving`` measures, writes ``benchmarks/serving.json`` and each load's raw figures
-to ``results/serving.jsonl`` beside it; ``--markdown`` prints the README's tables from the former. Those
-of the servers by themselves, ``serving-a1``, are of ``--network A1``.
+to ``results/serving.jsonl`` beside it; ``--markdown`` prints the former as a table. The committed files
+are of ``--seconds 3 --rounds 3``; ``serving-a1.json`` is also of ``--network A1``, whose engine takes so
+little time that it shows the servers themselves.
 """
 
 import argparse
@@ -47,18 +48,18 @@ NETWORK = "B1"
 CONNECTIONS = (1, 8, 32, 128)
 BATCH = 64  # images of a request to /classify_batch
 BATCH_CONNECTIONS = 2
-BUSY = 32  # connections by which the service is compared with the best peers
+BUSY = 32  # connections at which the service is compared with the best peers
 SERVICE = "the service"
 DOCUMENTED, OUR_ENGINE = "as documented", "with our engine"
 INSTALL = "pip install -c constraints.txt -e '.[peers]'"
 PACKAGES = ("bentoml", "fastapi", "litserve", "ray", "uvicorn", "onnxruntime-gpu", "onnxruntime")
-WARM_UP = 0.3  # of a load's seconds
+WARM_UP = 0.3  # fraction of a load's seconds
 CONSOLE = Console(stderr=True)
 
 
 @dataclass(frozen=True)
 class Server:
-    """A program to start on a port, with a model file in one of two engines."""
+    """A program that listens on a port, and the precision and engine with which it runs the model."""
 
     name: str
     package: str
@@ -68,7 +69,7 @@ class Server:
 
     @property
     def label(self) -> str:
-        """As the tables have it."""
+        """The server's name in the tables."""
         if self.name == SERVICE:
             return f"{self.name}, {self.precision}"
         how = DOCUMENTED if self.engine == "plain" else OUR_ENGINE
@@ -97,13 +98,14 @@ SERVERS = [
 
 
 class Figures(stored.Figures):
-    """What ``serving.json`` holds; a round's figures are in lists.
+    """The contents of ``serving.json``; the lists have one element per round.
 
     Attributes:
-        servers: for each server's label, by number of connections.
-        start_seconds: from a server's start to its first answer.
+        servers: the loads, by the server's label and the number of connections.
+        start_seconds: from a server's start to its first answer, by its label.
         batches: images per second of requests with ``BATCH`` images to the service, by precision.
-        engine: images per second of the service's engine alone in batches of as many.
+        engine: images per second of the service's engine alone in such batches, by precision.
+        skipped: the command that installs them, for servers that are not installed.
     """
 
     benchmark: ClassVar[str] = "serving"
@@ -119,18 +121,18 @@ class Figures(stored.Figures):
 
 
 class Load(BaseModel):
-    """A load on a server.
+    """The figures of a load on a server.
 
     Attributes:
         rate: answers with status 200 per second, of those that came in time.
-        p50, p99: milliseconds of these and of those that came later.
-        errors: answers with another status, and requests without one.
-        memory: MiB of the server's processes in RAM (RSS) at the end.
-        cpu: seconds of processor time of the server's processes for each second.
-        client_cpu: that of the client.
+        p50, p99: the median and the 99th percentile of their milliseconds, and of later ones'.
+        errors: the number of answers with another status and of requests without an answer.
+        memory: the memory (RSS, in MiB) of the server's processes at the end.
+        cpu: the processor time of the server's processes, in seconds per second.
+        client_cpu: the same of the client.
     """
 
-    # Without an answer with 200 there is no time of one: not a number, in the file too.
+    # Without an answer of status 200 the percentiles are NaN, in the file too.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     rate: float
@@ -147,10 +149,10 @@ class Load(BaseModel):
 
 @contextlib.contextmanager
 def running(server: Server, file: Path) -> Iterator[tuple[str, psutil.Process, float]]:
-    """The address that classifies, the server's process, and the seconds until its first answer.
+    """Start a server; yields the address that classifies, its process, and seconds to the first answer.
 
     Raises:
-        ServerError: it ended, or did not answer in time.
+        ServerError: the server ended, or did not answer in time.
     """
     head, _, body = requests("http://127.0.0.1/classify", "image", 1)[0].partition(b"\r\n\r\n")
     headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
@@ -179,7 +181,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def load(url: str, connections: int, seconds: float, *options: str) -> dict[str, Any]:
-    """What the client, in a process of its own, found."""
+    """Run the client in a process of its own and return what it found."""
     command = ("-m", "benchmarks.load", url, "--connections", str(connections))
     printed = output(f"the client of {url}", *command, "--seconds", str(seconds), *options)
     found: dict[str, Any] = json.loads(printed)
@@ -229,7 +231,7 @@ class Measured:
 
 
 def measure(server: Server, file: Path, number: int, seconds: float, measured: Measured) -> None:
-    """Add what a server with a model's file does in a round, whose ``number`` the raw lines have.
+    """Measure a server with a model file for one round; the raw lines get the round's ``number``.
 
     Raises:
         ServerError: the server does not start.
@@ -256,7 +258,7 @@ def measure(server: Server, file: Path, number: int, seconds: float, measured: M
 
 
 def markdown(figures: Figures) -> str:
-    """The figures as a Markdown table, with what they say and where they are from."""
+    """The figures as a Markdown table, with a note on what they show and where they were measured."""
     counts = list(next(iter(figures.servers.values())))
     rows = [["server", *(f"{count} at once" for count in counts), "memory (MiB)", "start (s)"]]
     for label, loads in figures.servers.items():
@@ -290,7 +292,7 @@ def markdown(figures: Figures) -> str:
 
 
 def _multiples(figures: Figures) -> str:
-    """What the service's requests per second are multiples of, where they were measured at ``BUSY``."""
+    """A sentence that compares the service with the best peers at ``BUSY`` connections, if measured."""
     rates = {
         label: _median(loads[BUSY], "rate") for label, loads in figures.servers.items() if BUSY in loads
     }
@@ -308,7 +310,7 @@ def _multiples(figures: Figures) -> str:
             times = " and ".join(
                 f"{rate / peers[best]:.1f} ({own})"
                 for own, rate in ours.items()
-                if own == precision or how == DOCUMENTED  # the same engine runs the same file
+                if own == precision or how == DOCUMENTED  # with our engine, compare the same file
             )
             if times:
                 best_peer = f"the best peer {told} ({name}, {precision})"
@@ -331,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Figures]:
-    """The figures after each round, without peers that are not installed or do not start."""
+    """Yield the figures so far after each round, without peers that are absent or do not start."""
     if options.rounds < 1 or min(options.connections) < 1:
         raise BenchmarkError("--rounds and --connections have to be at least 1")
     begun = stored.begin(PACKAGES)

@@ -1,14 +1,14 @@
-"""Whether the service stays as it was under hours of use: counts, memory, file descriptors and threads.
+"""Check that the service stays stable under long use: answers, memory, file descriptors and threads.
 
-A real ``bentoml serve`` process with its default settings takes mixed load from several clients at once:
-images alone, in batches and as raw bodies, submissions, inference requests, pages; among them bad input
-from the tests' corpus, forms that are wrong, and clients that leave before they have sent all. Each
-answer's status is held against the one that it should have; only 503, which sheds load on purpose, may
-come instead. Meanwhile the memory of the server's processes is sampled, and a line is fitted to it after
-a warm-up.
+A real ``bentoml serve`` process with default settings takes a mixed load from several clients at once:
+single images, batches, raw bodies, submissions, inference requests and pages, among them bad input from
+the tests' corpus, malformed forms, and clients that leave before they have sent everything. Each answer
+must have the status expected for its request; only 503, which sheds load on purpose, may come instead.
+Meanwhile the memory of the server's processes is sampled, and a line is fitted to the samples after a
+warm-up.
 
-``python -m benchmarks.soak`` measures and writes ``benchmarks/soak.json``; ``--markdown`` prints the
-table that the README has from that file.
+``python -m benchmarks.soak`` measures and writes ``benchmarks/soak.json``; ``--markdown`` prints from
+that file the table in ``benchmarks/README.md``.
 """
 
 import argparse
@@ -46,16 +46,16 @@ from training.tables import markdown_table
 
 CORPUS = ROOT / "tests" / "serving" / "corpus"
 PACKAGES = ("bentoml", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "starlette", "uvicorn")
-# Of the time, before the memory's slope is taken: threads and batch sizes that have not met yet take
-# memory once when they do, for minutes.
+# Fraction of the time before the memory's slope is taken: each thread takes memory once for each batch
+# size that it meets for the first time, which goes on for minutes.
 WARM_UP = 0.5
-SAMPLES = 120  # of memory, over the whole time
+SAMPLES = 120  # of the memory, over the whole time
 ANSWER_SECONDS = 300.0
 BATCH = 16  # images of a /classify_batch and of an inference request
-ROWS = 400  # images of a submission; enough that its file lies on disk
+ROWS = 400  # images of a submission; enough for the upload to be kept on disk
 SHED = 503
-# What fails a soak: this share of all requests shed; and in one that is long enough for it to show, a
-# slope, in MiB per minute.
+# A soak fails if more than this share of all requests is shed or, provided it lasts long enough to tell,
+# if memory grows by more than this slope, in MiB per minute.
 MOST_SHED = 0.1
 MOST_SLOPE = 1.0
 LONG_SECONDS = 600.0
@@ -65,15 +65,15 @@ CONSOLE = Console(stderr=True)
 
 
 class Figures(stored.Figures):
-    """What ``soak.json`` holds.
+    """The contents of ``soak.json``.
 
     Attributes:
-        n: requests.
-        counts: by route and by status, or ``left``.
-        unexpected: of those, by route and status: not the status that the request should have.
-        memory: MiB (RSS) of all processes of the server, at even times from begin to end.
-        worker: MiB of the largest of these at the end; the one that serves.
-        descriptors, threads: of all processes, when each request was made once and after the last.
+        n: the number of requests.
+        counts: requests by route and by status, or ``left``.
+        unexpected: those of them that had another status than they should, by route and status.
+        memory: the memory (RSS, in MiB) of all the server's processes, at even intervals to the end.
+        worker: that of the largest process at the end, which is the worker.
+        descriptors, threads: of all processes, before the load (each request was made once) and after.
     """
 
     benchmark: ClassVar[str] = "soak"
@@ -105,10 +105,10 @@ class Figures(stored.Figures):
 
 @contextmanager
 def server() -> Iterator[tuple[str, psutil.Process]]:
-    """A ``bentoml serve`` process with default settings that is ready: its address, and itself.
+    """Run ``bentoml serve`` with default settings; yields its address and process once it is ready.
 
     Raises:
-        ServerError: it does not start, or does not end with 0 at SIGTERM.
+        ServerError: it does not start, or its exit code after SIGTERM is not 0.
     """
     command = ("-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", "{port}")
     settings = {"SERVING_MODEL": str(BUNDLED_MODEL)}
@@ -123,7 +123,7 @@ def server() -> Iterator[tuple[str, psutil.Process]]:
 
 @dataclass(frozen=True)
 class State:
-    """Of a process and its children: memory in MiB, the largest's, open file descriptors, threads."""
+    """Totals over a process and its descendants; ``memory`` and the ``largest`` one's are in MiB."""
 
     memory: float
     largest: float
@@ -132,7 +132,7 @@ class State:
 
     @classmethod
     def of(cls, process: psutil.Process) -> "State":
-        """As it is now."""
+        """Measure ``process`` and its descendants now."""
         sizes = memory(process)
         descriptors = threads = 0
         for each in family(process):
@@ -155,17 +155,17 @@ class Call:
     request: dict[str, Any]
 
     async def make(self, client: httpx.AsyncClient) -> str:
-        """The status of the answer."""
+        """Make the request and return the status of the answer."""
         method, path = self.route.split()
         return str((await client.request(method, path, **self.request)).status_code)
 
 
 @dataclass(frozen=True)
 class Leaving(Call):
-    """A client that leaves after half of its body."""
+    """A request whose client leaves after half of its body."""
 
     async def make(self, client: httpx.AsyncClient) -> str:
-        """No status."""
+        """Send half of the request's body, close the connection and return ``LEFT``."""
         request = client.build_request(*self.route.split(), **self.request)
         content = request.read()
         lines = [f"{request.method} {request.url.path} HTTP/1.1"]
@@ -182,7 +182,7 @@ class Leaving(Call):
 
 
 def calls(model: str) -> list[Call]:
-    """All requests of the load, for a server that calls its model so."""
+    """All requests of the load, for a server whose model is named ``model``."""
     infer = f"POST /v2/models/{model}/infer"
     found = [*_good(data.load_sample().test.pixels.numpy(), infer), *_wrong(infer)]
     expected = tomllib.loads((CORPUS / "expected.toml").read_text())
@@ -256,13 +256,13 @@ class Tally:
 
     @property
     def n(self) -> int:
-        """All answers."""
+        """The number of all requests."""
         return sum(count.total() for count in self.counts.values())
 
 
 @asynccontextmanager
 async def clients(url: str, load: list[Call], count: int, tally: Tally) -> AsyncIterator[None]:
-    """Makes requests in ``count`` tasks, each with connections of its own, as long as it lasts."""
+    """Make requests in ``count`` tasks, each with its own connections, as long as the context lasts."""
     over = asyncio.Event()
     weights = [call.weight for call in load]
 
@@ -287,7 +287,7 @@ async def clients(url: str, load: list[Call], count: int, tally: Tally) -> Async
 
 
 async def soak(url: str, process: psutil.Process, seconds: float, count: int) -> dict[str, Any]:
-    """The measured part of the figures."""
+    """Put the load on a server; returns the fields of ``Figures`` that are measured."""
     tally = Tally()
     async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS) as client:
         load = calls((await client.get("/model")).json()["name"])
@@ -317,7 +317,10 @@ async def soak(url: str, process: psutil.Process, seconds: float, count: int) ->
 
 
 async def _settled(process: psutil.Process, before: State | None) -> State:
-    """The state when the server has noticed that connections are closed, if it does."""
+    """The state after 5 s, or once there are no more descriptors than ``before``.
+
+    In that time the server notices that connections are closed.
+    """
     for _ in range(100):
         state = State.of(process)
         if before is not None and state.descriptors <= before.descriptors:
@@ -330,7 +333,7 @@ async def _settled(process: psutil.Process, before: State | None) -> State:
 
 
 def markdown(figures: Figures) -> str:
-    """The figures as a Markdown table, what else was measured, and where they are from."""
+    """The figures as a Markdown table, with a note on what else was measured, and where."""
     statuses = sorted({status for counts in figures.counts.values() for status in counts})
     rows = [["request", *statuses]]
     for route, counts in sorted(figures.counts.items()):
@@ -354,7 +357,7 @@ def markdown(figures: Figures) -> str:
 
 
 def failed(figures: Figures) -> str:
-    """What is not as it must be, if anything."""
+    """What is wrong with the figures; an empty string if nothing is."""
     sheds = sum(counts.get(str(SHED), 0) for counts in figures.counts.values())
     if figures.unexpected:
         return f"answers that were not as they should be: {figures.unexpected}"
@@ -368,7 +371,7 @@ def failed(figures: Figures) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 1 if something was not as it must be."""
+    """Run the command line; returns the exit code, which is 1 if the soak failed."""
     return stored.main(Figures, _parser(), _measure, markdown, arguments, failed)
 
 

@@ -1,4 +1,4 @@
-"""Figures in files: each benchmark has a model of its own, and the README's tables come from them."""
+"""Figures in files: each benchmark has a model of its own, and its Markdown tables are made from it."""
 
 import math
 import platform
@@ -25,11 +25,11 @@ class BenchmarkError(ExplainedError):
 
 
 class Figures(BaseModel):
-    """What a benchmark found, and of what it is true.
+    """What a benchmark found, and with which device, versions and commit.
 
     Attributes:
         benchmark: its name; ``python -m benchmarks.NAME`` measures, and NAME.json has the figures.
-        date, commit: of the beginning; each measurement imports the code as it is then.
+        date, commit: as of the start; each measurement imports the code as it is when its turn comes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,7 +43,7 @@ class Figures(BaseModel):
 
     @classmethod
     def file(cls) -> Path:
-        """Where the figures are that the README shows."""
+        """The benchmark's own file, which is used by default."""
         return FOLDER / f"{cls.benchmark}.json"
 
     @property
@@ -57,7 +57,7 @@ Kind = TypeVar("Kind", bound=Figures)
 
 
 def begin(packages: Sequence[str]) -> dict[str, Any]:
-    """The fields of ``Figures``, as of now, with the versions of those ``packages`` that are here."""
+    """The fields of ``Figures`` as of now, with the versions of the ``packages`` that are installed."""
     return {
         "date": provenance.now(),
         "commit": provenance.commit(),
@@ -68,7 +68,7 @@ def begin(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """That which is installed, or None."""
+    """The installed version of a package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -121,12 +121,12 @@ def main(
 
     Args:
         kind: the benchmark's figures.
-        parser: of its own options.
-        measure: the figures so far, again and again. They are written beside their place, so that an
-            interruption costs the last part only, and take it when they are complete.
-        markdown: the figures as the README has them, which are printed.
-        arguments: of the command line; None for the process's.
-        failed: what is not as it must be in the figures, if anything.
+        parser: a parser for the benchmark's own options.
+        measure: yields the figures so far, repeatedly. Each time a file beside theirs is replaced as a
+            whole, so that an interruption costs only what came after; at the end it takes their place.
+        markdown: makes the Markdown that is printed.
+        arguments: the command line's arguments; None for the process's.
+        failed: says what is wrong with the figures, if anything; the exit code is 1 then.
 
     Returns:
         The exit code.

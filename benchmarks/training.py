@@ -1,15 +1,17 @@
 """Images per second of the training job, for the reports' recipes beside a plain PyTorch loop.
 
-The plain loop is as the reports wrote theirs: a DataLoader with two workers, torchvision transforms
-image by image, the default memory format, float32 unless the report used mixed precision (on a GPU).
-Both train the recipe's network on its batch size, the job by steps that are compiled on a GPU, as in a
-run; a third measurement is the training job without augmentation. Recipes of ours have no plain loop,
-and are measured at the size of images that they begin with. Measurements take turns in rounds, so that a
-change of the machine's pace meets all, and each has a process of its own: the job's memory settings
-would serve the plain loop too.
+The plain loop is like the reports': a DataLoader with two workers, torchvision transforms image by
+image, the default memory format, and float32 unless the report used mixed precision (on a GPU). Both
+train the recipe's network with its batch size; the job's steps are compiled on a GPU, as in a run. A
+third measurement is the training job without augmentation. Recipes of ours have no plain loop, and are
+measured with the size of images that they begin with. Measurements take turns in rounds, so that a
+change in the machine's speed affects all of them, and each has a process of its own: otherwise the job's
+memory settings would serve the plain loop too.
 
-``python -m benchmarks.training`` measures and writes ``benchmarks/training.json``;
-``--markdown`` prints the table that the README has from that file.
+``python -m benchmarks.training`` measures and writes ``benchmarks/training.json``; ``--markdown`` prints
+that file as a table. The committed files are of ``--seconds 3 --rounds 3``: ``training.json``, for the
+README, of ``--recipes A1 A2 A3 B1 B2 C1 D1 E1``, and ``training-avx2.json``, on another machine, of
+``--recipes A1 fast accurate B2 D1``.
 """
 
 import argparse
@@ -43,14 +45,14 @@ from training.tables import markdown_table
 
 PACKAGES = ("torch", "torchvision")
 OURS = ("fast", "accurate")
-WARM_UP = 0.2  # of a measurement's seconds, before its clock starts
+WARM_UP = 0.2  # fraction of a measurement's seconds, before its clock starts
 LEAST_STEPS = 3  # of a measurement, however long they take
 
 
 class Rates(BaseModel):
-    """Images per second of a recipe's training, a number a round, and the precisions.
+    """Images per second of a recipe's training, one number per round, and the precisions.
 
-    Of a recipe that is not a report's ``plain`` is empty.
+    For a recipe that is not a report's, ``plain`` is empty.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,17 +67,17 @@ class Rates(BaseModel):
 
     @property
     def ratio(self) -> float | None:
-        """Of the medians: the training job's to the plain loop's, where that was measured."""
+        """The training job's median divided by the plain loop's, or None if that was not measured."""
         return median(self.job) / median(self.plain) if self.plain else None
 
     @property
     def kept(self) -> float:
-        """Of the medians: the training job's to its own without augmentation."""
+        """The training job's median divided by its own without augmentation."""
         return median(self.job) / median(self.job_without_augmentation)
 
 
 class Figures(stored.Figures):
-    """What ``training.json`` holds; ``n`` rounds, each of ``seconds`` a measurement."""
+    """The contents of ``training.json``: ``n`` rounds of ``seconds`` per measurement."""
 
     benchmark: ClassVar[str] = "training"
 
@@ -88,9 +90,9 @@ class Figures(stored.Figures):
 
 
 def job(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
-    """Endless steps of ``python -m training run``, whole batches; gives each one's number of images.
+    """Make steps of ``python -m training run`` without end; yields the number of images of each.
 
-    What is compiled is so before the first step.
+    Only whole batches are used, and whatever is compiled is compiled before the first step.
     """
     images, _ = data.split(dataset.train, recipe.data.validation)
     learner = Learner(recipe, 0, images, Processes())
@@ -104,7 +106,7 @@ def job(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
 
 
 def job_without_augmentation(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
-    """As ``job``, with the images as they are."""
+    """As ``job``, with the images left as they are."""
     return job(recipe.model_copy(update={"augment": ()}), dataset)
 
 
@@ -112,7 +114,7 @@ def job_without_augmentation(recipe: Recipe, dataset: data.DataSet) -> Iterator[
 
 
 class PILImages(Dataset[tuple[Tensor, int]]):
-    """Images as torchvision's CIFAR10 gives them: a PIL image goes through ``transform``."""
+    """Images as torchvision's CIFAR10 gives them: PIL images passed through ``transform``."""
 
     def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]) -> None:
         self.pixels, self.labels = images.pixels.numpy(), images.labels.tolist()
@@ -126,7 +128,7 @@ class PILImages(Dataset[tuple[Tensor, int]]):
 
 
 def plain(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
-    """Endless steps of a loop as in PyTorch's tutorial, likewise."""
+    """As ``job``, for a loop like the one in PyTorch's tutorial."""
     images, _ = data.split(dataset.train, recipe.data.validation)
     loader = DataLoader(
         PILImages(images, transform(recipe)),
@@ -134,7 +136,7 @@ def plain(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
         shuffle=True,
         num_workers=2,
         drop_last=True,
-        multiprocessing_context="fork",  # a script's on Linux; a pool's processes have another
+        multiprocessing_context="fork",  # as in a script on Linux; in a pool's process it is another
     )
     place = device.choose()
     dtype = plain_precision(recipe, place)
@@ -165,7 +167,7 @@ def transform(recipe: Recipe) -> transforms.Compose:
     """A recipe's augmentation and normalisation as torchvision transforms of one PIL image.
 
     Raises:
-        BenchmarkError: an operation that torchvision has not.
+        BenchmarkError: torchvision lacks an operation.
     """
     on_pixels = [_transform(part) for part in recipe.augment if part.op not in ON_NORMALISED]
     on_normalised = [_transform(part) for part in recipe.augment if part.op in ON_NORMALISED]
@@ -204,13 +206,13 @@ Loop = Callable[[Recipe, data.DataSet], Iterator[int]]
 def measure(loop: Loop, recipe: Recipe, seconds: float) -> float:
     """Images per second of a loop's steps on the data set, after a warm-up."""
     steps = loop(recipe, data.load())
-    # On a GPU the step that is captured as a graph, the first after some others, is no part of the pace.
+    # On a GPU the step after the first WARM_UPS is captured as a graph, which must not count.
     _pace(steps, WARM_UP * seconds, WARM_UPS + 1 if torch.cuda.is_available() else 1)
     return _pace(steps, seconds, LEAST_STEPS)
 
 
 def _pace(steps: Iterator[int], seconds: float, at_least: int) -> float:
-    """Images per second of whole steps, ``at_least`` so many, until ``seconds`` have passed."""
+    """Images per second over whole steps, for at least ``seconds`` and ``at_least`` steps."""
     _synchronise()
     began, elapsed, images, count = time.perf_counter(), 0.0, 0, 0
     while count < at_least or elapsed < seconds:
@@ -222,15 +224,15 @@ def _pace(steps: Iterator[int], seconds: float, at_least: int) -> float:
 
 
 def _synchronise() -> None:
-    """Wait for the GPU, which works on while the program goes ahead."""
+    """Wait for the GPU, if there is one, which works asynchronously."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def _apart(loop: Loop, recipe: Recipe, seconds: float) -> float:
-    """As ``measure``, in a process of its own."""
+    """Run ``measure`` in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([Learner.__module__])  # once, as what it imports takes seconds
+    context.set_forkserver_preload([Learner.__module__])  # only once, since its imports take seconds
     with ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(measure, loop, recipe, seconds).result()
@@ -239,11 +241,11 @@ def _apart(loop: Loop, recipe: Recipe, seconds: float) -> float:
 
 
 def compare(name: str, chosen: Recipe, dataset: data.DataSet, seconds: float, rounds: int) -> Rates:
-    """Measure the recipe ``chosen``, called ``name``, in ``rounds`` of ``seconds`` a measurement.
+    """Measure the recipe ``chosen``, named ``name``, in ``rounds`` of ``seconds`` per measurement.
 
     Raises:
-        BenchmarkError: ``dataset``, which each process loads for itself, has too few images for a batch;
-            or too little memory.
+        BenchmarkError: ``dataset``, which each process loads for itself, has too few images for a batch,
+            or a measurement was killed, perhaps for want of memory.
     """
     images = len(data.split(dataset.train, chosen.data.validation)[0])
     if images < chosen.batch_size:
@@ -274,7 +276,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def markdown(figures: Figures) -> str:
-    """The figures as a Markdown table and a line on where they are from."""
+    """The figures as a Markdown table, with a note on what they show and where they were measured."""
     header = "recipe|batch|precision (plain)|training job|plain loop|ratio|without augmentation|kept"
     rows = [header.split("|")]
     for rates in figures.rates:
@@ -308,11 +310,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Figures]:
-    """The figures after each recipe."""
+    """Yield the figures so far after each recipe."""
     if options.rounds < 1:
         raise BenchmarkError("--rounds has to be at least 1")
     chosen = {name: recipe.load(name) for name in options.recipes}
-    dataset = data.load()  # if it has to be downloaded, then now
+    dataset = data.load()  # downloaded now, if it has to be
     begun = stored.begin(PACKAGES)
     rates: list[Rates] = []
     for name, part in chosen.items():

@@ -1,1 +1,1 @@
-"""Checkpoints to model files: one ONNX file that holds all that serving needs."""
+"""Turn checkpoints into model files: single ONNX files that hold everything serving needs."""

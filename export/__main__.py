@@ -24,12 +24,12 @@ from training.tables import percent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 1 where a file is not written or not good.
+    """Run the command line; returns the exit code.
 
-    It is 130 after Ctrl-C.
+    It is 0 on success, 1 if a file is not written or fails verification, and 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
-    # Without markup: a path or a name may have brackets.
+    # No markup: paths and names may contain brackets.
     console, errors = (
         Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
         for stderr in (False, True)

@@ -1,4 +1,4 @@
-"""Comparisons of what PyTorch and the providers of this machine compute of the same test images."""
+"""Compare the logits that PyTorch and this machine's providers compute for the same test images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,17 +16,19 @@ from training.data import Images, Source
 
 @dataclass(frozen=True)
 class TestImages:
-    """Test images and their ``source``: ``cifar10`` or ``sample``. Logits are float32 [N, 10]."""
+    """Test images from ``source``, ``cifar10`` or ``sample``; their logits are float32 [N, 10]."""
 
     images: Images
     source: Source
 
     @classmethod
     def load(cls, wanted: Source = "cifar10") -> "TestImages":
-        """Those of the data set where it is ``wanted`` and present, else the sample's.
+        """Load the test images of the data set on this machine, else those of the bundled sample.
+
+        If ``sample`` is ``wanted``, the bundled sample is taken even where CIFAR-10 is present.
 
         Raises:
-            DataError: a data set that is present but damaged.
+            DataError: a data set that is present, or that ``CIFAR10_ROOT`` names, cannot be read.
         """
         dataset = data.load_present()
         if (dataset.source, wanted) == ("cifar10", "sample"):
@@ -44,17 +46,17 @@ class TestImages:
         return self.images.labels.numpy()
 
     def accuracy(self, logits: NDArray[np.float32]) -> float:
-        """The fraction of the images that ``logits`` get right."""
+        """The fraction of the images that ``logits`` classify correctly."""
         return self._right(logits) / len(self.images)
 
     def in_pytorch(self, ensemble: Ensemble) -> NDArray[np.float32]:
-        """The logits that PyTorch computes on the CPU."""
+        """The logits of ``ensemble`` for the images, computed by PyTorch on the CPU."""
         return evaluate.logits(ensemble, self.images.pixels, BATCH).numpy()
 
     def compare(
         self, expected: NDArray[np.float32], actual: NDArray[np.float32], reference: str, provider: str
     ) -> Parity:
-        """How far the ``actual`` logits of ``provider`` are from those of ``reference``."""
+        """Compare the ``actual`` logits of ``provider`` with the ``expected`` ones of ``reference``."""
         return Parity(
             reference=reference,
             images=len(self.images),
@@ -62,7 +64,7 @@ class TestImages:
             max_scaled_difference=float(np.abs(actual - expected).max() / np.abs(expected).max()),
             top1_agreement=float((actual.argmax(1) == expected.argmax(1)).mean()),
             accuracy=self.accuracy(actual),
-            # A difference of counts: that of two fractions could lie beyond a limit that it is at.
+            # From counts: rounding could put the difference of two fractions beyond a limit it is at.
             accuracy_loss=(self._right(expected) - self._right(actual)) / len(self.images),
             provider=provider,
             onnxruntime=onnxruntime.__version__,
@@ -71,17 +73,17 @@ class TestImages:
     def compare_rounded(
         self, expected: NDArray[np.float32], ensemble: Ensemble, reference: str
     ) -> Parity:
-        """How far ``ensemble`` is in fp16 as a GPU computes it.
+        """Compare ``expected`` with ``ensemble`` rounded to fp16 at each layer, as a GPU computes it.
 
-        ONNX Runtime's CPU provider computes fp16 in float32, where nothing overflows.
+        ONNX Runtime's CPU provider does not do that: it computes fp16 in float32 without overflows.
         """
         return self.compare(expected, self.in_pytorch(rounded(ensemble)), reference, ROUNDED)
 
     def compare_others(self, expected: NDArray[np.float32], model: bytes) -> Iterator[Parity]:
-        """How far each other provider of this machine is from a model file's logits on the CPU.
+        """Compare the CPU's logits of a model file, ``expected``, with each other provider's here.
 
         Raises:
-            ProviderError: one of them is here and does not run the ``model``.
+            ProviderError: a provider that is present cannot run ``model``.
         """
         for other in others(model):
             yield self.compare(expected, other.logits(model, self.pixels), CPU.name, other.name)

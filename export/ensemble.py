@@ -1,4 +1,4 @@
-"""What a model file computes: trained networks with their views, averaged, at a temperature."""
+"""What a model file computes: trained networks with their views, averaged, with a temperature."""
 
 import copy
 import math
@@ -16,13 +16,13 @@ ROUNDED = "PyTorch, rounded"
 class Ensemble(nn.Module):
     """One classifier, or several whose probabilities are averaged, and a temperature.
 
-    Probabilities are averaged (Lakshminarayanan et al., 2017, arXiv:1612.01474) and not logits, so that
-    a member counts the same whatever the scale of its logits; the result's logits are the logarithms
-    of the averages. The views of one member are averaged by their logits, as in training.
+    Probabilities are averaged (Lakshminarayanan et al., 2017, arXiv:1612.01474) rather than logits, so
+    that every member counts the same whatever the scale of its logits; the logits of the ensemble are
+    the logarithms of the averages. Within a member, the views' logits are averaged, as in training.
 
     Args:
-        members: what is averaged.
-        temperature: what the logits are divided by (Guo et al., 2017, arXiv:1706.04599).
+        members: the classifiers.
+        temperature: divides the logits (Guo et al., 2017, arXiv:1706.04599).
     """
 
     def __init__(self, members: Sequence[Classifier], temperature: float = 1.0) -> None:
@@ -63,10 +63,10 @@ def half(ensemble: Ensemble) -> Ensemble:
 
 
 def rounded(ensemble: Ensemble) -> Ensemble:
-    """What ``half`` gives on a GPU, computed in float32 for a CPU, which has no such arithmetic.
+    """A copy that computes in float32 what ``half`` gives on a GPU; a CPU has no such arithmetic.
 
-    Weights, and what goes into each layer and comes out of it, are rounded to fp16; what is too large
-    for it becomes infinite.
+    The weights and the inputs and outputs of each layer are rounded to fp16; values too large for fp16
+    become infinite.
     """
     ensemble = copy.deepcopy(ensemble)
     for member in ensemble.members:

@@ -1,4 +1,4 @@
-"""The model file's graph: uint8 NHWC images in, logits out, all else inside."""
+"""The graph of a model file: uint8 NHWC images in, logits out, everything in between inside."""
 
 import ast
 import contextlib
@@ -19,21 +19,20 @@ from training.errors import ExplainedError
 
 OPSET, IR_VERSION = 20, 10
 INPUT, OUTPUT = "images", "logits"
-SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes a node's modules
+SCOPES = "pkg.torch.onnx.name_scopes"  # the metadata key under which the exporter lists a node's modules
 
 
 class GraphError(ExplainedError):
-    """A graph that is not as every model file's; the message says what is wrong and what is right."""
+    """A model file or graph that breaks the contract; the message says what is wrong and what right."""
 
 
 def build(classifier: nn.Module) -> ModelProto:
-    """The ONNX graph of a classifier on the CPU, in the classifier's own precision.
+    """Build the ONNX graph of a classifier on the CPU, in the classifier's own precision.
 
-    A node has its module's name and its operator's (``members.0.model.stem/Conv``), and so has its
-    output.
+    Nodes and their outputs are named after module and operator (``members.0.model.stem/Conv``).
 
     Raises:
-        GraphError: the exporter gave something else than ``check`` wants.
+        GraphError: the exporter's graph does not pass ``check``.
     """
     example = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     with quiet("torch.onnx"):
@@ -60,22 +59,23 @@ def build(classifier: nn.Module) -> ModelProto:
 
 
 def check(model: ModelProto) -> None:
-    """Whether a graph keeps the contract and is plain ONNX: one file, no extensions, known shapes.
+    """Raise GraphError unless a graph keeps the contract and is plain ONNX.
 
-    Input ``images``: uint8 [N, 32, 32, 3]; output ``logits``: float32 [N, 10]; N is dynamic.
-
-    Raises:
-        GraphError: it is not so.
+    The contract: the input ``images`` is uint8 [N, 32, 32, 3], the output ``logits`` is float32
+    [N, 10], and N is dynamic. Plain ONNX: one file, no extensions, known shapes.
     """
     try:
         _check(model)
-    except (ValidationError, InferenceError, ValueError) as error:  # ValueError: texts that are no UTF-8
+    except (ValidationError, InferenceError, ValueError) as error:  # ValueError: a string is not UTF-8
         raise GraphError(f"not valid ONNX: {error}") from error
 
 
 @contextlib.contextmanager
 def quiet(logger: str | None = None) -> Iterator[None]:
-    """Silence tools that print their progress and warn of their own internals; no name: the root."""
+    """Silence tools that print their progress and warn about their own internals.
+
+    Hides stdout, warnings, and what ``logger`` (None: the root logger) logs below errors.
+    """
     level = logging.getLogger(logger).level
     logging.getLogger(logger).setLevel(logging.ERROR)
     try:
@@ -127,7 +127,7 @@ def _has_shape(value: ValueInfoProto) -> bool:
 
 
 def _name(model: ModelProto) -> None:
-    """Name nodes, what they give, and constants by module and operator, not by the exporter's count."""
+    """Name nodes, their outputs and constants after module and operator, not the exporter's numbers."""
     counts: Counter[str] = Counter()
     names: dict[str, str] = {}
 
@@ -151,7 +151,7 @@ def _name(model: ModelProto) -> None:
 
 
 def _module(node: NodeProto) -> str:
-    """The innermost module that a node is of: the exporter lists all, and then the operation."""
+    """The innermost module of a node: the exporter lists all its modules and, last, the operation."""
     (scopes,) = [entry.value for entry in node.metadata_props if entry.key == SCOPES] or ["[]"]
     modules = [scope for scope in ast.literal_eval(scopes)[:-1] if not scope.startswith("_")]
     return str(modules[-1]) if modules else ""

@@ -14,7 +14,7 @@ from training.recipe import Recipe, Views
 
 @dataclass(frozen=True)
 class Member:
-    """A checkpoint, the SHA-256 of its file in hexadecimal, and the recipe with the file's views."""
+    """A checkpoint, its file's SHA-256 in hexadecimal, and its recipe with the model file's views."""
 
     checkpoint: Checkpoint
     digest: str
@@ -33,7 +33,10 @@ class Member:
         return Classifier(self.checkpoint.network(), self.recipe)
 
     def facts(self) -> dict[str, Any]:
-        """What a model file says of a member; the accuracy is that of its run, where it was measured."""
+        """What a model file says about a member.
+
+        This includes the run's test accuracy, if that was measured with the same views.
+        """
         run = self.checkpoint
         facts = {
             "name": run.recipe_name,
@@ -52,12 +55,12 @@ class Member:
 
 
 def load(path: Path, views: Views | None) -> Member:
-    """Read a checkpoint; ``views`` take the place of its recipe's, where they are given.
+    """Read a checkpoint; ``views``, if given, replace those of its recipe.
 
     Raises:
         CheckpointError, RecipeError: a checkpoint that cannot be used.
     """
-    content = checkpoints.read(path)  # once: the digest is of the bytes that were loaded
+    content = checkpoints.read(path)  # read once, so that the digest is of the bytes that are loaded
     state = checkpoints.decode(content, path)
     recipe = state.parsed_recipe()
     if views is not None:
@@ -66,11 +69,7 @@ def load(path: Path, views: Views | None) -> Member:
 
 
 def check_different(members: Sequence[Member]) -> None:
-    """Whether no member is there twice: it would count twice in their average.
-
-    Raises:
-        CheckpointError: one is.
-    """
+    """Raise CheckpointError if a member is given twice: it would count twice in the average."""
     seen: set[str] = set()
     for member in members:
         if member.digest in seen:

@@ -1,4 +1,4 @@
-"""The model file's metadata: what serving, and whoever finds the file, can know about it."""
+"""A model file's metadata: what the service, and anyone who finds the file, can learn about it."""
 
 import hashlib
 import json
@@ -25,13 +25,13 @@ CONTRACT = "1"
 
 
 class Part(BaseModel):
-    """What is read of a file's metadata, or of an object in them; there may be more."""
+    """The keys that are read from a file's metadata, or from an object in them; others are ignored."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class Origin(Part):
-    """A checkpoint that a file was made from; the attributes are as in ``Member.facts``."""
+    """A checkpoint that a model file was made from; for the attributes see ``Member.facts``."""
 
     name: str
     seed: int
@@ -41,7 +41,7 @@ class Origin(Part):
 
 
 class Calibration(Part):
-    """The attributes are as in ``Temperature``, and what ``test_images`` as many gave."""
+    """A ``Temperature``, and calibration errors without and with it on ``test_images`` test images."""
 
     value: float
     origin: str
@@ -54,7 +54,7 @@ class Calibration(Part):
 
 
 class Measured(Part):
-    """The attributes are as in ``Parity``."""
+    """The part of a ``Parity`` that is read; the attributes are the same."""
 
     images: int
     source: Source
@@ -62,7 +62,10 @@ class Measured(Part):
 
 
 class Description(Part):
-    """What a file says of itself; of one checkpoint, ``members`` are made of the file's own keys."""
+    """What a model file says about itself.
+
+    If it was made from one checkpoint, ``members`` is built from the file's own keys.
+    """
 
     contract: Literal["1"]
     name: str
@@ -88,19 +91,19 @@ def write(
     sample_accuracy: float,
     test_reliability: tuple[Bins, Bins],
 ) -> None:
-    """Set a model file's metadata: texts, numbers as decimals, lists and objects as JSON.
+    """Set a model file's metadata: strings as they are, everything else as JSON.
 
     Args:
-        model: changed in place; metadata that it has is replaced.
-        members: what it was made from. Of one, the facts are keys of the file; of several, they are
-            objects in the list ``members``.
+        model: changed in place; the metadata it already has are replaced.
+        members: what it was made from. The facts of a single member become keys of the file; those of
+            several become objects in the list ``members``.
         precision: fp32, fp16 or int8.
-        temperature: that is folded into the graph.
-        with_pytorch: the result of the comparison of the fp32 graph with PyTorch.
-        parity: that, or for another precision the comparison with the fp32 graph.
-        providers: those of this machine's other providers with the CPU.
-        sample_accuracy: on the test images of the bundled sample.
-        test_reliability: on the test images, without and with the temperature.
+        temperature: the temperature that is folded into the graph.
+        with_pytorch: the comparison of the fp32 graph with PyTorch.
+        parity: the same for fp32; for another precision, the comparison with the fp32 graph.
+        providers: the comparisons of this machine's other providers with the CPU.
+        sample_accuracy: the accuracy on the test images of the bundled sample.
+        test_reliability: the reliability on the test images, without and with the temperature.
     """
     del model.metadata_props[:]
     before, after = test_reliability
@@ -133,9 +136,9 @@ def write(
 
 
 def version(model: ModelProto) -> str:
-    """Twelve hex digits that change with the graph and its weights, not with the metadata.
+    """Twelve hex digits that change with the graph and its weights, but not with the metadata.
 
-    That of another precision, temperature or choice of views is another one.
+    Another precision, temperature or choice of views therefore gives another version.
     """
     bare = ModelProto()
     bare.CopyFrom(model)
@@ -144,11 +147,11 @@ def version(model: ModelProto) -> str:
 
 
 def read(model: ModelProto) -> Description:
-    """What a model file says of itself.
+    """Read what a model file says about itself, and check it against the graph.
 
     Raises:
-        GraphError: it is not of a file of ours: a key is missing, or its value is unknown or not that
-            of the graph.
+        GraphError: the file is not one of ours: a key is missing, a value is invalid, or values
+            contradict each other or the graph.
     """
     texts = {entry.key: entry.value for entry in model.metadata_props}
     if not all(isinstance(text, str) for pair in texts.items() for text in pair):

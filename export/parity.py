@@ -1,4 +1,4 @@
-"""Parity: a model file computes what it was made from, within the limits of its precision."""
+"""Parity: whether a model file computes what its source does, within the limits of its precision."""
 
 import math
 import sys
@@ -15,11 +15,11 @@ PYTORCH = "PyTorch"
 
 
 class ParityError(ExplainedError):
-    """A model file computes something else than it should; the message gives figures and limits."""
+    """A model file that does not compute what it should; the message gives figures and limits."""
 
 
 class Finding(NamedTuple):
-    """What was measured, as texts, and whether it is within its limit."""
+    """A measurement and its limit, as text, and whether it is within the limit (``passed``)."""
 
     what: str
     measured: str
@@ -42,7 +42,7 @@ LIMITS: dict[Precision, Limits] = {
     "fp16": Limits(math.inf, 0.995, 0.001),
     "int8": Limits(math.inf, 0.99, 0.003),
 }
-# Any other provider, or processor, against the CPU provider; it may compute fp32 in a shorter type
+# Other providers and other processors against the CPU provider: they may compute fp32 in a shorter type
 # (TF32 on a GPU, say).
 ELSEWHERE = LIMITS | {"fp32": LIMITS["fp16"]}
 
@@ -53,12 +53,14 @@ class Parity:
 
     Attributes:
         reference: ``PyTorch``, ``fp32`` (the fp32 file on the same provider) or a provider's name.
-        images: how many test images; ``source`` is ``cifar10`` or ``sample``.
-        max_scaled_difference: largest absolute difference of two logits over the largest logit.
-        top1_agreement: fraction of images with the same most probable class.
-        accuracy: of the model file on these images, as a fraction.
-        accuracy_loss: the reference's accuracy minus that.
-        provider: ONNX Runtime's execution provider; ``onnxruntime`` is its version.
+        images: the number of test images; ``source`` is ``cifar10`` or ``sample``.
+        max_scaled_difference: the largest absolute difference from the reference's logits, divided by
+            the largest absolute value of these.
+        top1_agreement: the fraction of images with the same most probable class.
+        accuracy: the model file's on these images, as a fraction.
+        accuracy_loss: the reference's accuracy minus ``accuracy``.
+        provider: ONNX Runtime's execution provider, or ``PyTorch, rounded``; ``onnxruntime`` is ONNX
+            Runtime's version.
     """
 
     reference: str
@@ -72,7 +74,7 @@ class Parity:
     onnxruntime: str
 
     def findings(self, limits: Limits) -> list[Finding]:
-        """The figures beside their limits; one that is not a number is outside."""
+        """The figures beside their limits; NaN is outside any limit."""
         bounded = limits.max_scaled_difference < math.inf
         limit = f"at most {limits.max_scaled_difference:.0e}" if bounded else "finite"
         return [
@@ -97,7 +99,7 @@ class Parity:
         ]
 
     def check(self, limits: Limits) -> None:
-        """Raise ParityError where a figure is outside its limit."""
+        """Raise ParityError if a figure is outside its limit."""
         failed = [finding for finding in self.findings(limits) if not finding.passed]
         if failed:
             figures = ", ".join(f"{f.what} {f.measured} (limit: {f.limit})" for f in failed)

@@ -1,4 +1,4 @@
-"""Providers: what can run a model file on this machine, in the sessions that the service would open."""
+"""The providers that can run a model file on this machine, in sessions like the service's."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ BATCH = 250
 
 @dataclass(frozen=True)
 class Provider:
-    """An execution provider of ONNX Runtime, by the service's name for it."""
+    """An execution provider of ONNX Runtime; ``short_name`` is the service's name for it."""
 
     short_name: ProviderName
 
@@ -27,16 +27,16 @@ class Provider:
         return FULL_NAMES[self.short_name]
 
     def logits(self, model: bytes, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Logits, float32 [N, 10], by a model file's bytes of ``pixels``, uint8 [N, 32, 32, 3].
+        """Logits, float32 [N, 10], that a model file's bytes give for ``pixels``, uint8 [N, 32, 32, 3].
 
         Raises:
-            ProviderError: it cannot load or run the model; the message names it and gives its reason.
+            ProviderError: the provider cannot load or run the model; the message names it and says why.
         """
         session = open_session(model, self.short_name, loky.cpu_count())
         batches = (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
         try:
             return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in batches])
-        except Exception as error:  # onnxruntime's own, of which there are a dozen kinds
+        except Exception as error:  # onnxruntime has a dozen kinds of its own
             raise ProviderError(f"{self.name} does not run the model: {error}") from error
 
 
@@ -44,10 +44,10 @@ CPU = Provider("cpu")
 
 
 def others(model: bytes) -> Iterator[Provider]:
-    """The providers beside the CPU that this machine has.
+    """The providers other than the CPU's that this machine has.
 
     Raises:
-        ProviderError: one of them is here and does not run the ``model``.
+        ProviderError: a provider that is present cannot run ``model``.
     """
     names: tuple[ProviderName, ...] = ("openvino", "cuda", "tensorrt")
     for name in names:

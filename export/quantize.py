@@ -1,9 +1,9 @@
 """int8 model files: static quantisation, calibrated on training images.
 
-After ONNX Runtime's advice for CPUs: nodes that quantise and dequantise (QDQ) around each convolution,
-uint8 activations by their smallest and largest values, int8 weights by channel. Only convolutions
-compute in int8, where nearly all the time goes. The first one, which sees the pixels, stays float: on
-training images that lowers the error by a quarter and costs no time.
+This follows ONNX Runtime's advice for CPUs: nodes that quantise and dequantise (QDQ) around each
+convolution, uint8 activations scaled by their smallest and largest values, int8 weights scaled by
+channel. Only convolutions, which take nearly all the time, compute in int8. The first one, which sees
+the pixels, stays float: on training images that lowers the error by a quarter and costs no time.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ COLORS = 3
 
 
 class TrainingImages(CalibrationDataReader):  # type: ignore[misc]
-    """The bundled sample's training images: there on every machine, and the same ones."""
+    """The bundled sample's training images, which are the same on every machine."""
 
     def __init__(self) -> None:
         self._batches: Iterator[NDArray[np.uint8]] = iter(
@@ -38,13 +38,13 @@ class TrainingImages(CalibrationDataReader):  # type: ignore[misc]
         )
 
     def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-        """The next batch as the graph's inputs, None after the last."""
+        """The next batch as the graph's inputs, or None after the last one."""
         batch = next(self._batches, None)
         return None if batch is None else {INPUT: batch}
 
 
 def int8(model: ModelProto) -> ModelProto:
-    """The int8 form of a float32 graph of ``export.graph``; the input and the logits stay as they are.
+    """Quantise a float32 graph of ``export.graph`` to int8; its input and logits keep their types.
 
     Raises:
         GraphError: the quantised graph does not keep the contract.
@@ -65,7 +65,7 @@ def int8(model: ModelProto) -> ModelProto:
             calibrate_method=CalibrationMethod.MinMax,
         )
         quantized = onnx.load(int8_file)
-    del quantized.metadata_props[:]  # a note of the quantiser
+    del quantized.metadata_props[:]  # the quantiser leaves a note
     quantized.ir_version = IR_VERSION
     quantized.producer_name, quantized.producer_version = model.producer_name, model.producer_version
     quantized = onnx.shape_inference.infer_shapes(quantized, strict_mode=True)
@@ -74,6 +74,6 @@ def int8(model: ModelProto) -> ModelProto:
 
 
 def _first_convolutions(model: ModelProto) -> list[str]:
-    """Those of filters over red, green and blue."""
+    """The names of the convolutions whose filters have three input channels: red, green and blue."""
     colors = {tensor.name for tensor in model.graph.initializer if tensor.dims[1:2] == [COLORS]}
     return [node.name for node in model.graph.node if node.op_type == "Conv" and node.input[1] in colors]

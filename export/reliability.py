@@ -1,4 +1,4 @@
-"""Reliability: how often a model is right when it says that it is so and so sure."""
+"""Reliability: how often a model is right when it claims a certain probability of being right."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +16,12 @@ BINS = 15
 
 
 class Bins(NamedTuple):
-    """Images by the probability of their most probable class, in ``BINS`` bins of equal width.
+    """Images sorted into ``BINS`` bins of equal width by the probability of their most probable class.
 
     Attributes:
-        share: float64 [BINS], the fraction of the images in each.
-        confidence: the mean probability in each, 0 where it is empty.
-        accuracy: the fraction of right answers in each, 0 where it is empty.
+        share: float64 [BINS], the fraction of the images in each bin.
+        confidence: the mean probability in each bin, 0 if it is empty.
+        accuracy: the fraction of right answers in each bin, 0 if it is empty.
     """
 
     share: NDArray[np.float64]
@@ -47,10 +47,10 @@ def measure(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> Bins:
 
 
 def plot(curves: Mapping[str, Bins], title: str, path: Path) -> None:
-    """Draw accuracy over confidence, a named curve for each, into a PNG, SVG or PDF file.
+    """Plot accuracy against confidence, up to two named curves, into a PNG, SVG or PDF file.
 
     Raises:
-        PlotError: the file is to be something else.
+        PlotError: the file name has another ending.
     """
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -60,7 +60,7 @@ def plot(curves: Mapping[str, Bins], title: str, path: Path) -> None:
         label = f"{name}: error {percent(bins.error)}"
         axes.plot(bins.confidence[filled], bins.accuracy[filled], "o-", color=color, label=label)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability", ylabel="fraction right")
-    axes.set_title(title, parse_math=False)  # of a file's name
+    axes.set_title(title, parse_math=False)  # it contains a file name
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
     plots.save(figure, path)

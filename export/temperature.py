@@ -1,6 +1,6 @@
-"""The temperature that makes probabilities honest, fitted on training images that no member saw.
+"""The temperature that calibrates probabilities, fitted on training images that no member has seen.
 
-Logits are divided by it (Guo et al., 2017, arXiv:1706.04599). The test images have no part in it.
+Logits are divided by it (Guo et al., 2017, arXiv:1706.04599). The test images play no part in the fit.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from training.errors import ExplainedError
 from training.evaluate import logits
 
 RANGE = 0.05, 20.0
-DIGITS = 4  # more would be the rounding of one processor
+DIGITS = 4  # further digits depend on the processor's rounding
 
 
 class TemperatureError(ExplainedError):
@@ -28,14 +28,14 @@ class TemperatureError(ExplainedError):
 
 @dataclass(frozen=True)
 class Temperature:
-    """A temperature and where it is from.
+    """A temperature and where it comes from.
 
     Attributes:
-        value: 1 where none was fitted.
-        origin: whose held-out images it was fitted on, or why it was not fitted.
-        val_images: how many they are; 0 where it was not fitted.
-        val_ece_before, val_ece_after: expected calibration error on them, a fraction, without and with
-            the temperature; None where it was not fitted.
+        value: the temperature; 1 if none was fitted.
+        origin: whose held-out images it was fitted on, or why none was fitted.
+        val_images: the number of these images; 0 if none was fitted.
+        val_ece_before, val_ece_after: the expected calibration error on these images, a fraction,
+            without and with the temperature; None if none was fitted.
     """
 
     value: float
@@ -46,17 +46,18 @@ class Temperature:
 
 
 def of(members: Sequence[Member], trials: Sequence[Member]) -> Temperature:
-    """The temperature for an ensemble of ``members``.
+    """Find the temperature for an ensemble of ``members``.
 
-    It is fitted on the images that all of ``trials`` held out: the same recipes, trained on fewer
-    images. Without trials it is fitted on the images that the members held out themselves, and where
-    these are not there it is 1 and ``origin`` says why.
+    It is fitted on the images that all ``trials`` held out; trials are runs of the members' recipes on
+    fewer images. Without trials it is fitted on the images that all members held out; if there are
+    none, or they are not on this machine, it is 1 and ``origin`` says why.
 
     Raises:
-        TemperatureError: trials that are not of the members' recipes, are unfinished, held nothing
-            out, or whose images are not on this machine; or logits that are no finite numbers.
-        CheckpointError: weights that are not those of the recipe's network.
-        DataError: a data set that is present but damaged.
+        TemperatureError: the trials are not one for each member in the same order, are of other
+            recipes or unfinished, held nothing out, or their images are not on this machine; or the
+            logits are not finite.
+        CheckpointError: the weights do not fit the recipe's network.
+        DataError: a data set that is present, or that ``CIFAR10_ROOT`` names, cannot be read.
     """
     if trials:
         _check_alike(members, trials)
@@ -69,10 +70,10 @@ def of(members: Sequence[Member], trials: Sequence[Member]) -> Temperature:
 
 
 def fit(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """The temperature at which ``logits``, [N, 10], make ``labels``, [N] in 0..9, most likely.
+    """The temperature T at which ``logits``, [N, 10], make ``labels``, [N] in 0..9, most likely.
 
-    In 1/T the likelihood has one maximum, where the mean logit that the probabilities expect is that of
-    the labels; T is found by bisection between the ends of ``RANGE``.
+    As a function of 1/T the likelihood has one maximum, where the mean logit that the probabilities
+    expect equals the mean logit of the labels. Bisection finds it between the ends of ``RANGE``.
     """
     wide = logits.astype(np.float64)
     wide -= wide.max(1, keepdims=True)
@@ -104,7 +105,7 @@ def _fit(trials: Sequence[Member], images: Images) -> Temperature:
 
 
 def _held_out(members: Sequence[Member]) -> Images:
-    """The training images that none of the members saw; of two splits one contains the other."""
+    """The training images that no member saw: the smallest split, which all others contain."""
     share = min(member.recipe.data.validation for member in members)
     dataset = data.load_present()
     images = data.split(dataset.train, share)[1]
@@ -114,7 +115,8 @@ def _held_out(members: Sequence[Member]) -> Images:
         source = member.checkpoint.run["data"]
         if source != dataset.source:
             raise TemperatureError(
-                f"the images that {member} held out are of {source}, and here is {dataset.source}"
+                f"the images that {member} held out are from {source}, but the data set here is "
+                f"{dataset.source}"
             )
     return images
 

@@ -1,4 +1,4 @@
-"""Verification: a model file is one of ours and computes here what it says it does."""
+"""Verification that a model file is one of ours and computes on this machine what it says it does."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,19 +20,20 @@ from export.provider import CPU
 from training.data import Source
 from training.tables import percent
 
-# The error moves more than the accuracy does: an image near the edge of a bin falls into the next one.
+# Calibration errors vary more than the accuracy: an image near a bin's edge can fall into the next one.
 ECE_MARGIN = 0.005
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a model file says of itself, and what was found.
+    """What a model file says about itself, and what was measured here.
 
     Attributes:
-        metadata: what it says.
-        measured: accuracy and expected calibration error on the test images here, beside those in the
+        metadata: what the file says about itself.
+        measured: accuracy and expected calibration errors on the test images here, beside those in the
             metadata.
-        parity: with PyTorch, where checkpoints were given, and of each other provider with the CPU.
+        parity: comparisons and their findings: of the CPU with PyTorch, if checkpoints were given, and
+            of each other provider with the CPU.
     """
 
     metadata: Description
@@ -40,7 +41,7 @@ class Verification:
     parity: list[tuple[Parity, list[Finding]]]
 
     def check(self) -> None:
-        """Raise ParityError where something is outside its limit."""
+        """Raise ParityError if a measurement is outside its limit."""
         findings = [("", finding) for finding in self.measured] + [
             (f" on {report.provider}", finding) for report, part in self.parity for finding in part
         ]
@@ -50,22 +51,23 @@ class Verification:
 
 
 def verify(path: Path, checkpoints: Sequence[Path] = ()) -> Verification:
-    """Check a model file's graph and metadata and run it on the test images by every provider here.
+    """Check a model file's graph and metadata, and run it on the test images by every provider here.
 
-    On the CPU its accuracy and calibration error must be those in its metadata, which were measured on
-    perhaps another processor, by the limits for other providers; other providers are compared with the
-    CPU. The images are those of which the metadata tells; where the data set is not there, the bundled
-    sample's, whose accuracy is in the metadata too.
+    On the CPU its accuracy and calibration errors are compared with those in its metadata, perhaps of
+    another processor: the accuracy by the limit for other providers, the errors by ``ECE_MARGIN`` and
+    only on the same images. Other providers are compared with the CPU. The images are those that the
+    metadata name or, if that data set is not here, the bundled sample's, whose accuracy they have too.
 
     Args:
         path: the model file.
-        checkpoints: that it says it was made from, in the same order, to compare with PyTorch.
+        checkpoints: those it says it was made from, in the same order, to compare it with PyTorch.
 
     Raises:
-        GraphError: no model file, not one of ours, changed since, or not made from these checkpoints.
-        CheckpointError, RecipeError: a checkpoint that cannot be used.
-        DataError: a data set that is present but damaged.
-        ParityError: the logits are no finite numbers.
+        GraphError: the file is missing, not one of ours, was changed after it was written, or was not
+            made from these checkpoints.
+        CheckpointError, RecipeError: a checkpoint cannot be used.
+        DataError: a data set that is present, or that ``CIFAR10_ROOT`` names, cannot be read.
+        ParityError: the logits are not finite; for figures outside a limit see ``Verification.check``.
         ProviderError: a provider cannot run the file.
     """
     model = read(path)
@@ -100,10 +102,10 @@ def verify(path: Path, checkpoints: Sequence[Path] = ()) -> Verification:
 
 
 def read(path: Path) -> ModelProto:
-    """Read a model file, without other files that it may refer to.
+    """Read a model file, but no other files that it may refer to.
 
     Raises:
-        GraphError: missing or not ONNX.
+        GraphError: the file is missing or not ONNX.
     """
     if not path.is_file():
         raise GraphError(f"no model file at {path}")
@@ -122,7 +124,7 @@ def _accuracy(values: Description, measured: float, source: Source) -> Finding:
 def _calibration_error(
     values: Description, what: str, logits: NDArray[np.float32], right: float, test: TestImages
 ) -> Finding:
-    """The calibration error of logits; of other images there is nothing to compare it with."""
+    """The calibration error of logits, compared with ``right`` if that was measured on these images."""
     measured = reliability.measure(logits, test.labels).error
     if (values.parity.source, values.parity.images) != (test.source, len(test.images)):
         return Finding(what, percent(measured), "", True)

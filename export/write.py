@@ -1,4 +1,4 @@
-"""Checkpoints to model files, which are written only if they compute what they should."""
+"""Write checkpoints as model files, but only if these compute what they should."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -28,12 +28,13 @@ PRECISIONS = tuple(LIMITS)
 
 @dataclass(frozen=True)
 class Written:
-    """A model file that was written, and what was measured of it.
+    """A model file that was written, and what was measured with it.
 
     Attributes:
         path, precision: the file and its precision.
-        parity: with PyTorch or the fp32 file on the CPU, then of other providers with the CPU.
-        temperature: folded into the graph.
+        parity: the comparison with PyTorch (fp32) or the fp32 graph on the CPU, then those of the other
+            providers with the CPU.
+        temperature: the temperature that is folded into the graph.
         reliability: on the test images, without and with the temperature.
     """
 
@@ -53,23 +54,24 @@ def write(
     """Write the model files of a checkpoint, or of an ensemble of several.
 
     Args:
-        checkpoints: runs' checkpoints.
+        checkpoints: the checkpoints of finished runs.
         files: the file to write for each precision that is wanted.
-        views: of each member, in the place of its recipe's.
-        temperature_from: trials of the same recipes, whose held-out images give the temperature.
+        views: the views of every member, if not those of its recipe.
+        temperature_from: trials of the same recipes, on whose held-out images the temperature is
+            fitted; without any, on the runs' own, if they held images out.
 
     Raises:
-        CheckpointError, RecipeError: a checkpoint that cannot be used, is given twice, or whose run is
-            not finished.
-        TemperatureError: a trial that cannot give the temperature.
-        DataError: a data set that is present but damaged.
+        CheckpointError, RecipeError: a checkpoint cannot be used, is given twice, or its run is not
+            finished.
+        TemperatureError: the temperature cannot be fitted.
+        DataError: a data set that is present, or that ``CIFAR10_ROOT`` names, cannot be read.
         GraphError: a file's name does not end in ``.onnx``, or the graph does not keep the contract.
         ParityError, ProviderError: a file does not compute what it should, or a provider cannot run it.
             None of the files is written then.
-        OSError: a file cannot be written there.
+        OSError: a file cannot be written.
     """
     for path in files.values():
-        if path.suffix != ".onnx":  # the last of several checkpoints, say, with the file forgotten
+        if path.suffix != ".onnx":  # perhaps the last of several checkpoints, and OUT.onnx was forgotten
             raise GraphError(f"{path}: the model file comes last, and its name must end in .onnx")
     members = [member.load(path, views) for path in checkpoints]
     for path, part in zip(checkpoints, members, strict=True):
@@ -83,7 +85,7 @@ def write(
     reference = _Reference.build(members, fitted)
     made = [reference.in_precision(precision, path) for precision, path in files.items()]
 
-    with ExitStack() as stack:  # all are on the disk before the first takes its place
+    with ExitStack() as stack:  # all files are on the disk before the first takes its place
         for model, written in made:
             file = stack.enter_context(replacing(written.path))
             file.write(model.SerializeToString())
@@ -94,13 +96,13 @@ def write(
 
 @dataclass(frozen=True)
 class _Reference:
-    """The fp32 graph, which those of other precisions are made from and compared with.
+    """The fp32 graph, with which the graphs of the other precisions are compared.
 
     Attributes:
-        members, temperature, ensemble: what it was made of.
-        test: the images that decide.
-        model, logits: the graph, and what it gives for them on the CPU, float32 [N, 10].
-        parity: with PyTorch.
+        members, temperature, ensemble: what it was made from.
+        test: the images for all comparisons.
+        model, logits: the graph, and its logits for these images on the CPU, float32 [N, 10].
+        parity: the comparison with PyTorch.
     """
 
     members: Sequence[Member]
@@ -113,7 +115,7 @@ class _Reference:
 
     @classmethod
     def build(cls, members: Sequence[Member], temperature: Temperature) -> "_Reference":
-        """The graph of the members' ensemble, once it computes what PyTorch does."""
+        """Build the graph of the members' ensemble, and check that it computes what PyTorch does."""
         ensemble = Ensemble([part.classifier() for part in members], temperature.value)
         test = TestImages.load()
         model = graph.build(ensemble)
@@ -123,7 +125,7 @@ class _Reference:
         return cls(members, temperature, ensemble, test, model, logits, parity)
 
     def in_precision(self, precision: Precision, path: Path) -> tuple[ModelProto, Written]:
-        """The model for a file, with its metadata, once it computes what it should."""
+        """Make the model for a file, check that it computes what it should, and set its metadata."""
         test, model, logits, here = self.test, self.model, self.logits, self.parity
         if precision == "fp16":
             test.compare_rounded(logits, self.ensemble, "fp32").check(LIMITS[precision])
@@ -137,7 +139,7 @@ class _Reference:
         for other in test.compare_others(logits, content):
             other.check(ELSEWHERE[precision])
             others.append(other)
-        # Without the temperature that the logits were divided by, and with it.
+        # Without and with the temperature, by which the graph has already divided these logits.
         bins = (
             reliability.measure(logits * self.temperature.value, test.labels),
             reliability.measure(logits, test.labels),

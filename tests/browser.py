@@ -1,4 +1,4 @@
-"""A browser that shows a page to a test, as it does to a person."""
+"""A real browser in which tests open pages."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 @contextmanager
 def open_page(width: int = 1280) -> Iterator[Page]:
-    """An empty page so many CSS pixels wide, in Chromium: the system's, or that of Playwright.
+    """Open an empty page, ``width`` CSS pixels wide, in the system's Chromium or else Playwright's.
 
-    Skips the test where there is neither.
+    Skips the test if there is neither.
     """
     found = next(filter(None, map(shutil.which, NAMES)), None)
     with sync_playwright() as playwright:

@@ -1,4 +1,4 @@
-"""The mark of tests for which torch compiles."""
+"""The mark of tests that need torch to compile."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tests that share the cores, and one `bentoml serve` process for the session."""
+"""Sharing the cores among test workers, and one `bentoml serve` process for the session."""
 
 import os
 import signal
@@ -11,20 +11,20 @@ import pytest
 from tests.serving.server import serving
 
 CORES: int = loky.cpu_count()
-MOST_WORKERS = 4  # each takes memory for torch, and for the servers that it starts
+MOST_WORKERS = 4  # each takes memory for torch and for the servers that it starts
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
-    # Before torch comes in, here and in the processes that tests start: more threads would only wait for
-    # those of the other workers.
+    # Set before torch is imported, here and in the processes that tests start: more threads would only
+    # wait for those of the other workers.
     threads = max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
-# Who is started in the background of a script ignores Ctrl-C, and so do the processes that it starts.
+# A process started in the background of a script ignores Ctrl-C, and so do the processes it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """The workers of `--numprocesses auto`."""
+    """The number of workers for `--numprocesses auto`."""
     return min(MOST_WORKERS, CORES)
 
 
@@ -32,7 +32,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a service with the bundled model and limits that tests can reach.
 
-    On the CPU provider, whose figures are the same on every machine.
+    It uses the CPU provider, whose figures are the same on every machine.
     """
     with serving(
         tmp_path_factory.mktemp("serve"),

@@ -1,4 +1,4 @@
-"""An HTTP server of a test's own, to see who asks it for what."""
+"""An HTTP server inside a test, which sees what it is asked for."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from threading import Thread
 
 @contextmanager
 def listening(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The address of a server that answers by ``handler``, in threads of this process."""
+    """Run a server that answers with ``handler``, in threads of this process; yields its address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         try:

@@ -22,7 +22,7 @@ from training.tables import markdown_table, percent, table_rows
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIGURES = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-PROSE = README.replace("\n", " ")  # wherever its lines are broken
+PROSE = README.replace("\n", " ")  # so that line breaks do not matter
 CARD = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
 
 
@@ -33,7 +33,7 @@ def metadata() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def row(metadata: dict[str, str]) -> results.Result:
-    """That of the bundled model's run."""
+    """The row of the bundled model's run in results.csv."""
     (row,) = [
         row
         for row in results.read()
@@ -187,7 +187,7 @@ def test_classify_answers_as_shown(client: Client, url: str) -> None:
     ],
 )
 def test_errors_are_answered_as_shown(url: str, code: str) -> None:
-    """Those of a service with other settings, or in another state, are in tests/serving."""
+    """The errors of a service with other settings, or in another state, are tested in tests/serving."""
     assert_as_shown(code, url)
 
 
@@ -268,7 +268,7 @@ def test_texts_say_what_the_reliability_plot_shows() -> None:
 
 def test_bundled_model_is_of_a_recorded_run(metadata: dict[str, str], row: results.Result) -> None:
     in_pytorch = json.loads(metadata["pytorch_parity"])["accuracy"]
-    # Its two views are neither the run's six nor the image alone, whose accuracies the row has.
+    # The row has the run's accuracies with six views and with one; the bundled file has two views.
     assert (metadata["views"], row.views) == ("flip", "flip_shift")
     assert in_pytorch == pytest.approx(row.accuracy, abs=0.005)
     assert json.loads(metadata["parity"])["accuracy"] >= 0.94

@@ -12,7 +12,7 @@ PROMPT = "$ "
 
 
 def transcripts() -> dict[str, tuple[str, str]]:
-    """The command and the body of each error by its code."""
+    """The command that provokes each error and the answer's body, by the error's code."""
     lines = [line for line in CONSOLE.splitlines() if not line.startswith("#")]
     found = {}
     for command, body in zip(lines[::2], lines[1::2], strict=True):

@@ -1,6 +1,5 @@
-"""What people run otherwise: the same `POST /classify` as their frameworks' documentation would have it.
+"""Other ways to serve: the same `POST /classify`, written as each framework's documentation has it.
 
-Each module is a program that serves one image a request, multipart field `image`, on a port of
-127.0.0.1; `benchmarks.serving` starts them. `model` is what they share: the model, and the pixels of an
-image.
+Each module serves one image per request, in the multipart field `image`; `benchmarks.serving` starts
+them on a local port. They share `model`: the model, the pixels of an image, and the answer.
 """

@@ -1,4 +1,4 @@
-"""BentoML with adaptive batching, behind a service that takes one image a request."""
+"""BentoML with adaptive batching, behind a service that takes one image per request."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class Model:
 
     @bentoml.api(batchable=True, max_batch_size=32, max_latency_ms=1000)
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Float32 [N, classes] of uint8 [N, 32, 32, 3]."""
+        """Logits, float32 [N, classes], of ``images``, uint8 [N, 32, 32, 3]."""
         return self.run(images)
 
 

@@ -1,4 +1,4 @@
-"""FastAPI and ONNX Runtime: a function that blocks is `def`, and runs in FastAPI's thread pool."""
+"""FastAPI: the endpoint blocks, so it is a plain `def`, which FastAPI runs in its thread pool."""
 
 import sys
 from typing import Any

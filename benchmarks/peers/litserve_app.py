@@ -23,11 +23,11 @@ class Classifier(litserve.LitAPI):
         self.run = model.load()
 
     def decode_request(self, request: Request) -> Pixels:
-        """The pixels of a form's image."""
+        """The pixels of the image in a form."""
         return model.pixels(Image.open(request["image"].file))  # LitServe hands over the form
 
     def batch(self, inputs: list[Pixels]) -> Pixels:
-        """One array of several."""
+        """Stack several requests' pixels into one array."""
         return np.stack(inputs)
 
     def predict(self, batch: Pixels) -> Logits:
@@ -35,7 +35,7 @@ class Classifier(litserve.LitAPI):
         return self.run(batch)
 
     def unbatch(self, output: Logits) -> list[Logits]:
-        """Each request's part."""
+        """Split the logits into each request's own."""
         return list(output)
 
     def encode_response(self, output: Logits) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The model of a peer, in plain ONNX Runtime or in the service's engine, and the pixels of an image."""
+"""What peers share: the model, in plain ONNX Runtime or the service's engine, pixels, and answers."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,11 @@ Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
 def load() -> Run:
-    """Logits float32 [N, classes] of uint8 [N, 32, 32, 3], as the environment says."""
+    """Load the model and engine that the environment names.
+
+    Returns:
+        A function of images, uint8 [N, 32, 32, 3], that gives logits, float32 [N, classes].
+    """
     path = Path(os.environ[MODEL])
     if os.environ[ENGINE] == "service":
         import loky
@@ -37,7 +41,7 @@ def load() -> Run:
 
 
 def pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """uint8 [32, 32, 3] of an image of any size."""
+    """The pixels, uint8 [32, 32, 3], of an image of any size."""
     return np.asarray(image.convert("RGB").resize((32, 32)))
 
 

@@ -22,7 +22,7 @@ class Classifier:
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
     async def logits(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-        """Logits of each of several requests."""
+        """The logits for each of several requests."""
         return list(self.run(np.stack(images)))
 
     async def __call__(self, request: Request) -> dict[str, Any]:
@@ -37,5 +37,5 @@ class Classifier:
 if __name__ == "__main__":
     ray.init(num_cpus=2, include_dashboard=False, configure_logging=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1]), "access_log": False})
-    application: Any = Classifier  # the decorator has made a deployment of the class
+    application: Any = Classifier  # the decorator has turned the class into a deployment
     serve.run(application.bind(), route_prefix="/classify", blocking=True)

@@ -137,7 +137,7 @@ def test_a_recipes_network_in_each_precision() -> None:
 
 
 def test_a_measurements_process_has_no_more_than_its_engine_needs(tmp_path: Path) -> None:
-    """PyTorch's libraries would count as the memory of the others."""
+    """Otherwise PyTorch's libraries would count as memory of other engines."""
     code = (
         "import sys; from pathlib import Path; from benchmarks.engines import ENGINES, Variant; "
         f"ENGINES['service:cpu'](Variant(Path({str(BUNDLED_MODEL)!r}), 'accurate', 'flip')); "

@@ -16,7 +16,7 @@ from benchmarks.serving import Load, Server
 from benchmarks.stored import read
 from tests.serving.server import ROOT
 
-# The peers that `make test` has the packages of.
+# The servers whose packages `make test` installs.
 HERE = ["the service", "BentoML"]
 
 

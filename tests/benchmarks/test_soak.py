@@ -1,4 +1,4 @@
-"""The soak runs, and its figures become its table."""
+"""The soak runs, and its figures become a table."""
 
 import contextlib
 import signal
@@ -47,7 +47,7 @@ def test_the_server_ends_with_a_soak_that_is_stopped(tmp_path: Path) -> None:
 
 
 def _serves(member: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):  # it may just have ended, as git does
+    with contextlib.suppress(psutil.Error):  # it may have just ended, as git does
         return "bentoml" in " ".join(member.cmdline())
     return False
 

@@ -95,7 +95,7 @@ def test_plain_loop_transforms_as_the_recipe_says(name: str) -> None:
     assert (image.dtype, image.shape) == (torch.float32, (3, 32, 32))
     assert label == data.load_sample().train.labels[3]
     kinds = [type(part) for part in composed.transforms]
-    # Every operation is there, and those on normalised images come after the normalisation.
+    # Every operation is there, and those for normalised images come after the normalisation.
     assert len(kinds) == len(chosen.augment) + 2
     erasing = [part.op for part in chosen.augment].count("random_erasing")
     assert kinds.index(transforms.Normalize) == len(kinds) - 1 - erasing
@@ -106,7 +106,7 @@ def test_plain_loop_trains_on_what_the_job_trains_on() -> None:
     chosen = recipe.load("A1", ["batch_size=150", "data.validation=0.1"])
     for loop in (benchmark.job, benchmark.plain, benchmark.job_without_augmentation):
         steps = loop(chosen, dataset)
-        # 450 of the 500 images; the next batch is of the next epoch.
+        # 450 of the 500 images are trained on: three batches, so the fourth is of the next epoch.
         assert [next(steps) for _ in range(4)] == [150] * 4
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints to export: of runs of a few steps, and one of the bundled model's weights."""
+"""Checkpoints to export: of runs of a few steps, and one with the bundled model's weights."""
 
 import functools
 import math
@@ -34,7 +34,7 @@ Bundled = Callable[..., Path]
 
 @pytest.fixture(scope="package", autouse=True)
 def _few_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The sample's training images and its first test images: a sixth of the time."""
+    """All of the sample's training images but only its first test images, in a sixth of the time."""
     path = tmp_path_factory.mktemp("images") / "few.npz"
     with np.load(data.SAMPLE) as sample:
         np.savez(path, **{name: sample[name][: TRAIN if "train" in name else TEST] for name in sample})
@@ -45,7 +45,7 @@ def _few_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def _few_may_differ() -> Iterator[None]:
-    """Limits for as few images, where the real ones would allow none to be lost."""
+    """Set limits for so few images, of which the real ones would allow none to be lost."""
     few: dict[Precision, Limits] = {
         "fp16": Limits(math.inf, 0.99, 0.01),
         "int8": Limits(math.inf, 0.97, 0.02),
@@ -59,7 +59,7 @@ def _few_may_differ() -> Iterator[None]:
 
 
 class FewTrainingImages(quantize.TrainingImages):
-    """The first two batches: calibration on all of them takes most of an export's time."""
+    """The first two batches only: calibration on all of them takes most of an export's time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def _calibrated_on_few() -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def _operators_collected_once() -> Iterator[None]:
-    """The exporter collects what it can translate anew for each graph: a third of a small one's time."""
+    """Otherwise the exporter collects its operators for each graph, a third of a small graph's time."""
     with pytest.MonkeyPatch.context() as patch:
         collect = functools.cache(ONNXRegistry.from_torchlib)
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(collect))
@@ -83,7 +83,7 @@ def _operators_collected_once() -> Iterator[None]:
 
 
 class OffByOne:
-    """A provider that gives each class the logit of the one before."""
+    """A provider that gives each class the logit of the class before it."""
 
     name = "OffByOneExecutionProvider"
 
@@ -93,14 +93,14 @@ class OffByOne:
 
 @pytest.fixture
 def off_by_one(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a provider that computes something else, the only one here beside the CPU's."""
+    """The name of a provider that computes wrong logits, made the only one here besides the CPU's."""
     monkeypatch.setattr("export.comparison.others", lambda content: iter([OffByOne()]))
     return OffByOne.name
 
 
 @pytest.fixture(scope="package")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Trains a few steps on a few images; gives the checkpoint, made once for each seed.
+    """Trains a few steps on a few images, once per recipe and seed, and returns the checkpoint's path.
 
     ``fast`` is a complete run, with a test accuracy; the others are trials.
     """
@@ -122,7 +122,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
 
 
 def _floats(file: onnx.ModelProto) -> dict[str, NDArray[Any]]:
-    """A file's constants by name; those that it keeps as int8 with what the numbers stand for."""
+    """A model file's constants by name; int8 ones as the floats that they stand for."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in file.graph.initializer}
     floats = {name: array.copy() for name, array in constants.items()}
     for node in file.graph.node:
@@ -137,9 +137,9 @@ def _floats(file: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 
 @pytest.fixture(scope="package")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Bundled:
-    """Writes a checkpoint of the bundled model's weights and views, with ``changes`` of its recipe.
+    """Writes a checkpoint of the bundled model's weights and views, with ``changes`` to its recipe.
 
-    What the exporter folded into a convolution comes back as its bias in the BatchNorm behind it.
+    A bias that the exporter folded into a convolution becomes the bias of the BatchNorm after it.
     """
     file = onnx.load(BUNDLED)
     values = {entry.key: entry.value for entry in file.metadata_props}
@@ -183,13 +183,13 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Bundled:
 
 @pytest.fixture(scope="package")
 def trained(bundled: Bundled) -> Path:
-    """A checkpoint of the bundled model's weights, which held no images out."""
+    """A checkpoint with the bundled model's weights, of a run that held no images out."""
     return bundled()
 
 
 @pytest.fixture(scope="package")
 def files(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The model files of ``trained``, by their precision, written by one command."""
+    """The model files of ``trained`` by precision, all written by one command."""
     out = tmp_path_factory.mktemp("files") / "model.onnx"
     assert export(["write", str(trained), str(out), "--precision", "all"]) == 0
     return {
@@ -200,5 +200,5 @@ def files(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def described(path: Path) -> dict[str, str]:
-    """A model file's metadata, as texts."""
+    """A model file's metadata, as strings."""
     return {entry.key: entry.value for entry in onnx.load(path).metadata_props}

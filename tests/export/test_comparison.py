@@ -25,9 +25,9 @@ def test_figures_of_a_comparison() -> None:
     expected: NDArray[np.float32] = np.zeros((1000, 10), np.float32)
     expected[:, 3] = 8
     actual = expected.copy()
-    actual[:3, 4] = 10  # three images change their class
+    actual[:3, 4] = 10  # the class of three images changes
     labels = torch.full((1000,), 3)
-    labels[0] = 4  # and for one of them that is right
+    labels[0] = 4  # which is right for one of them
     images = Images(torch.zeros(1000, 32, 32, 3, dtype=torch.uint8), labels)
     found = comparison.TestImages(images, "sample").compare(expected, actual, "fp32", "CPU")
     assert (found.images, found.top1_agreement) == (1000, 0.997)
@@ -68,7 +68,7 @@ def test_accuracy_on_the_sample_is_that_of_its_own_images(
     logits = CPU.logits(out.read_bytes(), images.pixels.numpy())
     sample = comparison.TestImages(images, "sample").accuracy(logits)
     assert float(values["sample_accuracy"]) == sample != few.accuracy(logits[:50])
-    # Where the data set is not there, the sample's images decide; by the accuracy that is of them.
+    # Without the data set, the sample's images are run, and compared with the accuracy on the sample.
     monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
     assert main(["verify", str(out)]) == 0
 

@@ -25,19 +25,19 @@ def pixels() -> NDArray[np.uint8]:
 
 
 def exported(ensemble: Ensemble) -> Run:
-    """What the ensemble's graph computes."""
+    """A function that runs the ensemble's graph."""
     return partial(CPU.logits, graph.build(ensemble).SerializeToString())
 
 
 @pytest.fixture(scope="module")
 def flipped(trained: Path) -> Run:
-    """The image and its mirror image, which are the checkpoint's own views."""
+    """Runs the checkpoint's graph with its own views: the image and its mirror image."""
     return exported(Ensemble([load(trained, None).classifier()]))
 
 
 @pytest.fixture(scope="module")
 def single(trained: Path) -> Run:
-    """The image alone."""
+    """Runs the checkpoint's graph with the image alone as its view."""
     return exported(Ensemble([load(trained, "none").classifier()]))
 
 

@@ -20,7 +20,7 @@ Built = Callable[[str], ModelProto]
 
 @pytest.fixture(scope="module")
 def built(train: Train) -> Built:
-    """Builds the graph of a recipe's network, once; who changes it takes a copy."""
+    """Builds the graph of a recipe's network, once; a test that changes it must copy it first."""
 
     @cache
     def build(name: str) -> ModelProto:
@@ -30,7 +30,7 @@ def built(train: Train) -> Built:
     return build
 
 
-# One of each kind of network, and of each way to predict.
+# One recipe for each kind of network, with and without averaged views.
 @pytest.mark.parametrize("name", ["A1", "D1", "fast"])
 def test_graph_keeps_the_contract(name: str, built: Built) -> None:
     model = built(name)

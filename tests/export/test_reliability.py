@@ -8,14 +8,14 @@ from training.plots import PlotError
 
 
 def logits(confidence: float, count: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
-    """Of class 0 with a probability, the rest shared by the others."""
+    """Logits that give class 0 the probability ``confidence``, and each other class an equal share."""
     rest = np.full((count, 10), np.log((1 - confidence) / 9))
     rest[:, 0] = np.log(confidence)
     return rest
 
 
 def test_error_is_the_gap_between_confidence_and_accuracy() -> None:
-    # 60 images at 0.9, two thirds right, and 40 at 0.5, half of them right.
+    # 60 images with probability 0.9, two thirds of them right, and 40 with 0.5, half of them right.
     both = np.concatenate([logits(0.9, 60), logits(0.5, 40)])
     labels = np.array([0] * 40 + [1] * 20 + [0] * 20 + [1] * 20)
     bins = reliability.measure(both, labels)

@@ -11,7 +11,7 @@ from tests.export.conftest import Bundled
 
 
 def drawn(at: float) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Logits, and labels drawn from their probabilities at a temperature."""
+    """Logits, and labels drawn from their probabilities at the temperature ``at``."""
     generator = np.random.default_rng(0)
     logits = 3 * generator.normal(size=(20_000, 10))
     noise = generator.gumbel(size=logits.shape)
@@ -61,7 +61,7 @@ def test_held_out_images_of_the_run_itself(bundled: Bundled) -> None:
 
 def test_an_ensemble_is_fitted_on_what_all_held_out(bundled: Bundled) -> None:
     assert temperature.of(members(bundled(0.2), bundled(0.1)), []).val_images == 50
-    for share in (0.0, 0.0001):  # the second of less than half an image
+    for share in (0.0, 0.0001):  # the second is less than half an image
         found = temperature.of(members(bundled(0.2), bundled(share)), [])
         assert (found.value, found.val_images) == (1.0, 0)
 
@@ -102,4 +102,4 @@ def test_images_of_another_data_set_are_not_taken(
     elsewhere = [Member(state, "0" * 64, state.parsed_recipe())]
     found = temperature.of(elsewhere, [])
     assert found.value == 1
-    assert "are of cifar10, and here is sample" in found.origin
+    assert "are from cifar10, but the data set here is sample" in found.origin

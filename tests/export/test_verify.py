@@ -98,7 +98,7 @@ def test_other_weights_than_the_metadata_says(
     assert main(["verify", file]) == 1
     assert "accuracy on the test images of sample" in capsys.readouterr().err
 
-    # So little noise that the accuracy is the same: PyTorch tells them apart.
+    # With so little noise the accuracy is the same; only the comparison with PyTorch shows it.
     head.CopyFrom(numpy_helper.from_array((weights + noise / 500).astype(np.float32), head.name))
     entry(model, "version").value = metadata.version(model)
     file = saved(model, tmp_path / "hardly.onnx")
@@ -202,7 +202,7 @@ def test_a_calibration_error_that_is_not_the_files(
     assert main(["verify", saved(model, Path(path))]) == 1
     assert "the same without temperature" in capsys.readouterr().err
 
-    # Of other images there is nothing to compare it with.
+    # The error on other images cannot be compared.
     entry(model, "calibration").value = json.dumps(better | {"test_images": 10_000})
     parity = json.loads(entry(model, "parity").value)
     entry(model, "parity").value = json.dumps(parity | {"images": 10_000})

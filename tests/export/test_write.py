@@ -20,8 +20,8 @@ from training import checkpoint, data, recipe
 from training.evaluate import Classifier
 from training.model import CLASSES, parameter_count
 
-LIMITS = dict(parity.LIMITS)  # the real ones, which are loosened while tests run
-UNSEEN = 300  # images that no export of a test has looked at
+LIMITS = dict(parity.LIMITS)  # the real limits, which are loosened while tests run
+UNSEEN = 300  # images that no export in the tests has looked at
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_tta_takes_the_place_of_the_recipes_views(train: Train, tmp_path: Path) 
     assert float(values["test_accuracy"]) == result["single_view_accuracy"]
     assert json.loads(values["parity"])["accuracy"] == result["single_view_accuracy"]
 
-    # A run that was not evaluated so has no such accuracy; the file's own is there all the same.
+    # A run that was not evaluated with these views has no such accuracy, but the file's own is there.
     assert main(["write", str(train("A1")), str(out), "--tta", "flip"]) == 0
     values = described(out)
     assert values["views"] == "flip"
@@ -161,7 +161,7 @@ def test_views_are_those_of_the_trial_too(trained: Path, bundled: Bundled, tmp_p
 def test_broken_parity_leaves_no_file(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A graph of other weights than the checkpoint's, as a defect of the exporter would make it.
+    # A graph with other weights than the checkpoint's, as a defect of the exporter could make it.
     build = graph.build
 
     def broken(ensemble: Ensemble) -> ModelProto:
@@ -194,7 +194,7 @@ def test_a_broken_fp16_file_leaves_none_of_all_three(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # The layers are right, rounded too, but not what is written of the last one.
+    # The layers are right, also when rounded, but the last one is written wrongly.
     def broken(ensemble: Ensemble) -> Ensemble:
         ensemble = half(ensemble)
         weights = ensemble.state_dict()
@@ -215,7 +215,7 @@ def test_a_broken_int8_file_leaves_none_of_all_three(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # One layer's activations at a tenth of their scale, as bad calibration would make it.
+    # One layer's activations at a tenth of their scale, as a bad calibration could leave it.
     int8 = quantize.int8
 
     def broken(model: ModelProto) -> ModelProto:
@@ -245,7 +245,7 @@ def test_another_provider_that_computes_something_else_leaves_no_file(
 def test_what_overflows_in_fp16_is_refused_and_found_again(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Infinite between two layers, though neither weights nor logits are; a CPU's fp16 is not."""
+    """Infinite between two layers, though neither weights nor logits are; on a CPU nothing overflows."""
     state = checkpoint.load(train("A1"))
     first, second = [name for name in state.model if name.endswith("weight")][:2]
     for name in (first, first.replace("weight", "bias")):
@@ -261,7 +261,7 @@ def test_what_overflows_in_fp16_is_refused_and_found_again(
     assert "scaled difference of logits nan" in error
     assert list(tmp_path.iterdir()) == [path]
 
-    # As one who had no such check would write it.
+    # As a program without this check would write it.
     with monkeypatch.context() as patch:
         patch.setattr("export.comparison.rounded", lambda ensemble: ensemble)
         assert main(["write", str(path), str(out), "--precision", "fp16"]) == 0

@@ -30,7 +30,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="session")
 def damaged_model() -> bytes:
-    """The bundled file with a bit flipped in its metadata: they are no UTF-8 then, and yet it opens."""
+    """The bundled file with one bit of its metadata flipped: they are not UTF-8, but the file opens."""
     content = bytearray(BUNDLED_MODEL.read_bytes())
     content[content.rindex(b"airplane")] ^= 0x80
     return bytes(content)
@@ -38,7 +38,7 @@ def damaged_model() -> bytes:
 
 @pytest.fixture
 def model_file(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a small linear model that keeps the contract, but for what the caller changes."""
+    """Writes a small linear model that keeps the contract, except for what the caller changes."""
 
     def write(
         metadata: dict[str, str] | None = None,
@@ -52,7 +52,7 @@ def model_file(tmp_path: Path) -> Callable[..., Path]:
         name: str = "tiny.onnx",
     ) -> Path:
         weights = np.random.default_rng(0).normal(size=(3072, outputs)).astype(np.float32) * scale
-        domain, kind = operator  # on pixels, which are positive, Relu does nothing
+        domain, kind = operator  # Relu does nothing to pixels, which are not negative
         nodes = [
             helper.make_node("Cast", [input_name], ["floats"], to=TensorProto.FLOAT),
             helper.make_node("Flatten", ["floats"], ["rows"]),

@@ -19,10 +19,10 @@ def read(client: httpx.Client) -> Samples:
 
 
 def value(samples: Samples, name: str, /, **labels: str) -> float:
-    """One sample, 0 where there is none."""
+    """The value of a sample, 0 if there is none."""
     return samples.get((name, frozenset(labels.items())), 0.0)
 
 
 def under_way(client: httpx.Client) -> int:
-    """Requests that the service works on, without the one that asks."""
+    """The number of requests that the service works on, without the one that asks for it."""
     return int(value(read(client), "cifar10_requests_under_way")) - 1

@@ -1,10 +1,10 @@
-"""Searches for bytes that break what reads a client's bytes: ``python -m tests.serving.fuzz``.
+"""Searches for bytes that break the readers of clients' bytes: ``python -m tests.serving.fuzz``.
 
-Atheris (libFuzzer) changes files of the corpus and others, and goes on with those that reach new lines
-of the readers, each reader in a process of its own. Bytes that raise anything but the errors that a
-client may see, that run or open anything, take over 10 seconds or over a gibibyte are a finding: they
-are kept in ``fuzzing/READER/`` and the command fails. A finding belongs into tests/serving/corpus when
-it is mended. What reached new lines is kept there too, and the next search begins with it.
+Atheris (libFuzzer) mutates files of the corpus and others, and goes on with those that reach new lines
+of a reader; each reader has a process of its own. Bytes are a finding if they raise anything but the
+errors that a client may see, run or open anything, or take over 10 seconds or over a gibibyte. Findings
+are kept in ``fuzzing/READER/``, and the command fails; once fixed, they belong in tests/serving/corpus.
+Bytes that reached new lines are kept in ``fuzzing/READER/`` too, and the next search begins with them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MODULES = (
     *(f"PIL.{kind}ImagePlugin" for kind in ("Png", "Jpeg", "WebP", "Gif", "Bmp")),
 )
 
-# Python's audit events that reading data has no reason for.
+# Python's audit events that reading data has no reason to raise.
 FORBIDDEN = ("exec", "compile", "import", "open", "pickle.", "os.", "subprocess.", "ctypes.", "socket.")
 
 MAX_PIXELS = 1_000_000
@@ -43,7 +43,7 @@ _watching = False
 
 @contextmanager
 def nothing_run() -> Iterator[None]:
-    """Fail on whatever would run, import or open something."""
+    """Fail on anything that would run, import or open something."""
     global _watching
     _watching = True
     try:
@@ -61,7 +61,7 @@ sys.addaudithook(_audit)
 
 
 def read_pickle_bytes(content: bytes) -> None:
-    """As /submission reads an uploaded file."""
+    """Read an uploaded file as /submission does."""
     from serving.errors import PickleError, TooLargeError
     from serving.submission import read_submission
 
@@ -74,7 +74,7 @@ def read_pickle_bytes(content: bytes) -> None:
 
 
 def read_image_bytes(content: bytes) -> None:
-    """As /classify reads an image."""
+    """Read an image as /classify does."""
     from serving.errors import ImageError, TooLargeError
     from serving.images import decode
 
@@ -85,7 +85,7 @@ def read_image_bytes(content: bytes) -> None:
 
 
 def read_inference_bytes(content: bytes) -> None:
-    """As /v2/models/NAME/infer reads a body: up to a first line feed, the header with JSON's length."""
+    """Read a body as /v2/models/NAME/infer does; the first line, if any, is the JSON's length header."""
     from serving import inference_protocol
     from serving.errors import RequestError
 
@@ -105,7 +105,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def seeds(reader: str) -> dict[str, bytes]:
-    """Files to begin with, by name: the corpus, and good ones of every kind."""
+    """Files to begin with, by name: the corpus, and valid files of every kind."""
     from PIL import Image
 
     from tests.serving.samples import encoded, pickled
@@ -151,7 +151,7 @@ def _inference_seeds(pixels: Any) -> dict[str, bytes]:
 
 
 def search(reader: str, seconds: int, folder: Path = FOUND) -> int:
-    """Search in a process of its own; returns its exit code, which is 0 if nothing was found."""
+    """Search in a process of its own; returns its exit code, 0 if nothing was found."""
     place = folder / reader
     begin, found = place / "begin", place / "reached"
     for path in (begin, found):
@@ -166,7 +166,7 @@ def search(reader: str, seconds: int, folder: Path = FOUND) -> int:
 
 
 def _fuzz(reader: str, seconds: int, folder: Path) -> None:
-    """The process of a search; ends with it."""
+    """Search in this process, which ends with the search."""
     import atheris
 
     place = folder / reader
@@ -174,7 +174,7 @@ def _fuzz(reader: str, seconds: int, folder: Path) -> None:
         for module in MODULES:
             importlib.import_module(module)
     for path in (place / "begin").iterdir():
-        TARGETS[reader](path.read_bytes())  # what is imported at first use is not the bytes' doing
+        TARGETS[reader](path.read_bytes())  # imports at first use are not the fault of the bytes
     options = {
         "artifact_prefix": f"{place}/",
         "max_total_time": seconds,

@@ -36,7 +36,7 @@ def write_model(
     input_shape: Sequence[int | str] = ("N", 32, 32, 3),
     outputs: int = 10,
 ) -> Path:
-    """Write a graph from the input to `logits`."""
+    """Write a model file whose graph leads from the input to `logits`."""
     graph = helper.make_graph(
         nodes,
         path.stem,
@@ -53,7 +53,7 @@ def write_model(
 
 
 def write_fragile_model(folder: Path) -> Path:
-    """A model that looks the brightest pixel up in a table to 127, which has no numbers for 50."""
+    """A model that looks the brightest value up in a table, which ends at 127 and has NaN at 50."""
     table = np.random.default_rng(0).normal(size=(128, 10)).astype(np.float32)
     table[50] = np.nan
     nodes = [
@@ -65,7 +65,7 @@ def write_fragile_model(folder: Path) -> Path:
 
 
 def write_slow_model(folder: Path) -> Path:
-    """A model that has half a GFLOP to do for an image, so that a test can count on work that lasts."""
+    """A model that takes half a GFLOP per image, so that a test can count on work that lasts."""
     normal = np.random.default_rng(0).standard_normal
     nodes = [
         helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),

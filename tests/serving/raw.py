@@ -1,8 +1,8 @@
-"""HTTP by raw sockets, for what a client library would not do."""
+"""HTTP over raw sockets, for what a client library would not do."""
 
 import socket
 
-PATIENCE = 60.0  # seconds a test waits for what must come
+PATIENCE = 60.0  # seconds that a test waits for what must come
 
 
 def connected(url: str) -> socket.socket:
@@ -12,11 +12,11 @@ def connected(url: str) -> socket.socket:
 
 
 def last(head: bytes) -> bytes:
-    """The head of a request as that of the only or the last one on its connection."""
+    """The head of a request, changed to close the connection after it."""
     return head.replace(b"Host", b"Connection: close\r\nHost")
 
 
 def post(path: str, length: int | None, media_type: str = "image/png") -> bytes:
-    """The head of a POST with a body of `length` bytes, or with a chunked one."""
+    """The head of a POST whose body has `length` bytes or, without a length, is chunked."""
     of_body = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
     return f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: {media_type}\r\n{of_body}\r\n\r\n".encode()

@@ -21,10 +21,10 @@ PurePickler: Any = pickle._Pickler  # in Python, so that what it writes can be c
 
 
 class OldPickler(PurePickler):  # type: ignore[misc]
-    """Writes what NumPy 1 wrote."""
+    """Writes pickles as NumPy 1 did."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
-        """Name a function of NumPy's by the module that it had in NumPy 1."""
+        """Name a NumPy function by the module it had in NumPy 1."""
         module = getattr(obj, "__module__", None) or ""
         if not module.startswith("numpy._core"):
             super().save_global(obj, name)
@@ -40,7 +40,7 @@ class OldPickler(PurePickler):  # type: ignore[misc]
 
 
 class Python2Pickler(OldPickler):
-    """Writes bytes as Python 2 wrote its str."""
+    """Writes bytes as Python 2 wrote a str."""
 
     def save_str(self, text: bytes) -> None:
         """Write a Python 2 str."""
@@ -51,7 +51,7 @@ class Python2Pickler(OldPickler):
 
 
 def pickled(content: Any, protocol: int = 4, *, old: bool = False, python2: bool = False) -> bytes:
-    """A pickle; `old` as from NumPy 1, `python2` as from Python 2 with NumPy 1."""
+    """A pickle as of this Python and NumPy, NumPy 1 (`old`), or Python 2 with NumPy 1 (`python2`)."""
     if not old and not python2:
         return pickle.dumps(content, protocol)
     buffer = io.BytesIO()

@@ -36,13 +36,13 @@ class Server:
 
 @contextmanager
 def serving(folder: Path, *arguments: str, cwd: Path = ROOT, **settings: str) -> Iterator[str]:
-    """The address of a `bentoml serve` process that is ready; stopped at the end."""
+    """Run `bentoml serve` and yield its address once it is ready; stops it at the end."""
     with running(folder, *arguments, cwd=cwd, exit_code=0, until=is_ready, **settings) as server:
         yield server.url
 
 
 def serving_slowly(folder: Path, **settings: str) -> AbstractContextManager[str]:
-    """As `serving`, with a model whose runs take so long that requests wait for each other."""
+    """As `serving`, with a model so slow that requests wait for each other."""
     settings |= {"SERVING_MODEL": str(write_slow_model(folder))}
     settings |= {"SERVING_PROVIDER": "cpu", "SERVING_THREADS": "1"}
     return serving(folder, cwd=ROOT, **settings)
@@ -57,7 +57,7 @@ def running(
     until: Callable[[str], bool] = is_ready,
     **settings: str,
 ) -> Iterator[Server]:
-    """A `bentoml serve` process that is ready; stopped by SIGTERM, unless it has ended before."""
+    """Run `bentoml serve` and yield it once it is ready; stops it by SIGTERM if it has not ended."""
     command = ("-m", "bentoml", "serve", *arguments, "--host", "127.0.0.1", "--port", "{port}")
     settings |= {"PYTHONUNBUFFERED": "1"}
     with started("the service", command, settings, until, folder, cwd) as (url, process):
@@ -67,7 +67,7 @@ def running(
 
 
 def wait_for_workers(server: Server, count: int, *, without: int | None = None) -> set[int]:
-    """The workers, once there are `count` but for that one."""
+    """Wait until there are `count` workers, not counting `without`, and return them."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         workers = server.workers() - {without}
@@ -77,7 +77,7 @@ def wait_for_workers(server: Server, count: int, *, without: int | None = None) 
 
 
 def wait_until(holds: Callable[[], bool], server: Server) -> None:
-    """Ask until it holds of the server."""
+    """Wait until `holds()` is true; fails with the server's log if it does not become so in time."""
     deadline = time.monotonic() + START_SECONDS
     while not holds():
         assert time.monotonic() < deadline, server.log.read_text()

@@ -1,4 +1,4 @@
-"""Who is let in, what a request is called, and what is written about it."""
+"""Who is let in, the ids of requests, and what is logged about them."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from tests.serving.samples import encoded
 from tests.serving.server import Server, running, wait_until
 from tests.transcripts import assert_as_shown
 
-PLAIN = "of-the-attic"  # looks the same in every encoding and escape
+PLAIN = "of-the-attic"  # looks the same in every encoding and escaping
 KEY = f"clé {PLAIN}"
 PICTURE = {"image": ("a.png", encoded(np.zeros((32, 32, 3), np.uint8)))}
 WATCHED = ("/healthz", "/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
@@ -103,7 +103,7 @@ def test_keys_are_not_in_the_log(server: Server) -> None:
             answer = httpx.get(f"{server.url}/model", headers={name: value.encode()})
             assert answer.status_code == status
             asked.append(answer.headers["x-request-id"])
-    # A line comes after its answer.
+    # A request's line is logged after its answer.
     wait_until(lambda: all(identity in server.log.read_text() for identity in asked), server)
     log = server.log.read_text()
     assert PLAIN not in log
@@ -163,7 +163,7 @@ def test_each_request_is_a_line_of_json(server: Server) -> None:
     assert answer.status_code == 200
     httpx.get(f"{server.url}/no%0athing%22", headers={"X-Request-Id": "yours"})
     httpx.head(f"{server.url}/healthz", headers={"X-Request-Id": "last"})
-    while '"last"' not in (log := server.log.read_text()):  # a line comes after its answer
+    while '"last"' not in (log := server.log.read_text()):  # it is logged after its answer
         pass
     lines = [json.loads(line) for line in log.splitlines() if line[:1] == "{"]
     found = {line["request_id"]: line for line in lines}

@@ -15,12 +15,12 @@ def image(value: int) -> npt.NDArray[np.uint8]:
 
 
 def values(images: npt.NDArray[np.uint8]) -> Logits:
-    """A stand-in for the engine's work: each image's first pixel as its only logit."""
+    """A stand-in for the engine's work: the only logit of an image is its first value."""
     return images[:, 0, 0, :1].astype(np.float32)
 
 
 class Engine:
-    """Runs `values`, but each run waits for its permission, so that a test decides the order."""
+    """Runs `values`, but each run waits for permission, so that a test decides the order."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -65,7 +65,7 @@ async def collected(batcher: Batcher, *numbers: int) -> list[int]:
 
 
 async def requested(batcher: Batcher, *numbers: int) -> list["asyncio.Task[Logits]"]:
-    """Requests that have reached the queue."""
+    """Make requests, and return them once they have reached the queue."""
     tasks = [asyncio.create_task(batcher.one(image(number))) for number in numbers]
     await asyncio.sleep(0)
     return tasks
@@ -169,7 +169,7 @@ def test_what_nobody_waits_for_is_not_run() -> None:
 
 
 class Recorded:
-    """Images that note which chunks were taken of them."""
+    """Images that record which chunks were taken of them."""
 
     def __init__(self, count: int) -> None:
         self.images = np.stack([image(number) for number in range(count)])

@@ -58,7 +58,7 @@ def test_a_service_that_cannot_start_says_why_and_ends(
     ("host", "message"),
     [
         ("127.0.0.1", "something else listens there"),
-        ("192.0.2.1", "this machine has no such address"),  # kept for documentation, RFC 5737
+        ("192.0.2.1", "this machine has no such address"),  # reserved for documentation, RFC 5737
     ],
 )
 def test_an_address_that_cannot_be_had_is_told(tmp_path: Path, host: str, message: str) -> None:
@@ -96,7 +96,7 @@ def test_a_built_bento_serves_from_another_folder(
 
 
 def test_the_image_has_a_folder_for_each_package_that_it_installs(tmp_path: Path) -> None:
-    """They stand in for the code while the requirements are installed."""
+    """Empty folders stand in for the code while the requirements are installed."""
     (command,) = re.findall(r"^RUN (mkdir .*?) &&", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     subprocess.run(command, shell=True, check=True, cwd=tmp_path)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -121,6 +121,6 @@ def test_a_bento_installs_what_serving_imports() -> None:
     modules = {"PIL": "pillow", "circus": "kantoku"}
     needed = {modules.get(name, name) for name in foreign}
     assert needed <= named
-    # Not imported, but by name: the plug-in; not at all: what others import.
+    # The plug-in is imported by its name in a string only, the others by other packages.
     by_others = {"opentelemetry-exporter-otlp-proto-http", "uvloop"}
     assert named - needed == {"onnxruntime-ep-openvino", *by_others}

@@ -1,4 +1,4 @@
-"""Clients that are slow, leave, or send too much, by raw sockets."""
+"""Clients that are slow, leave, or send too much, over raw sockets."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def submission(pickle: bytes) -> bytes:
 
 
 def trickle(connection: socket.socket, piece: bytes) -> bytes:
-    """Send the piece again and again, slowly, until the server ends it; what it said."""
+    """Send the piece again and again, slowly, until the server hangs up; returns what it said."""
     said = b""
     connection.settimeout(0.1)
     deadline = time.monotonic() + PATIENCE
@@ -105,7 +105,7 @@ def test_tricklers_are_hung_up_on_and_hold_up_nobody(
         assert answer.split(b"\r\n")[0].startswith(said)
         if not said:
             assert not answer
-        idle = begin.startswith(b"GET /healthz")  # they may be so for longer
+        idle = begin.startswith(b"GET /healthz")  # idle connections may last longer
         for other in [] if idle else others[1:]:
             try:
                 while other.recv(65536):
@@ -121,7 +121,7 @@ def test_a_slow_body_is_answered_as_shown(strict_url: str) -> None:
 
 
 def test_who_asks_first_and_is_refused_is_told_that_the_connection_closes(strict_url: str) -> None:
-    """What it sends next could be the body or another request."""
+    """What the client sends next could be the body or another request."""
     head = post("/classify", 5000, "text/plain").removesuffix(b"\r\n") + b"Expect: 100-continue\r\n\r\n"
     with connected(strict_url) as connection:
         connection.sendall(head)
@@ -131,7 +131,7 @@ def test_who_asks_first_and_is_refused_is_told_that_the_connection_closes(strict
 
 
 def test_who_sends_on_after_a_refusal_can_read_it(strict_url: str) -> None:
-    """As often as it takes for the server to read the body's end in pieces of all sizes."""
+    """Repeated often enough for the server to read the body's end in pieces of all sizes."""
     body = bytes(8_000_000)
     for _ in range(50):
         with connected(strict_url) as connection:
@@ -150,7 +150,7 @@ def test_who_sends_on_after_a_refusal_can_read_it(strict_url: str) -> None:
     ids=["HTTP/1.0", "Connection: close"],
 )
 def test_who_asks_only_once_can_read_a_refusal(strict_url: str, head: bytes) -> None:
-    """urllib, and nginx as it comes: they send all of a body before they look for an answer."""
+    """Such as urllib, and nginx by default: they send a whole body before they look for an answer."""
     for _ in range(50):
         with connected(strict_url) as connection:
             connection.sendall(head + bytes(8_000_000))
@@ -176,7 +176,7 @@ def test_a_refused_request_is_answered_once(strict_url: str, refused: bytes, res
 
 @pytest.mark.parametrize("pieces", [1, 2, 10])
 def test_trailers_are_no_headers(strict_url: str, images: npt.NDArray[np.uint8], pieces: int) -> None:
-    """A proxy looks at headers only: it would let pass what it drops or sets itself."""
+    """A proxy looks at headers only: in trailers it would let through what it drops or sets itself."""
     content = encoded(images[0])
     chunks = b"%x\r\n%b\r\n0\r\n" % (len(content), content)
     trailers = b"Content-Type: text/plain\r\nContent-Encoding: gzip\r\n\r\n"
@@ -202,7 +202,7 @@ def test_a_request_has_one_host(strict_url: str, head: bytes, status: int) -> No
 def test_a_client_of_http_1_0_is_not_asked_to_go_on(
     strict_url: str, images: npt.NDArray[np.uint8]
 ) -> None:
-    """It would take that for the answer."""
+    """The client would take `100 Continue` for the answer."""
     content = encoded(images[0])
     head = post("/classify", len(content)).replace(b"HTTP/1.1", b"HTTP/1.0")
     sent = head.removesuffix(b"\r\n") + b"Expect: 100-continue\r\n\r\n" + content
@@ -264,7 +264,7 @@ def test_who_floods_with_connections_pushes_out_the_own_ones(
         for begin in begins * 10:
             flood.append(stack.enter_context(connected(url)))
             flood[-1].sendall(begin)
-            if begin.startswith(whole):  # from whose answer on the next request is waited for
+            if begin.startswith(whole):  # once this is answered, the server waits for the next request
                 assert flood[-1].recv(65536)
         assert httpx.get(f"{url}/healthz").status_code == 200
         for connection in flood[:-6]:
@@ -281,13 +281,13 @@ OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings:
 
 
 def offering(request: bytes) -> bytes:
-    """The request with an offer to go on in another protocol."""
+    """The request with an offer to switch to another protocol."""
     head, _, body = request.partition(b"\r\n\r\n")
     return head + b"\r\n" + OFFER + body
 
 
 def answers_to(url: str, sent: bytes, pieces: int = 1) -> list[tuple[int, bytes]]:
-    """Status and body of each answer until the server closes the connection."""
+    """Status and body of each answer to what is sent, until the server closes the connection."""
     with connected(url) as connection:
         for start in range(0, len(sent), -(-len(sent) // pieces)):
             connection.sendall(sent[start : start - (-len(sent) // pieces)])
@@ -295,7 +295,7 @@ def answers_to(url: str, sent: bytes, pieces: int = 1) -> list[tuple[int, bytes]
 
 
 def answers_in(said: bytes) -> list[tuple[int, bytes]]:
-    """Status and body of each answer."""
+    """Status and body of each answer in what the server said."""
     found = []
     while said:
         head, _, said = said.partition(b"\r\n\r\n")
@@ -306,7 +306,7 @@ def answers_in(said: bytes) -> list[tuple[int, bytes]]:
 
 
 def codes(answers: list[tuple[int, bytes]]) -> list[str]:
-    """Those of the errors, which all the answers are."""
+    """The error codes of answers, all of which must be errors."""
     return [json.loads(body)["error"]["code"] for _, body in answers]
 
 
@@ -416,7 +416,7 @@ def test_large_headers_within_the_limit_pass(strict_url: str) -> None:
 def test_work_that_nobody_waits_for_is_dropped(
     strict_url: str, images: npt.NDArray[np.uint8], leaves: bool
 ) -> None:
-    rows = 2000  # more than the engine runs until the timeout
+    rows = 2000  # more than the engine can run before the timeout
     content = pickled({"data": np.concatenate([images] * (rows // len(images)))})
     with httpx.Client(base_url=strict_url, timeout=60) as client:
         before = read(client)

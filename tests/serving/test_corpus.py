@@ -16,7 +16,7 @@ from tests.serving.server import ROOT, serving
 CORPUS = Path(__file__).parent / "corpus"
 EXPECTED = tomllib.loads((CORPUS / "expected.toml").read_text())
 ENDPOINTS = {"pickles": ("/submission", "file"), "images": ("/classify", "image")}
-GROWTH = 32 * 2**20  # bytes; less than any one of the bombs would take
+GROWTH = 32 * 2**20  # bytes; less than any single bomb would take
 
 
 def send(client: httpx.Client, folder: str, name: str) -> httpx.Response:
@@ -60,7 +60,7 @@ def test_memory_comes_back(tmp_path: Path, images: npt.NDArray[np.uint8]) -> Non
             good = client.post("/classify", files={"image": ("good.png", encoded(images[0]))})
             return good.json()["predictions"], sum(part.memory_info().rss for part in service)
 
-        answer, settled = everything()  # what decoders and the engine load on their first use stays
+        answer, settled = everything()  # what decoders and the engine load on first use stays in memory
         for _ in range(3):
             again, memory = everything()
             assert again == answer

@@ -1,4 +1,4 @@
-"""Looks at the model file."""
+"""Watching the model file and loading it."""
 
 import asyncio
 import gc
@@ -27,7 +27,7 @@ A, B, C = (FileState(1, 1, size, size) for size in (1, 2, 3))
     [
         ([A, A, A], []),
         ([B, B, B], [2]),
-        ([A, B, C, C], [4]),  # it was still being written
+        ([A, B, C, C], [4]),  # B was still being written
         ([None, None, None, B, B], [5]),
         ([B, B, A, A, A, C, C], [2, 4, 7]),
     ],
@@ -93,7 +93,7 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
 
 
 def test_a_replaced_model_leaves_memory(model_file: Callable[..., Path]) -> None:
-    """Without a collection of garbage, which may never come."""
+    """Without a garbage collection, which may never come."""
     from serving import metrics
 
     async def main() -> weakref.ref[Model]:

@@ -35,7 +35,7 @@ def test_openvino_computes_what_the_cpu_provider_computes(images: Images) -> Non
     engine = Engine(BUNDLED_MODEL, "openvino", 1)
     assert (engine.provider, engine.reason) == (OPENVINO, "asked for by name")
     actual = engine.run(images[:200])
-    # Not closer, as it computes in bfloat16 where the processor multiplies that natively.
+    # No closer, since OpenVINO computes in bfloat16 where the processor multiplies it natively.
     assert np.abs(actual - expected).max() <= 0.05 * np.abs(expected).max()
     assert (actual.argmax(1) == expected.argmax(1)).mean() >= 0.99
 
@@ -67,7 +67,7 @@ def test_auto_measures_and_takes_the_fastest(model_file: ModelFile) -> None:
 
 @without_gpu
 def test_without_the_plug_in(model_file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, PLUG_IN, None)  # as Python marks what cannot be imported
+    monkeypatch.setitem(sys.modules, PLUG_IN, None)  # how Python marks a module that cannot be imported
     with pytest.raises(
         ProviderError, match=r"pip install onnxruntime-ep-openvino.* SERVING_PROVIDER=cpu"
     ):
@@ -109,7 +109,7 @@ def test_a_plug_in_that_does_not_start_is_left_out(
 def test_a_gpu_asked_for_by_name_is_there_or_an_error(
     model_file: ModelFile, name: ProviderName, full_name: str
 ) -> None:
-    """On a machine with one it runs there; on any other it says what to do."""
+    """On a machine with a GPU the engine runs there; on any other the error says what to do."""
     if obstacle(name) is None:
         assert Engine(model_file(), name, 1).provider == full_name
     else:
@@ -119,7 +119,7 @@ def test_a_gpu_asked_for_by_name_is_there_or_an_error(
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The batch sizes that sessions have run."""
+    """Records the sizes of the batches that sessions run."""
     sizes: list[int] = []
     run = engines._logits
 
@@ -158,7 +158,7 @@ def test_runs_at_the_same_time_share_the_threads(
 ) -> None:
     engine = Engine(BUNDLED_MODEL, provider, 2, runs=2)
     with pytest.raises(InvalidArgument, match="invalid dimensions"):
-        engine.run(images[:8, :16])  # a run that fails is over, too
+        engine.run(images[:8, :16])  # a run that fails must count as over, too
     alone = engine.run(images[:8])
     both_began, sessions = threading.Barrier(engine.runs, timeout=60), []
     run = engines._logits

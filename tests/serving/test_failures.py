@@ -23,7 +23,7 @@ NO_NUMBERS = encoded(np.full((32, 32, 3), 50, np.uint8))
 
 @pytest.fixture(scope="module")
 def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service whose model fails on `BRIGHT` and has no numbers for `NO_NUMBERS`."""
+    """A service whose model fails on `BRIGHT` and gives NaN for `NO_NUMBERS`."""
     folder = tmp_path_factory.mktemp("fragile")
     model = write_fragile_model(folder)
     with running(folder, SERVING_MODEL=str(model), SERVING_PROVIDER="cpu") as server:

@@ -21,7 +21,7 @@ def field(name: str, content: bytes, *, file: bool = True) -> bytes:
 def read(
     body: bytes, *, max_files: int = 2, piece: int = 2**16, kind: str = "multipart/form-data; boundary=x"
 ) -> list[tuple[str, bool, bytes, bool]]:
-    """Of each part its name, whether it is a file, its content and whether it lay on disk."""
+    """Read a form: each part's name, whether it is a file, its content, and whether it lay on disk."""
 
     def pieces() -> Iterator[Message]:
         for start in range(0, len(body), piece):
@@ -47,7 +47,7 @@ def read(
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 50, 2**16])
 def test_parts_come_in_order_however_they_are_cut(piece: int) -> None:
-    tricky = b"\r\n--\r\n--y\r\n\n--x\r--x\r"  # no boundary: no whole line break before it
+    tricky = b"\r\n--\r\n--y\r\n\n--x\r--x\r"  # no boundary: no `--x` follows a whole line break
     body = field("a", tricky) + field("b", b"3", file=False) + field("a", b"") + b"--x--\r\n"
     assert read(body, piece=piece) == [
         ("a", True, tricky, False),

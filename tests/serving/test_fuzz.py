@@ -1,4 +1,4 @@
-"""Bytes of all kinds for what reads a client's bytes: a short search, and values that are known."""
+"""Bytes of all kinds for the readers of clients' bytes: a short search, and known values."""
 
 import io
 import json
@@ -42,12 +42,12 @@ def test_search(reader: str, tmp_path: Path) -> None:
 
 
 def test_a_finding_fails_the_search() -> None:
-    """Reading that opens a file is noticed, whatever it catches."""
+    """A reader that opens a file is noticed, whatever exceptions it catches."""
     with pytest.raises(AssertionError, match="reading led to open"), nothing_run():
         Path(__file__).read_bytes()
 
 
-# Pickles, against what Python's own module makes of them.
+# Pickles, compared with what Python's own module makes of them.
 
 numbers = st_numpy.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4).flatmap(
     lambda shape: st_numpy.arrays(
@@ -80,7 +80,7 @@ def test_what_is_written_is_read(value: Any, protocol: int, old: bool) -> None:
 
 
 class NamesOfNumPy(pickle.Unpickler):
-    """Python's own, for files that our reader took: those name nothing else."""
+    """Python's own unpickler, for files that our reader accepted: they name nothing but `SYMBOLS`."""
 
     def find_class(self, module: str, name: str) -> Any:
         assert (module, name) in SYMBOLS
@@ -112,7 +112,7 @@ def test_what_is_taken_is_what_pickle_makes_of_it(name: str, data: st.DataObject
 
 
 def alike(a: Any, b: Any) -> bool:
-    """As `same`, for values that hold themselves, or others so often that nobody could follow."""
+    """As `same`, for values that contain themselves, or others too often to be followed one by one."""
     pairs, seen = [(a, b)], set()
     while pairs:
         a, b = pairs.pop()
@@ -130,7 +130,7 @@ def alike(a: Any, b: Any) -> bool:
 
 
 def damaged(content: bytes, data: st.DataObject) -> bytes:
-    """Up to three bytes, or runs of bytes, of a file changed."""
+    """A file with up to three of its bytes, or runs of bytes, changed."""
     changed = bytearray(content)
     for _ in range(data.draw(st.integers(0, 3))):
         start = data.draw(st.integers(0, min(len(changed), 600)))
@@ -147,7 +147,7 @@ def test_damaged_files_only_raise_what_a_client_may_see(reader: str, data: st.Da
     TARGETS[reader](damaged(SEEDS[reader][name], data))
 
 
-# Inference requests: JSON of nearly the right form.
+# Inference requests: JSON of almost the right form.
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 json_values = st.recursive(

@@ -46,7 +46,7 @@ def test_jpeg_is_what_pillow_decodes(images: npt.NDArray[np.uint8]) -> None:
 
 
 def test_photograph_of_an_object_shrinks_back_to_it(images: npt.NDArray[np.uint8]) -> None:
-    """A 24x enlargement, as JPEG, comes back as nearly the image that it was."""
+    """A 24x enlargement, saved as JPEG, shrinks back to nearly the original image."""
     large = np.asarray(Image.fromarray(images[0]).resize((768, 768), Image.Resampling.BICUBIC))
     small = decode(encoded(large, "JPEG", quality=95), LIMIT)
     assert np.abs(small.astype(int) - images[0].astype(int)).mean() < 4
@@ -58,9 +58,9 @@ def test_photograph_of_an_object_shrinks_back_to_it(images: npt.NDArray[np.uint8
         ({}, (b"", b""), False),
         ({"subsampling": 0}, (b"", b""), False),
         ({"progressive": True}, (b"", b""), True),
-        # A scan of one layer of three, as of a file that has the others in scans of their own.
+        # A scan of one of three components, as in a file whose others have scans of their own.
         ({}, (b"\xff\xda\0\x0c\x03", b"\xff\xda\0\x08\x01"), True),
-        # What a decoder may take for the beginning of another scan.
+        # What a decoder may take for the start of another scan.
         ({}, (b"\xff\xdb", b"\xff\xfe\0\x06\xff\xda\0\x08\xff\xdb"), True),
     ],
 )
@@ -84,7 +84,7 @@ def test_what_makes_a_jpeg_large_is_found_wherever_it_is(place: int) -> None:
     while len(head + comments) < place - 60_000:
         comments += b"\xff\xfe" + (50_002).to_bytes(2, "big") + bytes(50_000)
     left = place - len(head + comments) - 4
-    comment = bytes(left) + b"\xff\xc2"  # how a progressive frame begins
+    comment = bytes(left) + b"\xff\xc2"  # the marker of a progressive frame
     content = head + comments + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + rest
     assert content.index(b"\xff\xc2") == place
     with pytest.raises(LargeImageError):
@@ -96,7 +96,7 @@ def test_what_makes_a_jpeg_large_is_found_wherever_it_is(place: int) -> None:
 def test_a_jpeg_is_scaled_from_its_own_edges(
     images: npt.NDArray[np.uint8], size: tuple[int, int]
 ) -> None:
-    """Decoded at a part of its size it gets whole pixels at the edges, of which it fills a part."""
+    """Decoded at a fraction of its size, it has edge pixels that it fills only in part."""
     side, (width, height) = min(size), size
     left, top = (width - side) / 2, (height - side) / 2
     for pixels in images[:5]:
@@ -206,7 +206,7 @@ def test_modes(content: bytes, expected: tuple[int, int, int]) -> None:
 def test_a_transparent_colour_is_laid_over_white_at_any_depth(
     depth: int, colour: str, values: tuple[int, int]
 ) -> None:
-    """In the upper half it is the transparent one, in the lower another."""
+    """The upper half of the image has the transparent colour, the lower half another one."""
     channels = 3 if colour == "RGB" else 1
     rows = []
     for value in values:
@@ -280,7 +280,7 @@ def test_other_formats_are_refused(content: bytes) -> None:
 
 
 def test_too_many_pixels_are_refused_from_the_header() -> None:
-    """A PNG that claims 60000x60000 pixels and has none: nothing is decoded to find out."""
+    """A PNG that claims 60000x60000 pixels but has none: nothing needs to be decoded to refuse it."""
     content = bytearray(saved(plain((0, 0, 0)), "PNG"))
     content[16:24] = (60000).to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
@@ -308,7 +308,7 @@ def test_small_is_a_png_of_few_pixels_and_few_bytes() -> None:
 
 
 def test_a_second_header_makes_no_small_image() -> None:
-    """Pillow takes the last one: as many pixels as that says would be decoded on the event loop."""
+    """Pillow goes by the last header: all the pixels it claims would be decoded on the event loop."""
     content, larger = saved(plain((0, 0, 0)), "PNG"), saved(plain((9, 9, 9), (300, 300)), "PNG")
     head = 33
     twice = content[:head] + larger[8:]
@@ -328,7 +328,7 @@ def test_damaged_files_decode_or_raise_our_error(kind: str, data: st.DataObject)
     content = bytearray(encoded(np.full((40, 50, 3), 99, np.uint8), kind))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    with suppress(ImageError, TooLargeError):  # and no other
+    with suppress(ImageError, TooLargeError):  # no other error may come
         result = decode(bytes(content), LIMIT)
         assert result.shape == (32, 32, 3)
         assert result.dtype == np.uint8
@@ -343,7 +343,7 @@ def test_scans_are_limited_to_more_than_anybody_writes() -> None:
 def test_what_only_looks_like_scans_behind_an_image_is_no_hindrance(
     images: npt.NDArray[np.uint8],
 ) -> None:
-    """Phones put a video behind a photograph."""
+    """Phones append a video to a photograph."""
     content = encoded(images[0], "JPEG")
     video = np.random.default_rng(0).bytes(8 * 2**20)
     assert video.count(b"\xff\xda") > 100
@@ -386,7 +386,7 @@ def test_a_large_file_has_no_more_pieces_than_are_taken(
 
 
 def test_a_photograph_with_its_metadata_is_taken() -> None:
-    """As phones write them: a preview, a colour profile in segments, a depth map in long ones."""
+    """As phones write it: a preview, a colour profile in segments, a depth map in long segments."""
     image = plain((10, 20, 30))
     content = saved(image, "JPEG", quality=100, icc_profile=bytes(200_000), comment=bytes(60_000))
     long = b"\xff\xe1\xff\xffhttp://ns.adobe.com/xmp/extension/\0".ljust(2**16 + 1, b"a")
@@ -395,7 +395,7 @@ def test_a_photograph_with_its_metadata_is_taken() -> None:
 
 
 def test_a_png_in_the_smallest_pieces_that_libraries_write_is_taken() -> None:
-    """Those of libpng have 8 KiB; here half of that, in a file as large as a body may be."""
+    """libpng's pieces have 8 KiB; these have half of that, in a file as large as a body may be."""
     side = 4500
     rows = zlib.compress(np.zeros((side, 1 + 3 * side), np.uint8).tobytes(), 0)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))]

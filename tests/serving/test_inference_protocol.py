@@ -30,7 +30,7 @@ def sent(images: Pixels, *, binary: bool = True, datatype: str = "UINT8") -> Any
 
 
 def request(images: Pixels, **changes: Any) -> dict[str, Any]:
-    """The JSON of a request; `changes` are made to its input."""
+    """The JSON of a request; `changes` replace keys of its input."""
     tensor = {"name": "images", "shape": images.shape, "datatype": "UINT8", "data": images.tolist()}
     return {"inputs": [tensor | changes]}
 
@@ -159,7 +159,7 @@ def test_what_an_output_says_goes_before_what_the_request_says_of_all(
 def test_a_body_may_be_the_pixels_alone(
     client: httpx.Client, model: Model, images: Pixels, count: int
 ) -> None:
-    """A raw binary request: curl does, and the server is to tell the tensors' shapes from the bytes."""
+    """A raw binary request, which curl can send: the server infers the tensor's shape from the bytes."""
     headers = {"Inference-Header-Content-Length": "0"}
     response = client.post(infer(client, model), content=images[:count].tobytes(), headers=headers)
     answer = json.loads(response.content[: int(response.headers["Inference-Header-Content-Length"])])

@@ -1,4 +1,4 @@
-"""What requests hold together, by itself and in a real service."""
+"""The budget of what all requests hold together, by itself and in a real service."""
 
 import contextlib
 import select
@@ -52,7 +52,7 @@ def test_requests_that_wait_for_an_answer_before_theirs_are_bounded(url: str) ->
             answers += connection.recv(65536)
     answers = b""
     with connected(url) as connection:
-        with contextlib.suppress(ConnectionError):  # it may be closed before it has all of them
+        with contextlib.suppress(ConnectionError):  # the server may hang up before it has all of them
             connection.sendall(request * 20 * MAX_PIPELINED)
         with contextlib.suppress(ConnectionError):
             while more := connection.recv(65536):
@@ -73,7 +73,7 @@ def narrow_url(tmp_path: Path) -> Iterator[str]:
 
 
 def test_bodies_that_are_many_bytes_together(narrow_url: str, images: npt.NDArray[np.uint8]) -> None:
-    """Half of one that never ends leaves no room for others as large, and does not touch small ones."""
+    """Part of a body that never ends leaves no room for others as large, but small ones are served."""
     deadline = time.monotonic() + PATIENCE
 
     def send_large() -> httpx.Response:
@@ -85,7 +85,7 @@ def test_bodies_that_are_many_bytes_together(narrow_url: str, images: npt.NDArra
         while refused is None:
             connection = stack.enter_context(connected(narrow_url))
             connection.sendall(post("/classify", 900_000) + bytes(600_000))
-            # It may be the one that is refused, if another has not given its bytes back.
+            # This one may be refused instead, if another body has not given its bytes back yet.
             while refused is None and not select.select([connection], [], [], 0)[0]:
                 answer = send_large()
                 assert answer.status_code in (400, 503)

@@ -139,7 +139,7 @@ def test_a_pipe_is_told(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_told(tiny: Path, test_pickle: Path, tmp_path: Path) -> None:
-    """Files of more than some bytes are forbidden, as by a full disk, whose error has no file's name."""
+    """A limit on the size of files acts like a full disk: the error does not name the file."""
     csv = tmp_path / "a.csv"
     program = f"ulimit -f 1; exec {sys.executable} -m serving submit {test_pickle} {csv}"
     result = subprocess.run(
@@ -166,7 +166,7 @@ def test_a_missing_model_and_an_unknown_setting(test_pickle: Path, tmp_path: Pat
 
 
 def special(folder: Path) -> dict[str, Path]:
-    """Paths at which no CSV can be, by what is said of them."""
+    """Paths at which no CSV can be written, by the error message."""
     pipe = folder / "pipe"
     os.mkfifo(pipe)
     return {
@@ -238,7 +238,7 @@ def test_ctrl_c_is_told_and_nothing_written(test_pickle: Path, tmp_path: Path) -
     ) as process:
         assert process.stderr is not None
         said = b""
-        while b"/300" not in said:  # the bar: the work has begun
+        while b"/300" not in said:  # the progress bar shows that the work has begun
             more = os.read(process.stderr.fileno(), 65536)
             assert more, said
             said += more

@@ -1,4 +1,4 @@
-"""The memory that uploads take, of a real service and of the reader of pickles by itself."""
+"""The memory that uploads take, in a real service and in the readers by themselves."""
 
 import io
 import json
@@ -27,11 +27,11 @@ from tests.serving.samples import pickled
 from tests.serving.server import ROOT, serving
 
 IMAGES = 10_000
-LIMIT = 300 * 2**20  # bytes above the idle service
+LIMIT = 300 * 2**20  # bytes more than the idle service takes
 
 
 class Peak:
-    """The highest memory (RSS) of processes while the context lasts, in bytes."""
+    """The peak memory (RSS, in bytes) of processes together, sampled while a context lasts."""
 
     def __init__(self, processes: set[psutil.Process]) -> None:
         self.processes = processes
@@ -65,7 +65,7 @@ def test_submissions_at_once(
     protocol: int,
     count: int,
 ) -> None:
-    """Three, in the protocol that takes most; and as many as would not fit if all were in memory."""
+    """Three in the protocol that takes most memory, and too many for `LIMIT` if all were in memory."""
     data, ids = np.resize(images, (IMAGES, 32, 32, 3)), np.arange(IMAGES)
     content = pickled({b"data": data, b"ids": ids}, protocol, old=True)
     assert len(content) > 30_000_000
@@ -111,7 +111,7 @@ print(1024 * (peak() - before))
 
 
 def peak(what: str, file: Path) -> int:
-    """Bytes of memory that reading a file takes above what its process has."""
+    """Bytes of memory that a process takes to read a file, on top of what it has before."""
     command = [sys.executable, "-c", PEAK, what, str(file)]
     return int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
 
@@ -125,7 +125,7 @@ linux = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("mode", "kind", "side", "options", "copies"),
     [
-        # As RGBA they take four bytes a pixel, and more than once.
+        # As RGBA these take four bytes per pixel, more than once.
         pytest.param("P", "PNG", 7000, {"transparency": 0}, 2, id="transparent colours of a palette"),
         pytest.param("RGBA", "WEBP", 3500, {"lossless": True, "method": 0}, 18, id="WebP"),
         pytest.param("RGBA", "WEBP", 7000, {"lossless": True, "method": 0}, 1, id="WebP, refused"),
@@ -193,7 +193,7 @@ def test_no_file_takes_many_times_its_size(content: Any, message: str) -> None:
 
 
 def test_garbage_is_not_looked_for_among_the_libraries(tmp_path: Path) -> None:
-    """Else each full collection holds up all requests for a tenth of a second."""
+    """Otherwise each full collection would hold up all requests for a tenth of a second."""
     code = (
         "import gc, json; from serving.service import service; classifier = service(); gc.collect(); "
         "print(json.dumps([len(gc.get_objects()), gc.get_freeze_count()]))"

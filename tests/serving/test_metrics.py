@@ -68,7 +68,7 @@ def test_unknown_paths_are_one_series(client: httpx.Client) -> None:
     routes = {dict(labels).get("route") for _, labels in read(client)} - {None}
     assert {"other", "/v2"} <= routes
     assert len(routes) < 15
-    # BentoML's own series have the path as a label.
+    # BentoML's own series would have the path as a label.
     assert "wp-admin" not in client.get("/metrics").text
 
 
@@ -92,7 +92,7 @@ def test_full_service_says_so_and_counts_whom_it_refuses(
         answer = client.post("/classify", files=picture)
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
-        with connected(url) as begun:  # whose body never comes
+        with connected(url) as begun:  # the body never comes
             begun.sendall(post("/classify", 100_000))
             assert begun.recv(65536).startswith(b"HTTP/1.1 503 ")
         assert_as_shown("overloaded", url)
@@ -169,7 +169,7 @@ def test_alerts_are_raised_by_what_they_are_for() -> None:
 def test_figures_begin_at_0_and_a_second_server_leaves_those_of_the_first_alone(
     tmp_path: Path, model_file: Callable[..., Path]
 ) -> None:
-    """Of the same user, so with one BENTOML_HOME."""
+    """Both servers are of the same user, so they share one BENTOML_HOME."""
     model = str(model_file())
 
     def answered(url: str) -> float:

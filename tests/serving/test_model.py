@@ -59,7 +59,7 @@ def test_metadata_that_json_cannot_tell_again_are_texts(model_file: ModelFile, t
 
 
 def test_weights_in_another_file_are_refused(model_file: ModelFile, tmp_path: Path) -> None:
-    """A copy of the file, as a worker that is replaced may need, would be without them."""
+    """The copy of the file that a replacement worker may need would lack them."""
     whole = onnx.load(model_file())
     path = tmp_path / "parts.onnx"
     onnx.save(whole, path, save_as_external_data=True, location="beside.bin", size_threshold=0)
@@ -104,7 +104,7 @@ def test_not_onnx(tmp_path: Path, content: bytes) -> None:
 
 
 def test_damaged_bytes_inside(tmp_path: Path) -> None:
-    """The list of nodes comes first; behind it are weights, of which any value may be right."""
+    """The damage hits the list of nodes, which comes first; in the weights any bytes could be right."""
     content = bytearray(BUNDLED_MODEL.read_bytes())
     content[200:1200] = np.random.default_rng(0).bytes(1000)
     path = tmp_path / "damaged.onnx"
@@ -126,7 +126,7 @@ def test_metadata_as_deep_as_no_json_is(model_file: ModelFile) -> None:
 
 
 def test_a_graph_for_small_batches_only(tmp_path: Path) -> None:
-    """It runs on one and two images, and not on the batches that will come."""
+    """It runs on one and two images, but not on the larger batches that will come."""
     nodes = [
         helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("Flatten", ["floats"], ["rows"]),

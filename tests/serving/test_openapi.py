@@ -15,7 +15,7 @@ def test_the_document_is_what_it_says_it_is(url: str) -> None:
 
 
 def test_requests_that_follow_the_document_and_that_break_it(url: str, tmp_path: Path) -> None:
-    """Schemathesis makes both from the document, and holds the answers against it."""
+    """Schemathesis makes both kinds from the document, and checks the answers against it."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/docs.json"),

@@ -1,4 +1,4 @@
-"""The page at /, where a person in a browser tries the endpoints out."""
+"""The page at /, where people try out the endpoints in a browser."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def page() -> Iterator[Page]:
 
 
 def tried_out(page: Page, operation: str, *files: Path, tag: str = "Service_APIs") -> Locator:
-    """An operation of the page, opened, all as the page has filled it in but for the files."""
+    """Open an operation of the page to try it out, as filled in by the page except for the files."""
     block = page.locator(f"#operations-{tag}-{operation}")
     block.locator(".opblock-summary").click()
     block.get_by_role("button", name="Try it out").click()

@@ -45,9 +45,9 @@ def read(content: bytes) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal with equal types, arrays included."""
+    """Whether two values are equal and have equal types, also inside and in arrays."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        native = [array.dtype.newbyteorder("=") for array in (a, b)]  # as NumPy itself converts
+        native = [array.dtype.newbyteorder("=") for array in (a, b)]  # NumPy itself converts to it
         return native[0] == native[1] and np.array_equal(a, b)
     if isinstance(a, dict):
         return same(list(a.items()), list(b.items()))
@@ -81,11 +81,11 @@ def test_array_is_a_view_and_not_writable() -> None:
         array[0] = 1
 
 
-# What must not be read. If anything of these ran, a file `ran` would appear.
+# What must be refused. If anything in these ran, a file `ran` would appear.
 
 
 class Payload:
-    """Pickles as a call of `function`."""
+    """An object that pickles as a call of `function`."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -161,7 +161,7 @@ def test_the_payload_is_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def header(shape: bytes, payload: bytes = b"C\x01\x00") -> bytes:
-    """A uint8 array of one byte that claims a shape."""
+    """The pickle of a uint8 array that has one byte but claims a shape."""
     return (
         b"\x80\x04\x8c\x16numpy._core.multiarray\x8c\x0c_reconstruct\x93"
         b"\x8c\x05numpy\x8c\x07ndarray\x93K\x00\x85C\x01b\x87R(K\x01"
@@ -264,7 +264,7 @@ def test_message_says_what_was_wrong(content: bytes, message: str) -> None:
 
 
 def only_our_error(content: bytes) -> None:
-    """Read it, or be refused with a message that can be sent."""
+    """Read the content, or fail with our own error and a message that can be sent."""
     message = ""
     try:
         read(content)

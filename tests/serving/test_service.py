@@ -27,17 +27,17 @@ from tests.serving.test_pickles import EVIL
 
 def expected(model: Model, pixels: npt.NDArray[np.uint8], top_k: int = 5) -> list[dict[str, object]]:
     predictions = top_predictions(model.logits(pixels[np.newaxis])[0], model.classes, top_k)
-    # A batch of another size may differ in the last bits.
+    # Results may differ in the last bits with the size of the batch.
     return [{**p, "probability": pytest.approx(p["probability"], abs=1e-4)} for p in predictions]
 
 
 def at(place: str, **values: str) -> dict[str, Any]:
-    """Values as form fields ("data") or in the query ("params")."""
+    """Arguments that send values as form fields ("data") or in the query ("params")."""
     return {place: values}
 
 
 def error_of(response: httpx.Response) -> tuple[int, str, str]:
-    """Status, code and message of an error, which has no other form than this."""
+    """Status, code and message of an error answer, whose form is checked."""
     assert response.headers["content-type"] == "application/json"
     body = response.json()
     assert set(body) == {"error"}
@@ -81,7 +81,7 @@ def test_all_ten_probabilities_sum_to_one(client: httpx.Client, images: npt.NDAr
 
 
 def test_top_k_twice(client: httpx.Client, images: npt.NDArray[np.uint8]) -> None:
-    """Neither is preferred: a wrong one would go unseen."""
+    """Neither value takes precedence: a wrong one would go unnoticed."""
     image = {"image": ("a.png", encoded(images[1]))}
     for field, query in (("3", ["11"]), ("3", ["3"]), (None, ["3", "4"])):
         data = {} if field is None else {"top_k": field}
@@ -135,7 +135,7 @@ def test_a_single_image_does_not_wait_for_those_of_a_batch(
         while not under_way(client):
             assert not answers.done()
         picture = {"image": ("a.jpg", encoded(images[0], "JPEG"))}
-        for _ in range(20):  # the first ones perhaps before the batch is read
+        for _ in range(20):  # the first ones may come before the batch has been read
             assert client.post("/classify", files=picture).status_code == 200
         assert not answers.done()
         assert len(answers.result().json()) == 256
@@ -367,7 +367,7 @@ TOO_MANY_BYTES = 5_000_000
     ],
 )
 def test_too_many_bytes(client: httpx.Client, path: str, kind: str, chunked: bool) -> None:
-    """Also a body that does not say how long it is; it is refused while it comes."""
+    """This includes a body that does not declare its length: it is refused while it arrives."""
 
     def parts() -> Iterator[bytes]:
         yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
@@ -380,7 +380,7 @@ def test_too_many_bytes(client: httpx.Client, path: str, kind: str, chunked: boo
 
 
 def test_a_url_is_never_fetched(client: httpx.Client) -> None:
-    """BentoML's own parsing would fetch it; here a server counts that nobody comes."""
+    """BentoML's own parsing would fetch it; here a server sees that nobody asks for it."""
     visits: list[str] = []
 
     class Counter(BaseHTTPRequestHandler):
@@ -411,7 +411,7 @@ def test_a_url_is_never_fetched(client: httpx.Client) -> None:
         as_image = client.post("/classify", content=address, headers={"Content-Type": "image/png"})
         assert error_of(as_image)[:2] == (400, "bad_image")
         assert visits == []
-        assert httpx.get(address).status_code == 200  # it would have been seen
+        assert httpx.get(address).status_code == 200  # a visit would have been seen
         assert visits == ["/a.png"]
 
 

@@ -24,7 +24,7 @@ def test_no_more_threads_than_cores_that_the_process_may_use() -> None:
 
 
 def test_no_more_threads_than_the_quota_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # counts like a container's quota
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # acts like a container's quota
     assert Settings.from_environment({}).threads == 1
 
 
@@ -74,8 +74,8 @@ def test_a_value_that_looks_like_such_a_link_is_a_value(value: str) -> None:
         ("SERVING_MAX_BATCH_SIZE", "100000000"),
         ("SERVING_REQUEST_TIMEOUT", "-1"),
         ("SERVING_STOP_TIMEOUT", "-1"),
-        ("SERVING_MAX_CONNECTIONS", "512"),  # no more than requests may wait
-        ("SERVING_MAX_UPLOAD_BYTES", "1000"),  # fewer than a single body may have
+        ("SERVING_MAX_CONNECTIONS", "512"),  # not more than the requests that may wait
+        ("SERVING_MAX_UPLOAD_BYTES", "1000"),  # less than a single body may have
     ],
 )
 def test_unusable_value_is_named(name: str, value: str) -> None:
@@ -91,7 +91,7 @@ def test_all_bodies_have_room_for_the_largest() -> None:
 
 
 def test_white_space_around_a_value_is_none_of_it() -> None:
-    """A secret that comes from a file ends with a newline, which no client can send."""
+    """A secret read from a file ends with a newline, which no client can send."""
     settings = Settings.from_environment(
         {
             "SERVING_API_KEY": " clé  secrète\r\n",

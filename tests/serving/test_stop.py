@@ -30,7 +30,7 @@ def test_a_stop_answers_what_was_accepted_and_refuses_the_rest(
     picture = {"image": ("a.png", content)}
     bulk = {"file": ("a.pkl", pickled({"data": images[:300]}))}
     signalled = threading.Event()
-    outcomes: list[tuple[bool, httpx.Response]] = []  # whether sent before the signal, the answer
+    outcomes: list[tuple[bool, httpx.Response]] = []  # whether it was sent before the signal; the answer
 
     with (
         running(
@@ -127,7 +127,7 @@ def test_ctrl_c_again_ends_what_waits(tmp_path: Path) -> None:
     with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="600") as server:
 
         def interrupt() -> None:
-            """As a terminal does it, which sends the signal to all of a program's processes at once."""
+            """Send SIGINT as a terminal does: to all of a program's processes at once."""
             for process in (*server.workers(), server.process.pid):
                 os.kill(process, signal.SIGINT)
 
@@ -183,7 +183,7 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
         for load in loads:
             statuses = load.result()
             assert set(statuses) == {200}
-        for load in doomed:  # each broken connection is an error of the client's; it may come again
+        for load in doomed:  # a client either sees its broken connection as an error or reconnects
             assert load.exception() is None or isinstance(load.exception(), httpx.TransportError)
         assert under_way(spared[0]) == 0, "without the request that has died with its worker"
         metrics = httpx.get(f"{server.url}/metrics").text
@@ -211,7 +211,7 @@ def test_a_stop_while_workers_start_anew_is_heeded(tmp_path: Path) -> None:
 
 @contextmanager
 def _starting_anew(folder: Path, stop_timeout: str) -> Iterator[tuple[Server, int]]:
-    """A server after SIGHUP, with a new worker and the old one, which waits for a slow request."""
+    """A server after SIGHUP, with a new worker, and the old one, which waits for a slow request."""
     with (
         running(folder, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT=stop_timeout) as server,
         connected(server.url) as slow,
@@ -227,7 +227,7 @@ def _starting_anew(folder: Path, stop_timeout: str) -> Iterator[tuple[Server, in
 
 
 def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.Client]]:
-    """Clients with a kept connection to each of two workers, by the worker's process id."""
+    """Clients with open connections to each of two workers, by the worker's process id."""
     clients: dict[int, list[httpx.Client]] = {}
     deadline = time.monotonic() + START_SECONDS
     while len(clients) < 2 or any(len(some) < count for some in clients.values()):
@@ -244,7 +244,7 @@ def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.
 
 
 def _worker(server: Server, port: int) -> int:
-    """The process id of the worker that has the connection from a client's port."""
+    """The process id of the worker that holds the connection from a client's port."""
     (owner,) = {
         worker
         for worker in server.workers()

@@ -26,7 +26,7 @@ def shuffled(count: int) -> npt.NDArray[np.int64]:
 
 
 def test_the_competition_file(images: npt.NDArray[np.uint8]) -> None:
-    """Ten thousand images with shuffled ids, byte by byte what NumPy 1 wrote."""
+    """Ten thousand images with shuffled ids, byte for byte as NumPy 1 wrote them."""
     data, ids = np.tile(images, (10, 1, 1, 1)), shuffled(10_000)
     content = pickled({b"data": data, b"ids": ids}, 4, old=True)
     assert len(content) == COMPETITION_BYTES

@@ -1,4 +1,4 @@
-"""What a server and its workers share: a folder of its own, and nothing with anybody else."""
+"""What a server and its workers share: a folder of their own, and nothing with anyone else."""
 
 import fcntl
 import os
@@ -23,7 +23,7 @@ LEFT, HELD, OTHERS = f"{PREFIX}left", f"{PREFIX}held", f"{PREFIX}data"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One with a folder for temporary files in which others were before, and with a home of its own."""
+    """A server with its own home, and a folder for temporary files that already has others' folders."""
     folder = tmp_path_factory.mktemp("supervisor")
     for name in ("home", "tmp"):
         (folder / name).mkdir()
@@ -93,7 +93,7 @@ def test_a_path_that_is_too_long_for_sockets(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_kills_no_worker(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    disk = tmp_path_factory.mktemp("disk")  # a short path, in which sockets have room
+    disk = tmp_path_factory.mktemp("disk")  # short enough for the paths of sockets
     mount = ["mount", "-t", "tmpfs", "-o", "size=16M", "tmpfs", str(disk)]
     if os.getuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
         pytest.skip("nothing can be mounted here")

@@ -26,7 +26,7 @@ FIRST, SECOND = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 
 @pytest.fixture
 def contents(model_file: Callable[..., Path]) -> tuple[bytes, bytes]:
-    """Of model files of the first and of the second version."""
+    """The contents of model files of the first and of the second version."""
     first, second = (
         model_file(METADATA | {"version": version}, name=f"{version}.onnx").read_bytes()
         for version in (FIRST, SECOND)
@@ -91,7 +91,7 @@ def test_a_new_file_takes_over_between_requests_and_a_bad_one_is_refused(
                     seen[number].append(version)
 
         def wait_for(version: str) -> None:
-            """Until it serves, and each load has had it."""
+            """Wait until the version is served, and each load has had an answer from it."""
             while client.get("/model").json()["version"] != version or not all(
                 version in versions for versions in seen
             ):
@@ -142,7 +142,7 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
             threads = worker.num_threads()
             replace(served, second)
             wait_until(lambda: outcomes(client)["done"] == 1, server)
-            wait_until(lambda: worker.num_threads() <= threads + 1, server)  # one that looks and loads
+            wait_until(lambda: worker.num_threads() <= threads + 1, server)  # it looks and loads
             replace(served, first[:-1000])
             wait_until(lambda: outcomes(client)["refused"] == 1, server)
             replace(served, damaged_model)

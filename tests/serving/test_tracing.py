@@ -1,4 +1,4 @@
-"""Spans, as a collector of OpenTelemetry's gets them."""
+"""Spans, as an OpenTelemetry collector receives them."""
 
 import re
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ from tests.serving.server import running, serving, wait_until
 
 PICTURE = {"image": ("a.png", encoded(np.zeros((32, 32, 3), np.uint8)))}
 SENDER = "00f067aa0ba902b7"
-SERVER = 2  # the kind of the span that is the request's
+SERVER = 2  # the kind of a request's own span
 
 Spans = Queue[Any]
 
 
 @pytest.fixture
 def spans() -> Iterator[tuple[str, Spans]]:
-    """The address of a collector, and the spans that it gets, but for those within a request's."""
+    """The address of a collector, and the spans that it receives, except those within a request's."""
     got: Spans = Queue()
 
     class Collector(BaseHTTPRequestHandler):
@@ -74,7 +74,7 @@ def test_spans_continue_the_senders_trace(tmp_path: Path, spans: tuple[str, Span
 
 
 def test_a_share_of_the_requests_has_spans(tmp_path: Path, spans: tuple[str, Spans]) -> None:
-    (collector, got), count = spans, 64  # of which all or none would have them once in 2**63 times
+    (collector, got), count = spans, 64  # all or none of them have spans once in 2**63 times
     with (
         serving(
             tmp_path,
@@ -87,7 +87,7 @@ def test_a_share_of_the_requests_has_spans(tmp_path: Path, spans: tuple[str, Spa
     ):
         for _ in range(count):
             client.get("/nothing")
-        client.get("/nothing", headers=parent("5" * 32, recorded=True))  # comes after all of them
+        client.get("/nothing", headers=parent("5" * 32, recorded=True))  # its span comes last
         sent = 0
         while got.get(timeout=60).trace_id.hex() != "5" * 32:
             sent += 1
@@ -134,4 +134,4 @@ def test_without_it_there_are_none(tmp_path: Path, spans: tuple[str, Spans]) -> 
     ) as url:
         answer = httpx.post(f"{url}/classify", files=PICTURE, headers=parent("3" * 32, recorded=True))
         assert answer.status_code == 200
-    assert got.empty()  # any would have been sent before the service had ended
+    assert got.empty()  # any span would have been sent before the service ended

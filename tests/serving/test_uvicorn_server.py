@@ -1,4 +1,4 @@
-"""uvicorn as it is used here: what is relied on beyond its documentation."""
+"""uvicorn as it is used here: behaviour that we rely on beyond its documentation."""
 
 import gc
 import logging
@@ -41,7 +41,7 @@ def application(name: str) -> ASGIApp:
 
 
 class Server(uvicorn.Server):
-    """Tells when it has started."""
+    """A server that tells when it has started."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -84,7 +84,7 @@ def test_posts_to_short_paths_go_past_the_servers_application(proxy_headers: boo
 
 
 class Answers:
-    """Answers with as many bytes as the path says, and tells of what happens to the connections."""
+    """An app that answers with as many bytes as the path says, and tells what becomes of connections."""
 
     def __init__(self, most: int, seconds: float, head_seconds: float | None = None) -> None:
         self.most, self.seconds, self.head_seconds = most, seconds, head_seconds or seconds
@@ -100,7 +100,7 @@ class Answers:
         self.answered.release()
 
     def prepare(self, server: Server) -> None:
-        """Let the server have the limits, and be watched."""
+        """Set the server's limits, and watch its connections."""
         limits = ConnectionLimits(self.most, self.head_seconds, self.seconds, self.evict)
         limit_connections(server, limits)
         limited: Any = server.config.http_protocol_class
@@ -118,7 +118,7 @@ class Answers:
         server.config.http_protocol_class = partial(Watched, *limited.args)  # type: ignore[assignment]
 
     def evict(self) -> None:
-        """Called for each connection that makes room."""
+        """Count a connection that is closed to make room."""
         self.evicted += 1
 
 
@@ -137,7 +137,7 @@ def get(count: int) -> bytes:
 
 
 def test_a_closed_connection_ends_though_its_client_does_not_read_the_rest() -> None:
-    """Too little for the transport to say that it is too much; its close alone would wait for ever."""
+    """The rest is too little for the transport to pause writing; a mere close would wait for ever."""
     answers = Answers(most=100, seconds=1)
     with (
         running(answers, answers.prepare, timeout_keep_alive=1) as (server, url),
@@ -146,7 +146,7 @@ def test_a_closed_connection_ends_though_its_client_does_not_read_the_rest() -> 
         client.sendall(get(0))
         assert answers.answered.acquire(timeout=PATIENCE)
         (connection,) = server.server_state.connections
-        while not connection.transport.get_write_buffer_size():  # the kernels' buffers are full
+        while not connection.transport.get_write_buffer_size():  # until the kernel's buffers are full
             client.sendall(get(16_000))
             assert answers.answered.acquire(timeout=PATIENCE)
         assert answers.lost.acquire(timeout=PATIENCE)
@@ -168,9 +168,9 @@ def test_who_does_not_take_answers_makes_room_for_new_connections() -> None:
 
 
 def test_who_takes_an_answer_slowly_gets_all_of_it() -> None:
-    """The time begins anew whenever what was written is taken.
+    """The timeout begins anew whenever the client takes what was written.
 
-    All of it takes longer than that: it is at least 76 pieces.
+    The whole answer takes longer than the timeout: it is at least 76 pieces.
     """
     answers, count = Answers(most=100, seconds=2), 80_000_000
     with running(answers, answers.prepare) as (_, url), connected(url) as client:
@@ -185,7 +185,7 @@ def test_who_takes_an_answer_slowly_gets_all_of_it() -> None:
 
 
 def test_the_rest_of_a_refused_body_has_a_bodys_time() -> None:
-    """It may take longer than a head, and then the connection is as idle as any."""
+    """It may take longer than a head may; after it the connection is as idle as any other."""
     answers = Answers(most=100, seconds=PATIENCE, head_seconds=0.3)
     with (
         running(answers, answers.prepare, timeout_keep_alive=600) as (_, url),
@@ -193,7 +193,7 @@ def test_the_rest_of_a_refused_body_has_a_bodys_time() -> None:
     ):
         client.sendall(post("/0", 2))
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
-        for _ in range(2):  # within the body, and behind it
+        for _ in range(2):  # within the body, and after it
             client.sendall(b"x")
             assert not answers.lost.acquire(timeout=3 * answers.head_seconds)
         client.sendall(get(0))
@@ -256,7 +256,7 @@ def test_requests_of_a_connection_have_contexts_of_their_own() -> None:
 
 
 def test_what_is_not_http_is_no_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """A client could fill it."""
+    """Otherwise a client could fill the log."""
     answers, logger = Answers(most=100, seconds=PATIENCE), logging.getLogger("uvicorn.error")
     with (
         running(answers, answers.prepare) as (_, url),
@@ -274,7 +274,7 @@ def test_what_is_not_http_is_no_line_in_the_log(caplog: pytest.LogCaptureFixture
 
 @pytest.mark.parametrize(("configured", "seconds"), [(5, IDLE_SECONDS), (600, 600)])
 def test_idle_connections_are_kept(configured: int, seconds: int) -> None:
-    """As long as clients' pools keep them, or as was asked for if that is longer."""
+    """They are kept as long as clients' pools keep them, or as configured if that is longer."""
     answers = Answers(most=100, seconds=PATIENCE)
 
     def prepare(server: Server) -> None:

@@ -20,13 +20,13 @@ SGD = "optimizer={kind='sgd', lr=0.05, momentum=0.9, nesterov=false, weight_deca
 
 
 def selection(model: str, share: float) -> str:
-    """The override that lets the network of the recipe ``model`` select, and learn by SGD."""
+    """A setting that makes the network of the recipe ``model`` select images, and learn by SGD."""
     network = ", ".join(f"{key}={json.dumps(value)}" for key, value in recipe.load(model).model)
     return f"selection={{share={share}, model={{{network}}}, {SGD}}}"
 
 
 class Limited(Watch):
-    """Has a reason to stop, as by a signal, once it was asked so many ``times``."""
+    """A watch that finds a reason to stop, like a signal, once it was asked so many ``times``."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -41,9 +41,9 @@ class Limited(Watch):
 def interrupted_and_whole(
     folder: Path, name: str, settings: Sequence[str]
 ) -> tuple[Checkpoint, Checkpoint]:
-    """The ends of two runs: of one that was stopped after three steps, and of one that was not.
+    """The final checkpoints of a run that was stopped after three steps, and of one that was not.
 
-    Their networks and histories are the same.
+    Their networks and histories are checked to be the same.
     """
     chosen, dataset, console = recipe.load(name, settings), data.load_sample(), Console(quiet=True)
     whole, parts = folder / "whole", folder / "parts"
@@ -54,7 +54,7 @@ def interrupted_and_whole(
         train.resume(parts, dataset, console, Limited(3), Processes())
     begun = checkpoint.load(parts / checkpoint.FILE)
     assert (begun.epoch, begun.step) == (0, 3)
-    torch.manual_seed(5)  # as in a process of its own
+    torch.manual_seed(5)  # as if resumed in another process
     resumed = train.resume(parts, dataset, console, Watch(), Processes())
     assert_same(resumed.model, state.model)
     for line, other in zip(state.history, resumed.history, strict=True):
@@ -63,7 +63,7 @@ def interrupted_and_whole(
 
 
 def assert_same(weights: dict[str, Tensor] | None, others: dict[str, Tensor] | None) -> None:
-    """Both are there, and bit for bit the same."""
+    """Check that both are there, and equal bit for bit."""
     assert weights is not None
     assert others is not None
     assert weights.keys() == others.keys()
@@ -72,7 +72,7 @@ def assert_same(weights: dict[str, Tensor] | None, others: dict[str, Tensor] | N
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of A1's network and augmentation: three epochs of eight steps of SGD that learn."""
+    """A recipe with A1's network and augmentation that learns in three epochs of eight steps of SGD."""
     path = tmp_path_factory.mktemp("recipe") / "short.toml"
     path.write_text(recipe.load("A1", ["epochs=3", "batch_size=64", SGD]).to_toml())
     return path

@@ -1,4 +1,4 @@
-"""The real images that operations are tried on, and torchvision's results for them, image by image."""
+"""Real images to try operations on, and torchvision's results for them, image by image."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ THEIR_NAMES = {
 
 
 def difference(ours: Tensor, theirs: Callable[[int, Tensor], Any], pixels: Tensor = PIXELS) -> Tensor:
-    """Levels between ``ours``, uint8 [N, H, W, 3], and ``theirs``, of an index and a uint8 [3, H, W]."""
+    """Levels between ``ours``, uint8 [N, H, W, 3], and ``theirs(index, image)``, uint8 [3, H, W]."""
     images = pixels[: len(ours)].permute(0, 3, 1, 2)
     expected = torch.stack([theirs(index, image) for index, image in enumerate(images)])
     assert ours.dtype == expected.dtype == torch.uint8
@@ -28,7 +28,7 @@ def difference(ours: Tensor, theirs: Callable[[int, Tensor], Any], pixels: Tenso
 
 
 def torchvisions_operation(name: str, image: Tensor, magnitude: float) -> Tensor:
-    """An operation of AutoAugment, by our name, on one uint8 image [3, 32, 32]."""
+    """Apply torchvision's operation of AutoAugment, by our name, to one image, uint8 [3, 32, 32]."""
     if name == "identity":
         return image
     changed: Tensor = AUTO_AUGMENT._apply_image_or_video_transform(

@@ -46,7 +46,7 @@ def plain(loaded: recipe.Recipe, pixels: Tensor) -> Tensor:
 
 
 def torchvisions(part: Augmentation, image: Tensor, of: Parameters) -> Any:
-    """What a report's transform makes of one uint8 image [3, 32, 32] with the parameters ``of`` it."""
+    """Apply torchvision's transform for ``part`` to an image, uint8 [3, 32, 32], with its parameters."""
     match part:
         case recipe.HorizontalFlip():
             return functional.horizontal_flip(image) if of["chosen"] else image
@@ -79,10 +79,10 @@ def torchvisions(part: Augmentation, image: Tensor, of: Parameters) -> Any:
 
 @pytest.mark.parametrize("name", [name for name in recipe.names() if recipe.load(name).report])
 def test_recipes_of_reports_are_torchvisions(name: str) -> None:
-    """The whole of a recipe beside torchvision's transforms one after the other, image by image.
+    """A whole recipe gives what torchvision's transforms give one after the other, image by image.
 
-    A level that is cut off differently may become another one later, so more than half a level apart are
-    at most 0.1 % of the values.
+    A level that is truncated differently may become another one later, so at most 0.1 % of the values
+    may be more than half a level apart.
     """
     loaded = recipe.load(name)
     step = Augmenter(loaded, len(PIXELS), 0, CPU)
@@ -123,7 +123,7 @@ def test_batches_are_normalised_images(name: str) -> None:
     assert torch.equal(again, batch)
     other = step.apply(PIXELS[:40], step.draw(indices, last, source(2)), last)
     assert not torch.equal(other, batch) or loaded.augment == ()
-    # A share of the batch is augmented as in the whole; one image too.
+    # A share of the batch, even a single image, is augmented as in the whole batch.
     for rows in (slice(0, 25), slice(25, 40), slice(7, 8), np.array([3, 30, 4])):
         share = [{key: values[rows] for key, values in part.items()} for part in drawn]
         assert torch.equal(step.apply(PIXELS[:40][rows], share, last), batch[rows])
@@ -137,7 +137,7 @@ def test_nothing_to_do_is_normalisation() -> None:
 
 
 def test_no_value_is_asked_of_the_device() -> None:
-    """A meta tensor has no values, so what needs one to go on fails on it."""
+    """A meta tensor has no values, so whatever needs one to go on fails."""
     loaded = with_operations(*EVERY_OPERATION)
     step = Augmenter(loaded, 40, 0, torch.device("meta"))
     batch = step.apply(PIXELS[:40].to("meta"), step.draw(torch.arange(40), 0, source()), 0)
@@ -172,7 +172,7 @@ def test_alternating_flip_shows_both_sides_in_two_epochs() -> None:
     )
     assert torch.equal(second, first.flip(-1))
     assert torch.equal(third, first)
-    # The half is of the training set's images, wherever in the epoch they come.
+    # Which half is flipped depends on an image's place in the training set, not in the epoch.
     back = step.apply(PIXELS, step.draw(torch.arange(len(PIXELS)), 0, source()), 0)
     assert torch.equal(back[order], first)
     other = Augmenter(loaded, len(PIXELS), 4, CPU)

@@ -1,4 +1,4 @@
-"""Against torchvision.transforms.v2.AutoAugment with its CIFAR-10 policy: tables, pixels, choices.
+"""Compare with torchvision.transforms.v2.AutoAugment's CIFAR-10 policy: tables, pixels, choices.
 
 Tolerances are those of test_color.py and test_geometry.py.
 """
@@ -20,7 +20,7 @@ INEXACT = {"brightness", "contrast", "color", "sharpness", "rotate", "shear_x", 
 
 
 def magnitudes(name: str) -> list[float]:
-    """All magnitudes of an operation in torchvision, of both signs where it has them."""
+    """All magnitudes of an operation in torchvision, with both signs if it has them."""
     of_level, signed = AUTO_AUGMENT._AUGMENTATION_SPACE[THEIR_NAMES[name]]
     values = of_level(10, 32, 32)
     positive = [0.0] if values is None else [float(value) for value in values]
@@ -47,7 +47,7 @@ def test_operation_is_torchvisions(name: str) -> None:
 
 
 def test_sub_policies_are_torchvisions() -> None:
-    """As drawn: both operations in order, each image its own."""
+    """As drawn: both operations in order, for each image its own."""
     before = PIXELS.clone()
     equal = 0.0
     for seed in range(3):
@@ -60,14 +60,14 @@ def test_sub_policies_are_torchvisions() -> None:
 
         apart = difference(autoaugment.apply(PIXELS, **drawn), theirs)
         equal += (apart == 0).double().mean().item() / 3
-        # Equalising turns a level into several, and a neighbour's pixel may be any.
+        # Equalising can turn one level into several, and a neighbouring pixel may have any value.
         assert (apart > 1).any(-1).double().mean() <= 1e-3
     assert equal >= 0.999
     assert torch.equal(PIXELS, before)
 
 
 def test_choices_have_torchvisions_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which operations, with which magnitudes and signs, come together, in order."""
+    """That is, which operations come together, in order, with which magnitudes and signs."""
     count = 20_000
     drawn = autoaugment.draw(count, torch.Generator().manual_seed(0))
     ours = Counter(
@@ -104,7 +104,7 @@ def test_choices_have_torchvisions_distribution(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_shares_are_the_policys() -> None:
-    """Sub-policies are uniform, operations applied with their probability, half of the signs minus."""
+    """Sub-policies are uniform, operations have their probabilities, and half of the signs are minus."""
     count = 50_000
     drawn = autoaugment.draw(count, torch.Generator().manual_seed(1))
     for slot in range(2):

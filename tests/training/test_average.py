@@ -20,7 +20,7 @@ def test_average_follows_by_its_share() -> None:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(1.0)
-    network(torch.randn(4, 2))  # moves the statistics too
+    network(torch.randn(4, 2))  # changes the statistics too
     average.update(network, steps=1000)
     for key, value in average.network.state_dict().items():
         expected = network.state_dict()[key]

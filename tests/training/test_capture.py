@@ -14,8 +14,8 @@ from training.processes import Processes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
-# SGD with fp16's scaler, Adam and a last batch of its own, AdamW, Muon and a selector, and what is not
-# captured: Muon with that scaler.
+# SGD with fp16's gradient scaler, Adam and a last batch of another size, AdamW, Muon and a selector, and
+# what is not captured: Muon with the scaler.
 SMALL = {
     "A2": ["model.widths=[16,16,16,16]"],
     "B2": ["model.widths=[16,16,16]"],

@@ -65,7 +65,7 @@ def test_truncated_checkpoint_is_recognised(state: Checkpoint, tmp_path: Path, k
 
 
 def _said_to_be_encrypted(content: bytes) -> bytes:
-    entry = content.index(b"PK\x01\x02")  # of the first member, in the archive's directory
+    entry = content.index(b"PK\x01\x02")  # the first member's, in the archive's directory
     return content[: entry + 8] + bytes([content[entry + 8] | 1]) + content[entry + 9 :]
 
 

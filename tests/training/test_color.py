@@ -1,9 +1,10 @@
-"""Against torchvision.transforms.v2, image by image.
+"""Compare with torchvision.transforms.v2, image by image.
 
-The arithmetic is torchvision's, in float32. A product that is a whole number may come out just below,
-where a processor fuses the multiplication with an addition, and is cut off to one level less; the hue
-is reckoned another way. So after a change of brightness, contrast, saturation, hue or sharpness values
-are at most one level apart, and at least 99.9 % are equal. What has no such sums is exactly equal.
+The arithmetic is torchvision's, in float32. A product that is a whole number may come out just below it
+where a processor fuses the multiplication with an addition, and is truncated to one level less; the hue
+is computed in another way. So after a change of brightness, contrast, saturation, hue or sharpness,
+values are at most one level apart, and at least 99.9 % are equal. Operations without such sums are
+exactly equal.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from training.color import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 COUNT = 6000
 FACTORS = np.resize([0.0, 0.1, 0.5, 0.7, 0.9, 0.999, 1.0, 1.1, 1.3, 1.9, 3.0], 220)
-# With level 0 to 255 in all mixtures: greys, primaries, ties between channels.
+# Levels from 0 to 255 in all combinations: greys, primaries, ties between channels.
 LEVELS = torch.tensor([0, 1, 2, 85, 127, 128, 254, 255], dtype=torch.uint8)
 CUBE = torch.cartesian_prod(LEVELS, LEVELS, LEVELS).view(1, 16, 32, 3)
 
@@ -83,7 +84,7 @@ JITTER = recipe.ColorJitter(op="color_jitter", brightness=0.3, contrast=0.2, sat
 
 
 def test_jitter() -> None:
-    """The four changes in each image's own order; one level apart may grow by a later contrast."""
+    """The four changes in each image's own order; a later contrast may widen a gap of one level."""
     drawn = color.draw_jitter(JITTER, 500, torch.Generator().manual_seed(0))
     changes = {
         BRIGHTNESS: functional.adjust_brightness,

@@ -91,7 +91,7 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_pa
         data.load()
 
 
-# A data set of the sample's images, as torchvision would have it if it were the official one.
+# Makes torchvision take a data set of the sample's images for the official one.
 OTHERWISE = """
 import json, sys
 from pathlib import Path
@@ -108,7 +108,7 @@ print(len(found.train), len(found.test), found.test.pixels.sum().item())
 
 
 def write_archive(folder: Path) -> list[str]:
-    """An archive of the sample, and the MD5 sums of it, of its metadata and of its batches."""
+    """Write an archive of the sample; returns the MD5 sums of it, of its metadata and of its batches."""
     sample = data.load_sample()
     batches = folder / data.FOLDER
     batches.mkdir()
@@ -139,7 +139,7 @@ def test_one_process_downloads_while_others_wait(tmp_path: Path) -> None:
             fetched.append(self.path)
 
     def waiting() -> set[int]:
-        """The processes that wait for a file that another one has."""
+        """The ids of the processes that wait for a file that another one has locked."""
         rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
         return {int(row[5]) for row in rows if row[1] == "->"}
 
@@ -162,7 +162,7 @@ def test_one_process_downloads_while_others_wait(tmp_path: Path) -> None:
                 assert [process.poll() for process in processes] == [None, None]
             assert fetched == []
         outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert 1 <= len(fetched) <= 2  # torchvision asks once more, for redirects
+    assert 1 <= len(fetched) <= 2  # torchvision may ask once more, to follow redirects
     total = data.load_sample().test.pixels.sum().item()
     assert [output.splitlines()[-1] for output in outputs] == [f"500 1000 {total}"] * 2
 
@@ -208,7 +208,7 @@ def test_wrong_sample_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    elif damage in ("encrypted", "compressed by LZMA"):  # so says the directory of the archive
+    elif damage in ("encrypted", "compressed by LZMA"):  # as the archive's directory claims
         content = bytearray(path.read_bytes())
         entry = content.index(b"PK\x01\x02")
         content[entry + 8], content[entry + 10] = (1, 0) if damage == "encrypted" else (0, 14)

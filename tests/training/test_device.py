@@ -7,7 +7,7 @@ from training import device
 
 def test_no_more_threads_than_the_quota_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # counts like a container's quota
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # acts like a container's quota
     try:
         device.prepare(torch.device("cpu"))
         assert torch.get_num_threads() == 1

@@ -39,7 +39,7 @@ def test_what_cannot_be_brought_to_the_disk_replaces_nothing(tmp_path: Path) -> 
     path = tmp_path / "file"
     path.write_bytes(b"old")
     beside = tmp_path / f"file.{os.getpid()}.new"
-    os.mkfifo(beside)  # takes what is written, but cannot be synced
+    os.mkfifo(beside)  # can be written to, but not synced
     reader = os.open(beside, os.O_RDONLY | os.O_NONBLOCK)
     try:
         with pytest.raises(OSError, match="Invalid argument"), replacing(path) as file:

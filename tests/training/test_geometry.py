@@ -1,4 +1,4 @@
-"""Against torchvision, image by image.
+"""Compare with torchvision, image by image.
 
 Flips and shifts are exact. Where a position lies between two pixels, rounding in float32 decides which
 is taken, and a processor may fuse operations: rotations and shears agree on at least 99.9 % of pixels.

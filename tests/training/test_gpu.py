@@ -1,6 +1,6 @@
-"""A GPU's steps on a machine without one, by tensors that have a device and a shape and no values.
+"""A GPU's steps on a machine without one, with tensors that have a device and a shape but no values.
 
-Whatever asks for a value, for which a GPU would be waited for, fails on them, and so does what mixes
+Whatever asks for a value, and would have to wait for a GPU, fails on them, and so does whatever mixes
 devices. Kernels do not run, so this shows neither results nor speed.
 """
 
@@ -29,7 +29,7 @@ from training.processes import Processes
 
 CUDA = torch.device("cuda", 0)
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-WITHOUT_FORM = {  # torch has none of these for tensors without values; they change their arguments
+WITHOUT_FORM = {  # torch lacks these for tensors without values; they only change their arguments
     getattr(torch.ops.aten, name).default for name in ("_fused_sgd_", "_fused_adam_", "_fused_adamw_")
 }
 IMAGES, BATCH = 60, 20
@@ -41,14 +41,14 @@ pytestmark = [
 
 
 class Waited(AssertionError):
-    """A copy between the host and the device for which the host waits."""
+    """The host waits for a copy between itself and the device."""
 
 
 class PretendedGPU(TorchDispatchMode):
-    """Operations on ``cuda:0``.
+    """Runs operations as if on ``cuda:0``.
 
     Attributes:
-        hurries: whether a copy that waits fails.
+        hurries: whether a copy for which the host would wait fails.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class PretendedGPU(TorchDispatchMode):
 
 
 def _moved(network: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
-    """``Module.to``, whose own way to replace parameters these tensors have not."""
+    """Stands in for ``Module.to``, whose way of replacing parameters these tensors do not support."""
 
     def moved(tensor: Tensor) -> Tensor:
         of_images = tensor.ndim == 4 or "memory_format" not in options
@@ -92,7 +92,7 @@ def _moved(network: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
 
 
 def _backward(loss: Tensor) -> None:
-    """Gradients for whatever ``loss`` has been computed from; torch's own way asks the driver."""
+    """Set gradients for whatever ``loss`` was computed from; torch's ``backward`` asks the driver."""
     assert loss.device == CUDA
     waiting, seen = [loss.grad_fn], set()
     while waiting:
@@ -133,7 +133,7 @@ def test_a_step_waits_for_nothing_and_stays_on_the_device(
         for batch in learner.batches(epoch):
             for found in learner.learn(batch, float):
                 assert (found.device, found.ndim) == (CUDA, 0)
-    gpu.hurries = False  # between epochs a result is waited for
+    gpu.hurries = False  # between epochs the program may wait for a result
     assert predict(learner.result, chosen, learner.images.pixels[:2]).device == CUDA
 
 

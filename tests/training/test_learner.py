@@ -39,13 +39,13 @@ def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 @needs_a_compiler
 @pytest.mark.parametrize("name", ["A1", "fast"])
 def test_compiled_steps_are_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 too, where compiled code rounds elsewhere, also where it is only emulated."""
+    """In bfloat16 too, even if it is only emulated, though compiled code rounds in other places."""
     half = name == "fast"
     changes = ["model.widths=[8]", "model.depths=[1]"] if half else []
     chosen, images = recipe.load(name, ["batch_size=32", *changes]), data.load_sample().train
     if half:
         monkeypatch.setattr(device, "precision", lambda amp, place: torch.bfloat16)
-    rate = (0.001 if half else 1.0).__mul__  # the sooner a rate is high, the more does rounding matter
+    rate = (0.001 if half else 1.0).__mul__  # rounding matters more at high learning rates
     losses, networks = [], []
     for compiled in (False, True):
         learner = Learner(chosen, 0, images, Processes(), compiled=compiled)

@@ -57,7 +57,7 @@ def test_squeeze_excitation_weighs_channels() -> None:
 @pytest.mark.parametrize(
     ("block", "parameters"),
     [
-        # By hand: 1x1, 3x3 and 1x1 convolutions with two numbers a channel of BatchNorm each.
+        # By hand: 1x1, 3x3 and 1x1 convolutions, each with two numbers per channel of BatchNorm.
         ("{kind='bottleneck', reduction=4, groups=1}", 32 * 8 + 8 * 8 * 9 + 8 * 32 + 2 * (8 + 8 + 32)),
         ("{kind='bottleneck', reduction=2, groups=4}", 32 * 16 + 16 * 4 * 9 + 16 * 32 + 2 * (32 + 32)),
         ("{kind='basic'}", 2 * 32 * 32 * 9 + 2 * (32 + 32)),
@@ -80,13 +80,13 @@ def test_widths_that_blocks_cannot_have() -> None:
 
 @pytest.mark.parametrize("width", [3, 8, 16])
 def test_the_gradient_of_a_narrow_shortcut(width: int) -> None:
-    """oneDNN's own crashes, hangs or is wrong where the width is under 8 or, with AVX512, under 16."""
+    """oneDNN's own gradient crashes, hangs or is wrong for widths under 8 or, with AVX512, under 16."""
     settings = ["model.blocks=[1, 1]", f"model.widths=[{width}, 24]"]
     torch.manual_seed(0)
     network = model.build(recipe.load("B2", settings).model)
     images, weights = torch.randn(8, 3, 32, 32), torch.randn(8, 10)
     gradients = []
-    for dtype in (torch.float64, torch.float32):  # oneDNN has no part in the former
+    for dtype in (torch.float64, torch.float32):  # the former does not use oneDNN
         network.zero_grad()
         network.to(dtype).to(memory_format=torch.channels_last)
         inputs = images.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -106,7 +106,7 @@ THEIR_NAMES = (
 
 
 def with_weights_of(theirs: nn.Module, ours: nn.Module) -> nn.Module:
-    """torchvision's module in evaluation mode with the weights of ``ours``, all of them drawn anew."""
+    """torchvision's module in evaluation mode with the weights of ``ours``; vectors are drawn anew."""
     torch.manual_seed(0)
     state = {}
     for name, value in ours.state_dict().items():
@@ -125,7 +125,7 @@ def with_weights_of(theirs: nn.Module, ours: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(("name", "slope"), [("A3", 0.1), ("B2", 0.0)])
 def test_resnets_are_torchvisions(name: str, slope: float) -> None:
-    """With a stem for small images and, of report A, its activation."""
+    """torchvision's with a stem for small images and, for A3, the report's activation."""
     config = recipe.load(name).model
     assert isinstance(config, recipe.ResNet)
     stages = len(config.blocks)
@@ -160,7 +160,7 @@ def test_squeeze_excitation_is_of_the_residual_alone() -> None:
     settings = ["model.blocks=[1]", "model.widths=[8]", "model.squeeze_excitation=4"]
     network = model.build(recipe.load("B2", settings).model)
     block: Any = network.stages[0][0]  # type: ignore[index]
-    nn.init.constant_(block.excitation.excite.bias, -1e4)  # no channel of it counts
+    nn.init.constant_(block.excitation.excite.bias, -1e4)  # switches off all channels of the residual
     x = torch.randn(2, 8, 5, 5)
     assert torch.equal(block(x), x.relu())
 

@@ -53,7 +53,7 @@ def test_cutmix_pastes_a_box_and_mixes_labels_by_its_area() -> None:
     images, labels = batch()
     torch.manual_seed(4)
     inputs, targets = Objective(recipe.load("A1", [CUTMIX]), Path("none"), CPU).mix(images, labels, 0)
-    pasted = (inputs != images).any(1).any(0)  # where any image changed
+    pasted = (inputs != images).any(1).any(0)  # the pixels that changed in any image
     rows, columns = pasted.any(1).nonzero().flatten(), pasted.any(0).nonzero().flatten()
     box = (slice(None), slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
     assert torch.equal(inputs[box], images.roll(1, 0)[box])
@@ -83,7 +83,7 @@ def test_mixing_keeps_to_its_epochs_and_share_of_batches() -> None:
         inputs, targets = objective.mix(images, labels, epoch)
         assert inputs is images
         assert targets is labels
-        # Nothing was drawn: the epochs without are those of a recipe without.
+        # Nothing was drawn: epochs without mixing are those of a recipe without it.
         assert torch.equal(torch.get_rng_state(), before)
     mixed = 0
     for seed in range(200):
@@ -98,7 +98,7 @@ def teacher(uninterrupted: Path) -> Path:
 
 
 def test_teacher_sees_images_in_its_own_normalisation(teacher: Path) -> None:
-    """The student's mean and std differ; the loss is the textbook's at the temperature."""
+    """The student's mean and std are others; the loss is the textbook's, with the temperature."""
     sample = data.load_sample().train.first(16)
     settings = f"distillation={{teacher='{teacher}', temperature=2.0, weight=0.7}}"
     student = recipe.load("D1", [settings])
@@ -123,7 +123,7 @@ def test_distillation_copies_its_teacher_and_learns_from_it(
     out = tmp_path / "run"
     assert main(["run", "A1", "--out", str(out), "--set", *settings]) == 0
     assert (out / "teacher.pt").read_bytes() == teacher.read_bytes()
-    # Only the divergence counts: near nothing, for a teacher that hardly learned anything.
+    # Only the divergence counts, and it is small for a teacher that has hardly learned anything.
     assert 0 < checkpoint.load(out / "checkpoint.pt").history[0]["train_loss"] < 0.5
 
 
@@ -152,7 +152,7 @@ def test_a_teacher_that_does_not_fit_is_an_error_before_the_run(
     assert str(teacher) in error
     assert message in error
     assert not (tmp_path / "checkpoint.pt").exists()
-    if "pixels" in message:  # nor does a test of rates begin
+    if "pixels" in message:  # lr-find must not begin either
         arguments[2] = str(tmp_path / "lr.svg")
         assert main(["lr-find", *arguments]) == 1
         assert message in capsys.readouterr().err

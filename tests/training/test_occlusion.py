@@ -54,7 +54,7 @@ def test_erasing_has_torchvisions_distribution(
     )
     hidden = ours[(ours[:, :2] < ours[:, 2:]).all(1)]
     counts = [[len(part), COUNT - len(part)] for part in (hidden, theirs)]
-    if len(theirs) < COUNT:  # some found no rectangle in ten tries
+    if len(theirs) < COUNT:  # for some, torchvision found no rectangle in ten tries
         assert stats.chi2_contingency(counts).pvalue > 1e-3
     else:
         assert len(hidden) == COUNT

@@ -60,7 +60,7 @@ def test_every_trained_parameter_is_in_one_group(name: str) -> None:
 
 
 def test_a_state_from_another_device_does_not_say_whether_to_fuse() -> None:
-    """torch's would: with a scaler's gradients, which only a fused optimizer scales back."""
+    """torch's own loading would decide it; but only a fused optimizer unscales a scaler's gradients."""
     parameter = torch.ones(3, requires_grad=True)
     saved = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=False)
     parameter.grad = torch.ones(3)
@@ -90,7 +90,7 @@ def test_a_state_from_a_cpu_comes_as_a_whole_to_a_fused_optimizer_elsewhere(
 
 @pytest.mark.parametrize("name", ["A3", "B1", "E1", "fast"])
 def test_steps_read_their_rates_from_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no GPU, on the CPU: what a graph captures is this step."""
+    """This is the step that a GPU's graph captures; it is tested on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     loaded = recipe.load(
         name, ["model.widths=[8,8,8]", "model.depths=[1,1,1]"] if name == "fast" else []
@@ -128,7 +128,7 @@ REPORTED: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("name", REPORTED)
 def test_steps_are_those_of_the_report(name: str) -> None:
-    """The optimizer that reports.md names, built by hand, moves the same weights to the same places."""
+    """The optimizer that reports.md names, built by hand, changes the same weights in the same way."""
     config = recipe.load(name).optimizer
     torch.manual_seed(0)
     ours = nn.Linear(7, 5)
@@ -145,7 +145,7 @@ def test_steps_are_those_of_the_report(name: str) -> None:
 
 
 def test_muon_steps_are_the_papers() -> None:
-    """A bank of filters by hand: Nesterov momentum, orthogonalised, from filters of a fixed norm."""
+    """By hand for a bank of filters: orthogonalised Nesterov momentum, from filters of a fixed norm."""
     torch.manual_seed(0)
     filters = nn.Parameter(torch.randn(16, 8, 3, 3))
     expected, momentum = filters.detach().clone(), torch.zeros(16, 8, 3, 3)
@@ -167,5 +167,5 @@ def test_fast_has_the_rates_and_decays_of_airbench() -> None:
     assert (muon.defaults["lr"], muon.defaults["momentum"]) == (config.lr, config.momentum)
     for group, lr in zip(sgd.param_groups, (config.bias_lr, config.head_lr), strict=True):
         assert (group["lr"], group["momentum"], group["nesterov"]) == (lr, config.sgd_momentum, True)
-        # What a step takes of a weight at the recipe's rate, whatever that is.
+        # The fraction that a step takes off a weight at the recipe's rate, whatever that is.
         assert group["lr"] * group["weight_decay"] == pytest.approx(config.weight_decay)

@@ -20,10 +20,10 @@ from training.__main__ import main
 from training.learner import TrainingError
 from training.processes import Processes
 
-# A network without and one with BatchNorm, and both where one selects for the other; batches that cannot
-# be shared evenly, the last such that a single process has an image to learn from. SGD, because Adam and
-# Muon make steps of one size from gradients that are nothing but rounding; small steps, because what
-# differs in rounding differs tenfold after each large one.
+# A network without BatchNorm and one with it, and both where one selects for the other; batches that
+# cannot be shared evenly, the last such that only one process has an image to learn from. SGD, because
+# Adam and Muon make full steps even from gradients that are nothing but rounding; small steps, because
+# each large one makes a difference in rounding ten times as large.
 C1 = ["batch_size=25", "model.widths=[16,16,32]", "optimizer.lr=1e-4"]
 SETTINGS = {
     "plain": ("A1", ["batch_size=125", SGD]),
@@ -56,7 +56,7 @@ def test_two_processes_agree_with_one(setting: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     name, settings = SETTINGS[setting]
     limit = ["--limit", "75"] if setting != "plain" else []
-    # Both from one beginning: a second is what a checkpoint may take, nothing is left for a step.
+    # Both go on from one beginning: the one second is kept for a checkpoint, so no step is made.
     arguments = ["run", name, "--out", str(one), "--max-seconds", "1", *limit, "--set"]
     arguments += [*settings, "epochs=2", "data.validation=0.2"]
     assert main(arguments) == 75
@@ -85,7 +85,7 @@ def test_resume_with_another_number_of_processes(short: Path, tmp_path: Path) ->
     slow, alone, out = tmp_path / "slow.toml", tmp_path / "alone", tmp_path / "run"
     slow.write_text(short.read_text().replace("lr = 0.05", "lr = 0.01"))  # small steps, as above
     assert main(["run", str(slow), "--out", str(alone), "--seed", "7"]) == 0
-    # A second is what a checkpoint may take: nothing is left for a step.
+    # The one second is kept for writing a checkpoint, so no step is made.
     process = torchrun(2, "run", str(slow), "--out", str(out), "--seed", "7", "--max-seconds", "1")
     assert process.returncode != 0
     assert process.stderr.count("stopped by the time limit; go on with") == 1
@@ -110,7 +110,7 @@ def test_error_of_the_first_process_ends_all(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_in_one_process_ends_all(tmp_path: Path) -> None:
-    """The others wait in a collective that the search for a batch that fits would mix up."""
+    """The others wait in a collective, which the search for a batch that fits would disturb."""
     program, out = tmp_path / "program.py", tmp_path / "run"
     program.write_text(
         "import sys, torch\n"
@@ -155,7 +155,7 @@ def test_a_stop_in_the_evaluation_counts_no_image_twice(short: Path, tmp_path: P
 def test_batch_norm_over_processes_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = nn.BatchNorm2d(3, eps=0.5, momentum=0.4)
     network = nn.Sequential(copy.deepcopy(alone))
-    monkeypatch.setenv("WORLD_SIZE", "2")  # of which this one has the whole batch
+    monkeypatch.setenv("WORLD_SIZE", "2")  # but this process has the whole batch
     dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path / 'store'}")
     try:
         parallel, x = Processes().parallel(network), torch.randn(8, 3, 4, 4)

@@ -36,10 +36,10 @@ def curve(losses: list[float]) -> list[Measurement]:
 def test_suggestion_is_where_the_loss_falls_fastest() -> None:
     falling = curve([2.3 - 1.5 / (1 + math.exp((70 - step) / 4)) for step in range(100)])
     assert range_test.suggest(falling) == falling[70].rate
-    # What comes after, and the first steps, do not count.
+    # The first steps do not count.
     rising = curve([5.0 - step / 3 if step < 8 else point.smooth for step, point in enumerate(falling)])
     assert range_test.suggest(rising) == falling[70].rate
-    # Neither does a loss that has blown up and comes back, however steeply.
+    # Neither does a loss that has blown up and comes down again, however steeply.
     blown_up = [*(point.smooth for point in falling[:90]), 2.0, 6.0, 6.0, 3.0, 2.9, 2.9]
     assert range_test.suggest(curve(blown_up)) == curve(blown_up)[70].rate
 
@@ -62,7 +62,7 @@ def test_groups_keep_their_ratio() -> None:
     learner = Learner(fast, 0, images, Processes())
     assert isinstance(fast.optimizer, recipe.Muon)
     whole = (fast.optimizer.bias_lr, fast.optimizer.head_lr, fast.optimizer.lr)
-    # More steps than an epoch has; ``optimizer.lr`` is 0.12.
+    # Three steps, more than an epoch has; ``optimizer.lr`` is 0.12.
     for point, part in zip(range_test.measure(learner, [0.012, 0.03, 0.06]), (10, 4, 2), strict=True):
         groups = [group["lr"] for each in learner.optimizers for group in each.param_groups]
         assert groups == pytest.approx([lr / part for lr in whole])
@@ -93,7 +93,7 @@ def test_losses_are_means_over_the_images_that_a_step_learns_from() -> None:
     images = data.load_sample().train
     learner = Learner(chosen, 0, images, Processes())
     (first,) = range_test.measure(learner, [1e-5])
-    assert math.log(10) < first.loss < 1.1 * math.log(10)  # the hardest images lose a bit more
+    assert math.log(10) < first.loss < 1.1 * math.log(10)  # the hardest images have a higher loss
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

@@ -57,8 +57,8 @@ B_AUGMENT = [
     *("random_crop 4 black", "horizontal_flip 0.5", "color_jitter 0.3 0.3 0.3 0.1"),
     *("rotation 20.0", "translate 0.1"),
 ]
-# Epochs, batch, precision; optimizer; schedule; std and the share held out; augmentation. What a report
-# does not say is in the header of its recipe.
+# Epochs, batch size, precision; optimizer; schedule; std and held-out share; augmentation. The header of
+# a recipe says what its report leaves open.
 REPORTS = {
     "A1": ((100, 128, "off"), "adam 0.001 0.0", "constant", (A_STD, 0.0), A_AUGMENT),
     "A2": ((100, 128, "fp16"), "sgd 0.01 0.9 False 0.0005", "cosine 0.0001", (A_STD, 0.0), A_AUGMENT),

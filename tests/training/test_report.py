@@ -1,4 +1,4 @@
-"""Pages about real runs on the bundled sample, written by the command line and read as XML."""
+"""Report pages of real runs on the bundled sample, written by the command line and read as XML."""
 
 import base64
 import io
@@ -36,7 +36,7 @@ def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a trial of ``fast`` with held-out images: views, image sizes, fixed parameters."""
+    """The folder of a trial of ``fast`` with held-out images, views, image sizes, fixed parameters."""
     folder = tmp_path_factory.mktemp("trial") / "trial"
     settings = ["batch_size=25", "data.validation=0.2", "resolution.1.from_epoch=1"]
     with pytest.MonkeyPatch.context() as patch:
@@ -47,7 +47,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(page: Path) -> Element:
-    """A page, which must be well-formed; names without their namespaces."""
+    """Parse a page, which must be well-formed; names are without namespaces."""
     root = ElementTree.fromstring(page.read_text(encoding="utf-8"))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -90,7 +90,7 @@ def class_accuracies(page: Element) -> dict[str, str]:
 
 
 def probabilities(state: Checkpoint, images: Images) -> Tensor:
-    """Without the modules that training and reports use."""
+    """Predicted probabilities, computed without the modules that training and reports use."""
     chosen = state.parsed_recipe()
     network = state.network().eval()
     mean, std = (torch.tensor(value)[:, None, None] for value in (chosen.data.mean, chosen.data.std))
@@ -187,7 +187,7 @@ def test_page_is_one_file_that_refers_to_nothing(uninterrupted: Path, tmp_path: 
     assert "url(" not in sheet
     assert "@import" not in sheet
     assert "prefers-color-scheme: dark" in sheet
-    # Every colour of a chart is the style sheet's.
+    # Every colour of a chart is from the style sheet.
     used = set(re.findall(r"var\(--([\w-]+)\)", ElementTree.tostring(page, "unicode")))
     assert used <= set(re.findall(r"--([\w-]+):", sheet)) | {"share"}
     drawn = "".join(part.get("style", "") for chart in page.iter("svg") for part in chart.iter())
@@ -208,7 +208,7 @@ def test_a_browser_shows_all_of_it(uninterrupted: Path, trial: Path, tmp_path: P
             if name != "comparison":
                 shown.get_by_role("link", name=name, exact=True).click()
             assert shown.url == (tmp_path / f"{name}.html").as_uri()
-            assert shown.evaluate("document.documentElement.scrollWidth") == width  # none is cut off
+            assert shown.evaluate("document.documentElement.scrollWidth") == width  # nothing is cut off
             charts = shown.locator("svg[aria-label]")
             assert charts.count() >= 2
             for chart in charts.all():
@@ -251,7 +251,7 @@ def test_trial_shows_its_held_out_images(
     assert "of the 50 val images (training images that were held out)" in text(section)
     check_predictions(page, state, data.split(sample.train, 0.2)[1].first(50))
     assert any(text(part) == f"val {accuracy}" for part in page.iter("text"))
-    # The size of the images changes with the second epoch, and is written where it does.
+    # The image size changes with the second epoch, and the chart says so at that place.
     chart = page.findall(".//figure/svg")[0]
     across = {text(part): float(part.attrib["x"]) for part in chart.iter("text")}
     (line,) = [part for part in chart.iter("path") if "dasharray: 3,3" in part.get("style", "")]
@@ -438,7 +438,7 @@ def test_comparison_says_where_train_figures_are_of_different_losses(
 def test_network_without_a_mistake_has_a_page(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Where all images are of one class, two steps suffice to get them right.
+    # If all images are of one class, two steps are enough to get them all right.
     arrays = dict(np.load(data.SAMPLE, allow_pickle=False))
     ships = {name: np.full_like(part, 8) if "labels" in name else part for name, part in arrays.items()}
     np.savez(tmp_path / "ships.npz", **ships, allow_pickle=False)
@@ -456,7 +456,7 @@ def test_labels_beside_a_chart_keep_apart() -> None:
     root = ElementTree.fromstring(charts.lines("Accuracy", close, percent=True))
     heights = [float(part.attrib["y"]) for part in root.iter() if (part.text or "").startswith("run ")]
     assert len(heights) == 12
-    assert heights == sorted(heights, reverse=True)  # the highest value on top
+    assert heights == sorted(heights, reverse=True)  # the highest value is on top
     assert all(below - above > 11 for below, above in itertools.pairwise(heights))
 
 

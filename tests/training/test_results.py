@@ -92,7 +92,7 @@ def test_summary(accuracies: list[float], text: str) -> None:
 def test_a_run_that_was_made_again_is_no_further_evidence() -> None:
     rows = [result("fast", 0, 0.94), result("fast", 0, 0.94), result("fast", 1, 0.94)]
     assert results.summary(rows, "fast") == "94.00 ± 0.00 % (n=2)"
-    elsewhere = result("fast", 0, 0.95)  # where it rounds otherwise, a seed has another outcome
+    elsewhere = result("fast", 0, 0.95)  # a machine that rounds otherwise has another result for a seed
     assert results.summary([rows[0], elsewhere], "fast") == "94.50 ± 0.71 % (n=2)"
 
 

@@ -22,10 +22,10 @@ RANDOM = [
 def test_dropout_mixing_and_average_go_on_as_they_would_have(tmp_path: Path) -> None:
     resumed, state = interrupted_and_whole(tmp_path, "D1", RANDOM)
     assert_same(resumed.average, state.average)
-    # 400 images are 7 steps; the rate falls with each, and that of an epoch is its last step's.
+    # 400 images are 7 steps; the rate falls with each, and an epoch's rate is that of its last step.
     for line, last in zip(state.history, (6, 13), strict=True):
         assert line["lr"] == pytest.approx(0.01 * (1 - last / 14))
-    # What the run gives, and what was evaluated, is the average.
+    # The run's result, which was evaluated, is the average.
     network = state.network()
     assert_same(network.state_dict(), state.average)
     val = evaluate(network, state.parsed_recipe(), data.split(data.load_sample().train, 0.2)[1])
@@ -37,7 +37,7 @@ def test_plateau_watches_held_out_images_that_are_not_trained_on(tmp_path: Path)
     places = Images(sample.train.pixels, torch.arange(len(sample.train)))
     _, held_out = data.split(places, 0.2)
     labels = torch.zeros_like(places.labels)
-    labels[held_out.labels] = 1  # a class that is not among the others
+    labels[held_out.labels] = 1  # a class that the other images do not have
     dataset = DataSet(Images(places.pixels, labels), sample.test, "sample")
     plateau = "schedule={kind='plateau', factor=0.5, patience=0}"
     settings = ["epochs=4", "batch_size=50", "data.validation=0.2", SGD, plateau]
@@ -57,14 +57,14 @@ def test_order_and_augmentation_are_of_the_seed_and_the_epoch() -> None:
     for learner, epoch in ((learners[0], 0), (learners[0], 1), (learners[1], 0)):
         (order,), (batch,) = learner.order(epoch), learner.batches(epoch)  # the rest is dropped
         orders.append(order)
-        # Where images are hidden, in the order of the batch: what was drawn for its places.
+        # The hidden pixels, in the order of the batch, show what was drawn for its places.
         drawn.append((batch.inputs == 0).all(1))
     for each in (orders, drawn):
         assert not any(torch.equal(each[0], other) for other in each[1:])
 
 
 def test_all_that_is_random_is_as_it_was() -> None:
-    """A run goes on, and what it held out stays held out, where the program is a newer one."""
+    """So a run goes on the same, and its held-out images stay held out, with a newer program."""
     images = data.load_sample().train
     places = Images(images.pixels, torch.arange(len(images)))
     assert (seed_of(7), seed_of(7, 1, 3)) == (8460147692890830636, 7964965305340474863)

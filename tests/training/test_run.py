@@ -18,7 +18,7 @@ from training.__main__ import main
 from training.results import Result
 
 # 1.6 GB on top of what the program itself takes: the first layer's output for all images needs more in
-# one piece, so enough is left when it fails. With hardly any left oneDNN would crash.
+# one piece, so there is memory left when it fails. With hardly any left, oneDNN would crash.
 SCARCE = """
 import resource, torch, training.__main__
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -26,7 +26,7 @@ resource.setrlimit(resource.RLIMIT_AS, (size + 1_600_000_000,) * 2)
 """
 
 
-# The stem's output for many images does not fit; what comes behind it is small, so all is soon done.
+# The stem's output for many images does not fit; the layers after it are small, so a run is soon done.
 NARROW = ["model.widths=[64,8,8]", "model.block={kind='bottleneck', reduction=8, groups=1}"]
 
 
@@ -36,7 +36,7 @@ def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(*arguments: str, before: str = "") -> subprocess.Popen[str]:
-    """The command line in a process of its own; ``before`` is Python that it runs first."""
+    """Start the command line in a process of its own, which first runs the Python code ``before``."""
     program = f"import sys\n{before}\nfrom training.__main__ import main\nsys.exit(main({arguments!r}))"
     return subprocess.Popen(
         [sys.executable, "-c", program],
@@ -48,7 +48,7 @@ def start(*arguments: str, before: str = "") -> subprocess.Popen[str]:
 
 
 def assert_same_run(actual: Path, expected: Path) -> None:
-    """Bitwise the same weights and optimizer, and the same course."""
+    """Check that weights and optimizer are the same bit for bit, and that the history is the same."""
     ours, theirs = (checkpoint.load(folder / "checkpoint.pt") for folder in (actual, expected))
     assert ours.model.keys() == theirs.model.keys()
     assert all(torch.equal(ours.model[key], theirs.model[key]) for key in theirs.model)
@@ -79,7 +79,7 @@ def test_signal_leaves_a_checkpoint_that_resumes(
     assert state.result is None
     assert 8 <= state.epoch * 8 + state.step < 24
 
-    # A run's folder can go on anywhere.
+    # A run can go on after its folder was moved.
     elsewhere = tmp_path / "elsewhere"
     shutil.move(out, elsewhere)
     assert main(["resume", str(elsewhere)]) == 0
@@ -92,10 +92,10 @@ def test_signal_leaves_a_checkpoint_that_resumes(
 
 
 def test_killed_at_random_moments(short: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """SIGKILL between a start and a little after: in a step, an evaluation, a write, a rename.
+    """SIGKILL soon after each start: in a step, an evaluation, a write, a rename.
 
-    With a checkpoint before every step most kills hit a write. The moments are waits for an exit
-    that cannot come so soon, or for one that has come: no test depends on which.
+    With a checkpoint before every step most kills hit a write. Each moment is a wait for the process to
+    exit, which it may or may not do in that time: the test does not depend on which.
     """
     out, moments = tmp_path / "run", random.Random(1)
     saving = "import training.run; training.run.SAVE_SECONDS = -1.0"
@@ -103,7 +103,7 @@ def test_killed_at_random_moments(short: Path, uninterrupted: Path, tmp_path: Pa
     kills = 0
     for _ in range(6):
         assert process.stdout is not None
-        for line in process.stdout:  # the imports, a constant stretch, are over
+        for line in process.stdout:  # skips the imports, which take about the same time in each run
             if line.startswith("short seed 7"):
                 break
         try:
@@ -124,7 +124,7 @@ def test_time_limit_stops_before_it_and_goes_on_later(
     short: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a run"
-    # A second is what a checkpoint may take: nothing is left for a step.
+    # The one second is kept for writing a checkpoint, so no step is made.
     assert main(["run", str(short), "--out", str(out), "--seed", "7", "--max-seconds", "1"]) == 75
     assert f"stopped by the time limit; go on with: python -m training resume '{out}'" in (
         capsys.readouterr().err
@@ -157,7 +157,7 @@ def test_previous_checkpoint_replaces_a_damaged_one(
     assert main(["resume", str(out)]) == 0
     assert "going on from checkpoint.previous.pt" in capsys.readouterr().out
     assert_same_run(out, uninterrupted)
-    # It was evaluated again, and is still one run with one row.
+    # It was evaluated again, but is still one run with one row.
     evaluations = [checkpoint.load(folder / "checkpoint.pt").result for folder in (uninterrupted, out)]
     for evaluation in evaluations:
         results.record(Result.model_validate(evaluation), tmp_path / "results.csv")
@@ -174,7 +174,7 @@ def test_previous_checkpoint_replaces_a_damaged_one(
 
 def test_full_disk_keeps_the_last_checkpoint(short: Path, uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    # Files cannot grow beyond 300 kB: enough for the initial checkpoint, not for one with momentum.
+    # Files cannot grow beyond 300 kB: enough for the initial checkpoint, but not for one with momentum.
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
     process = start("run", str(short), "--out", str(out), "--seed", "7", before=full)
     _, errors = process.communicate(timeout=120)
@@ -182,7 +182,7 @@ def test_full_disk_keeps_the_last_checkpoint(short: Path, uninterrupted: Path, t
     assert "could not write" in errors
     assert "the checkpoint before it is untouched, make room and resume" in errors
     assert "Traceback" not in errors
-    # The finished epochs' metrics are there, and nothing half written.
+    # The finished epochs' metrics are there, and nothing is half written.
     assert sorted(path.name for path in out.iterdir()) == [
         *("checkpoint.pt", "metrics.jsonl", "recipe.toml", "run.json"),
     ]
@@ -201,7 +201,7 @@ def test_full_disk_at_the_begin_leaves_nothing_to_resume(short: Path, tmp_path: 
 
 
 def copied(path: Path, times: int) -> Path:
-    """A sample file of so many times the images."""
+    """Write a sample file with the sample's images repeated so many ``times``."""
     arrays = dict(np.load(data.SAMPLE, allow_pickle=False))
     np.savez(
         path,
@@ -221,7 +221,7 @@ def test_signal_ends_the_test_too(short: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv(data.ROOT_VARIABLE, str(copied(tmp_path / "more.npz", 10)))
     out, recipe = tmp_path / "run", tmp_path / "short.toml"
     recipe.write_text(short.read_text().replace("epochs = 3", "epochs = 1"))
-    # One by one the images take long enough for a signal to arrive between two of them.
+    # Evaluated one by one, the images take long enough for a signal to arrive between two of them.
     slowly = "import training.evaluate; training.evaluate.AT_ONCE = 1"
     process = start("run", str(recipe), "--out", str(out), before=slowly)
     assert process.stdout is not None

@@ -64,7 +64,7 @@ def test_linear_falls_with_every_step_to_zero() -> None:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("lr", "factor", "patience"),
-    # The first is that of B1 and B2.
+    # The first one is the schedule of B1 and B2.
     [(0.001, 0.1, 5), (1.0, 0.5, 3), (0.003, 0.1, 3), (2e-6, 0.7, 3), (1.5e-8, 0.5, 3), (1e-8, 0.1, 3)],
 )
 def test_plateau_is_torchs(lr: float, factor: float, patience: int, seed: int) -> None:

@@ -35,7 +35,7 @@ def test_the_hardest_are_chosen_and_learned_from() -> None:
     assert losses[chosen].min() >= losses[others].max()
     torch.testing.assert_close(loss, losses[hardest].mean())
 
-    # The step is that of a batch of the chosen alone, for both networks.
+    # For both networks the step is the same as with a batch of only the chosen images.
     alone = learner(SELECTING[:-1])
     small = learner([*SELECTING[:-1], "batch_size=16"])
     small.model.load_state_dict(selecting.selector.network.state_dict())
@@ -58,12 +58,12 @@ def test_a_share_is_of_whole_images_and_one_at_least() -> None:
 
 def test_resumed_run_selects_as_an_uninterrupted_one(tmp_path: Path) -> None:
     resumed, state = interrupted_and_whole(tmp_path, "A1", SELECTING)
-    assert_same(resumed.selector, state.selector)  # apart, as both networks have the same layers
+    assert_same(resumed.selector, state.selector)  # on its own, as both networks have the same layers
     assert state.selector is not None
     chosen = state.parsed_recipe()
     initial = initial_network(chosen.model, chosen, 0, data.load_sample().train).state_dict()
     assert all(not torch.equal(state.selector[key], value) for key, value in initial.items())
-    # Near ln 10: the mean is over those that were learned from, not over all.
+    # Near ln 10, since the mean is over the images that were learned from, not over all.
     assert all(2 < line["train_loss"] < 3 for line in state.history)
 
 

@@ -50,8 +50,8 @@ def test_every_recipe_trains_a_few_steps(name: str, tmp_path: Path, uninterrupte
     state = checkpoint.load(out / "checkpoint.pt")
     assert state.parsed_recipe() == resolved
     assert state.classes == list(CLASSES)
-    assert state.result is None  # a trial: the test images are not for it
-    torch.manual_seed(0)  # the run's own seed: its network before the first step
+    assert state.result is None  # a trial is not evaluated on the test images
+    torch.manual_seed(0)  # the run's seed, for its network before the first step
     initial = build(resolved.model).named_parameters()
     assert all(not torch.equal(p, state.model[key]) for key, p in initial if p.requires_grad)
     # A trial leaves no row.
@@ -70,7 +70,7 @@ def test_a_compiled_run_is_resumed_compiled(tmp_path: Path) -> None:
         train.resume(folder, dataset, Console(quiet=True), watch, Processes(), compiled=True)
 
     resume(folders[0], Watch())
-    for asked, sessions in ((0, 0), (4, 1)):  # before it compiles, and after some steps
+    for asked, sessions in ((0, 0), (4, 1)):  # stops before it compiles, and after some steps
         with pytest.raises(Stopped):
             resume(folders[1], Limited(asked))
         assert len(checkpoint.load(folders[1] / "checkpoint.pt").sessions) == sessions
@@ -113,7 +113,7 @@ def test_training_learns(uninterrupted: Path) -> None:
     assert history[-1]["train_loss"] < history[0]["train_loss"] < 2.31
 
 
-# One recipe of each optimizer and kind of augmentation.
+# One recipe for each optimizer and kind of augmentation.
 @pytest.mark.parametrize("name", ["B2", "C1", "E1", "fast"])
 def test_same_seed_same_weights(name: str, tmp_path: Path) -> None:
     states = []
@@ -127,14 +127,14 @@ def test_same_seed_same_weights(name: str, tmp_path: Path) -> None:
 
 
 def test_deterministic_run_is_resumed_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # A second is what a checkpoint may take: nothing is left for a step.
-    out = tmp_path / "[b]:cat:"  # which must be shown as it is
+    # The one second is kept for writing a checkpoint, so no step is made.
+    out = tmp_path / "[b]:cat:"  # must be shown as it is
     arguments = ["run", "A1", "--out", str(out), *SMALL, "--deterministic", "--max-seconds", "1"]
     assert main(arguments) == 75
     shown = capsys.readouterr()
     assert f"run folder: {out}\n" in shown.out
     assert f"go on with: python -m training resume '{out}'\n" in shown.err
-    torch.use_deterministic_algorithms(False)  # as in a process of its own
+    torch.use_deterministic_algorithms(False)  # as in a new process
     try:
         assert main(["resume", str(out)]) == 0
         assert torch.are_deterministic_algorithms_enabled()
@@ -164,7 +164,7 @@ def test_second_run_takes_another_folder(
         "A1-seed0-trial",
         "A1-seed0-trial-2",
     ]
-    # A run whose last checkpoint is lost is one to resume still.
+    # A run whose last checkpoint is lost can still be resumed, so its folder is not reused.
     Path("runs/A1-seed0-trial/checkpoint.pt").rename("runs/A1-seed0-trial/checkpoint.previous.pt")
     assert main(["run", "A1", *SMALL]) == 0
     assert Path("runs/A1-seed0-trial-3/checkpoint.pt").exists()
@@ -200,7 +200,7 @@ def test_an_evaluation_that_begins_a_session_comes_to_its_end(tmp_path: Path) ->
         return train.resume(tmp_path, dataset, Console(quiet=True), watch, Processes())
 
     with pytest.raises(Stopped):
-        resume(Limited(4))  # after the steps, before the evaluation
+        resume(Limited(4))  # stops after the steps, before the evaluation
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert (state.epoch, state.step) == (0, 4)
     assert resume(Watch(0.0)).epoch == 1
@@ -224,7 +224,7 @@ def test_a_run_goes_on_with_its_own_data_set_only(
 
 
 def test_views_are_averaged_on_held_out_images_after_the_last_epoch_only(tmp_path: Path) -> None:
-    # With a constant rate the first of two epochs is the one of a run of one.
+    # With a constant rate the first of two epochs is the same as the only epoch of a shorter run.
     settings = ["batch_size=50", "data.validation=0.2", "model.widths=[16,16,16]", "resolution=[]"]
     settings += ["schedule={kind='constant'}", "optimizer.bias_lr=0.1", "optimizer.head_lr=0.1"]
     val = data.split(data.load_sample().train, 0.2)[1]
@@ -288,7 +288,7 @@ def test_tensorboard_goes_on_with_a_resumed_run(uninterrupted: Path, tmp_path: P
     run, dataset = tmp_path / "run", data.load_sample()
     short = recipe.load(uninterrupted / "recipe.toml")
     train.create(run, short, "short", 7, dataset, complete=False)
-    with pytest.raises(Stopped):  # in the second epoch
+    with pytest.raises(Stopped):  # during the second epoch
         train.resume(run, dataset, Console(quiet=True), Limited(12), Processes(), tensorboard=True)
     assert checkpoint.load(run / "checkpoint.pt").epoch == 1
     assert main(["resume", str(run), "--tensorboard"]) == 0
@@ -296,7 +296,7 @@ def test_tensorboard_goes_on_with_a_resumed_run(uninterrupted: Path, tmp_path: P
 
 
 def assert_in_tensorboard(run: Path) -> None:
-    """Each epoch of the run is there once."""
+    """Check that TensorBoard's files have each epoch of the run once."""
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     history = checkpoint.load(run / "checkpoint.pt").history
     assert len(history) == 3
@@ -311,7 +311,7 @@ def test_divergence_names_the_epoch(tmp_path: Path, capsys: pytest.CaptureFixtur
     error = capsys.readouterr().err
     assert "the loss of epoch 1 is" in error
     assert "the learning rate (1e+30) is probably too high" in error
-    # What is left is from before.
+    # The checkpoint that is left is from before the divergence.
     state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
     assert all(value.isfinite().all() for value in state.model.values())
 
@@ -320,7 +320,7 @@ def test_divergence_names_the_epoch(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_divergence_in_the_last_step(
     name: str, complete: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Only one step, whose loss is that of the initial weights.
+    # There is only one step, and its loss is that of the initial weights.
     settings = ["epochs=1", "batch_size=50", "drop_last=true", "optimizer.lr=1e30"]
     path, out = tmp_path / "steep.toml", tmp_path / "run"
     arguments = ["--limit", "50", "--set", "data.validation=0.2"]
@@ -376,7 +376,7 @@ ONE_BLOCK += "activation='relu', dropout=0.0, init='default'}"
 def test_a_step_of_one_image_that_batch_norm_cannot_learn_from(
     setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of 129 images, the one that two batches leave, and the one that is selected of each."""
+    """Each setting leaves one image to learn from: of the data, of the last batch, of each selection."""
     network = ["model.blocks=[1,1,1,1]", "model.widths=[8,8,8,8]", "resolution=[{from_epoch=0,size=8}]"]
     network += ["batch_size=129"]
     arguments = ["run", "C1", "--out", str(tmp_path / "run"), "--limit", "129", "--epochs", "1", "--set"]

@@ -1,7 +1,7 @@
 """Writes the hostile files of this folder: ``python -m tests.serving.corpus.make``.
 
 The files are committed, so that the tests do not depend on the Pillow and NumPy that wrote them; this
-says how each came to be. ``expected.toml`` has what the service answers to each.
+module shows how each was made. ``expected.toml`` has the service's answer to each.
 """
 
 import gzip
@@ -22,7 +22,7 @@ COMMAND = "touch hostile-pickle-ran"
 
 
 class Call:
-    """Pickles as a call of ``function``."""
+    """An object that pickles as a call of ``function``."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -32,7 +32,7 @@ class Call:
 
 
 def pickles() -> dict[str, bytes]:
-    """Pickles of which none may be read, by file name."""
+    """Pickles that must all be refused, by file name."""
     data = np.zeros((2, 32, 32, 3), np.uint8)
     good = pickle.dumps({"data": data}, 4)
     head = good[: good.index(b"B", good.index(b"u1"))]  # up to the array's bytes
@@ -41,7 +41,7 @@ def pickles() -> dict[str, bytes]:
     def declared(*extents: bytes) -> bytes:
         return good[:shape] + b"(" + b"".join(extents) + b"t" + good[shape + 10 :]
 
-    laughs = b"\x80\x02X\x03\x00\x00\x00lolq\x00"  # a text, then lists of ten times the one before
+    laughs = b"\x80\x02X\x03\x00\x00\x00lolq\x00"  # a string, then lists of ten times the one before
     for n in range(1, 40):
         laughs += b"]q%c(" % n + b"h%c" % (n - 1) * 10 + b"e"
     return {
@@ -84,7 +84,7 @@ def pickles() -> dict[str, bytes]:
 
 
 def images() -> dict[str, bytes]:
-    """Images, and files that are none, by file name."""
+    """Images, and files that are not images, by file name."""
     noise = np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8)
     picture = Image.fromarray(noise)
     png, jpeg = _png(picture), _save(picture, "JPEG")
@@ -166,19 +166,19 @@ def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def many_scans(width: int, height: int, count: int) -> bytes:
-    """A progressive JPEG whose last scan comes ``count`` times more: a walk over all pixels each."""
+    """A progressive JPEG whose last scan is repeated ``count`` times; each one goes over all pixels."""
     whole = _save(Image.new("L", (width, height)), "JPEG", progressive=True)
     last = whole.rindex(b"\xff\xda")
     return whole[:-2] + whole[last:-2] * count + whole[-2:]
 
 
 def many_pieces(kind: str) -> bytes:
-    """A small image with many times more around its pixels than anybody writes, of that kind."""
+    """A small image with far more pieces of that kind around its pixels than any program writes."""
     image = Image.new("RGB", (32, 32))
     jpeg, png, gif = _save(image, "JPEG"), _png(image), _save(image, "GIF")
     frame = jpeg.index(b"\xff\xc0")
     picture = gif.index(b",")
-    spoilt = zlib.compress(bytes(2**20 - 1), 9)[:-1]  # cut short, it is not counted by Pillow as text
+    spoilt = zlib.compress(bytes(2**20 - 1), 9)[:-1]  # cut short, so Pillow does not count it as text
     return {
         "COM": jpeg[:2] + b"\xff\xfe\0\2" * 40_000 + jpeg[2:],
         "APP": jpeg[:2] + b"\xff\xe5\0\2" * 40_000 + jpeg[2:],
@@ -202,7 +202,7 @@ def _segment(marker: int, content: bytes) -> bytes:
 
 
 def _blank_png(width: int, height: int) -> bytes:
-    """A PNG of one bit a pixel, all the same: small as a file."""
+    """A PNG of one bit per pixel, all of them equal, so that the file is small."""
     rows = zlib.compress(b"\x00" * (1 + width // 8) * height, 9)
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return png_of((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
