@@ -1,5 +1,5 @@
-"""Train every report's network by its own recipe, and better ones of ours."""
+"""Train the networks of the reports from their recipes, and better ones of our own."""
 
 import time
 
-STARTED = time.monotonic()  # before the imports, which take seconds of a time limit
+STARTED = time.monotonic()  # before the imports, whose seconds count towards a time limit

@@ -24,15 +24,14 @@ UNJUDGED = "trial without held-out images, so of unknown accuracy (--set data.va
 
 
 def main(arguments: list[str] | None = None, started: float | None = None) -> int:
-    """Run the command line.
+    """Run the command line and return its exit code.
 
-    ``started`` is when ``--max-seconds`` began, by the monotonic clock; without it, it does now.
-    Returns the exit code: 1 for an error, 75 at the time limit, 128 + N for signal N; torchrun makes
-    each of them 1.
+    ``started`` is the monotonic time from which ``--max-seconds`` counts; None: now. The exit code is 1
+    for an error, 75 at the time limit and 128 + N for signal N; torchrun turns each of them into 1.
     """
     options = _parser().parse_args(arguments)
     processes = Processes()
-    # Without markup: a path or a name may have brackets, or an emoji's name.
+    # Without markup: a path or a name may contain brackets, or text such as ":cat:".
     plain = partial(Console, markup=False, emoji=False, highlight=False, soft_wrap=True)
     console, errors = plain(quiet=not processes.first), plain(stderr=True)
     device.limit_threads()
@@ -56,7 +55,7 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
     except (ExplainedError, OSError) as error:
         errors.print(f"error: {error}")
         return 1
-    except torch.OutOfMemoryError as error:  # before the first step: of a GPU that others fill, say
+    except torch.OutOfMemoryError as error:  # before the first step: other processes may fill the GPU
         reason = str(error).partition("\n")[0]
         errors.print(f"error: {reason}")
         return 1
@@ -106,7 +105,7 @@ def _find_rate(options: argparse.Namespace, console: Console) -> None:
     plots.file_format(out)
     make_place(out)
     train_images, _ = data.split(data.load().train, chosen.data.validation)
-    # A hundred steps are not worth what it takes to compile them.
+    # Compiling takes longer than it would save in a hundred steps.
     learner = Learner(chosen, options.seed, train_images, Processes(), compiled=False)
     own = learner.lr
     points = range_test.measure(learner, tried)
@@ -132,7 +131,7 @@ def _create(options: argparse.Namespace, console: Console) -> tuple[Path, data.D
     chosen = recipe.load(options.recipe, overrides)
     name = _name(options.recipe)
     complete = not overrides and options.limit is None
-    trial = "" if complete else "-trial"  # so that the finished run has the folder that others look for
+    trial = "" if complete else "-trial"  # others look for the full run in the folder without it
     usual = Path("runs") / f"{name}-seed{options.seed}{trial}"
     folder = options.out or _free_folder(usual)
     if not options.out and folder != usual:
@@ -148,7 +147,7 @@ def _create(options: argparse.Namespace, console: Console) -> tuple[Path, data.D
 
 
 def _open(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
-    checkpoint.load_last(options.run / checkpoint.FILE)  # before the data set is looked for
+    checkpoint.load_last(options.run / checkpoint.FILE)  # fails before the data set is looked for
     return options.run, data.load()
 
 
@@ -172,7 +171,7 @@ def _name(name_or_path: str) -> str:
 
 
 def _free_folder(folder: Path) -> Path:
-    """The folder, or the first of ``folder-2``, ``folder-3``, ... that holds no run."""
+    """The first of ``folder``, ``folder-2``, ``folder-3``, ... that holds no run."""
     free, number = folder, 1
     while checkpoint.present(free / checkpoint.FILE):
         number += 1
@@ -241,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
             type=_count,
             metavar="N",
             help="stop within N seconds, with a checkpoint to resume from; the exit code is then 75 "
-            "(torchrun's is 1). To compile, and the first step, may take longer",
+            "(torchrun's is 1). Compilation and the first step may overrun it",
         )
         command.add_argument(
             "--tensorboard",

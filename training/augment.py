@@ -1,8 +1,8 @@
-"""Augmentation of whole batches on the training device, each image with its own random parameters.
+"""Augmentation of whole batches on the training device, with random parameters for each image.
 
-Drawing the parameters and applying them are apart: they are drawn on the CPU from one generator,
-whatever the device, and applying them is a function of pixels and parameters alone. So runs on a CPU and
-on GPUs see the same images, and a GPU never waits to learn what was drawn.
+Parameters are drawn on the CPU from one generator, whatever the device; applying them depends only on
+the pixels and the parameters. So runs on a CPU and on GPUs see the same images, and a GPU never waits to
+learn what was drawn.
 """
 
 import math
@@ -22,11 +22,11 @@ Draw = Callable[[Array, int, Generator], Parameters]
 
 
 class Operation(NamedTuple):
-    """An operation of a recipe.
+    """An augmentation operation of a recipe, as two functions.
 
     Attributes:
-        draw: its parameters, from the images' places in the training set, epoch and generator.
-        apply: new images, from images [N, 32, 32, 3] and the parameters: uint8, or normalised ones.
+        draw: draws parameters, given the images' indices in the training set, the epoch and a generator.
+        apply: maps images [N, 32, 32, 3], uint8 or normalised, and the parameters to new images.
     """
 
     draw: Draw
@@ -38,9 +38,9 @@ class Augmenter:
 
     Args:
         recipe: gives the operations, mean and std, and the image size of each epoch.
-        count: images in the training set, whose indices (0..count-1) come with each batch.
+        count: number of images in the training set; batches refer to them by index (0..count-1).
         seed: of the run; decides which half ``alternating_flip`` mirrors first.
-        device: where the batches lie.
+        device: that of the batches.
     """
 
     def __init__(self, recipe: recipe.Recipe, count: int, seed: int, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class Augmenter:
         first_half = uniform(Generator().manual_seed(seed), count) < 0.5
         self._operations = [_operation(part, first_half) for part in recipe.augment]
         self._on_pixels = sum(part.op not in ON_NORMALISED for part in recipe.augment)
-        # As in Normalize, but on whole rows, red, green, blue, red, ...: on a CPU several times faster.
+        # As in Normalize, but on whole rows (red, green, blue, red, ...): several times faster on a CPU.
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (recipe.data.mean, recipe.data.std))
         self._scale = (1 / (255 * std)).repeat(SIZE).float().to(device)
         self._bias = (-mean / std).repeat(SIZE).float().to(device)
@@ -57,13 +57,13 @@ class Augmenter:
         """Draw the parameters of every operation for a batch.
 
         Args:
-            indices: int64 [N] on the CPU, the images' places in the training set.
+            indices: int64 [N] on the CPU, the images' indices in the training set.
             epoch: the current one; the first is 0.
             generator: on the CPU; all randomness comes from it.
 
         Returns:
-            An entry an operation, for ``apply``. All arrays have N rows, one an image: some rows of each
-            are the parameters of those images.
+            One entry for each operation, for ``apply``. All arrays have N rows, one for each image, so
+            the same rows of all of them are the parameters of a part of the batch.
         """
         places = indices.numpy()
         return [operation.draw(places, epoch, generator) for operation in self._operations]
@@ -73,7 +73,7 @@ class Augmenter:
 
         Args:
             pixels: uint8 [N, 32, 32, 3], contiguous, on the augmenter's device; they are not changed.
-            parameters: of the same images, from ``draw``.
+            parameters: those of the same images, from ``draw``.
             epoch: the current one; the first is 0.
 
         Returns:
@@ -127,12 +127,12 @@ def _operation(part: recipe.Augmentation, first_half: Array) -> Operation:
 
 
 def _drawing(draw: Callable[..., Parameters], *part: recipe.Augmentation) -> Draw:
-    """What draws for any images, whichever they are."""
+    """Make a ``Draw`` of a function that needs only the number of images."""
     return lambda places, _, generator: draw(*part, len(places), generator)
 
 
 class Normalize(nn.Module):
-    """uint8 images [N, 3, H, W] to float32 with (x / 255 - mean) / std, a channel at a time."""
+    """Maps uint8 images [N, 3, H, W] to float32: (x / 255 - mean) / std in each channel."""
 
     def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
         super().__init__()

@@ -45,7 +45,7 @@ POLICY: tuple[tuple[tuple[str, float, int | None], tuple[str, float, int | None]
 
 
 def draw(count: int, generator: Generator) -> Parameters:
-    """The parameters of ``apply`` for ``count`` images, drawn from the policy."""
+    """Draw the parameters of ``apply`` for ``count`` images from the policy."""
     drawn = torch.randint(len(POLICY), (count,), generator=generator).numpy()
     operations, probabilities, magnitudes, signed = (column[drawn] for column in _COLUMNS)
     chance, sign = uniform(generator, 2, count, 2)
@@ -61,8 +61,8 @@ def apply(images: Tensor, operations: Array, magnitudes: Array) -> Tensor:
     Args:
         images: uint8 [N, 32, 32, 3].
         operations: integers [N, 2], indices into ``OPERATIONS``.
-        magnitudes: float [N, 2], as torchvision's: a slope, pixels, degrees, what is added to a factor
-            of 1, bits kept, or a threshold as a share of the highest level.
+        magnitudes: float [N, 2], by operation as in torchvision: a slope, pixels, degrees, an offset to
+            a factor of 1, bits to keep, or a threshold as a fraction of the highest level.
     """
     for operation, magnitude in zip(operations.T, magnitudes.T, strict=True):
         images = by_group(
@@ -76,12 +76,12 @@ def apply(images: Tensor, operations: Array, magnitudes: Array) -> Tensor:
 
 
 class _Family(NamedTuple):
-    """Operations that run together: fewer calls on more images are faster on every device."""
+    """Operations applied in one call: fewer calls on more images are faster on every device."""
 
     members: tuple[str, ...]
-    magnitudes: Array  # of the levels 0 to 9
+    magnitudes: Array  # at levels 0 to 9
     signed: bool  # whether the magnitude's sign is drawn
-    apply: Callable[[Tensor, Array, Array], Tensor]  # images, their members' indices, magnitudes
+    apply: Callable[[Tensor, Array, Array], Tensor]  # of images, indices of members, magnitudes
 
 
 def _shear(images: Tensor, axes: Array, slopes: Array) -> Tensor:
@@ -94,7 +94,7 @@ def _translate(images: Tensor, axes: Array, pixels: Array) -> Tensor:
 
 
 def _spaced(first: float, last: float) -> Array:
-    return torch.linspace(first, last, 10).double().numpy()  # rounded as torchvision's
+    return torch.linspace(first, last, 10).double().numpy()  # rounded as in torchvision
 
 
 _FARTHEST = 150 / 331 * SIZE

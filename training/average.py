@@ -7,9 +7,9 @@ from torch import nn
 
 
 class Average:
-    """A copy of ``network`` that follows it.
+    """A copy of ``network`` that averages its weights and statistics over the steps.
 
-    As in torch's swa_utils, but without a look at the device in every step.
+    As in torch's swa_utils, but without reading a value from the device in every step.
 
     Attributes:
         network: the average, in evaluation mode.
@@ -21,10 +21,10 @@ class Average:
 
     @torch.no_grad()
     def update(self, network: nn.Module, steps: int) -> None:
-        """Follow ``network`` after a step; ``steps`` were done before.
+        """Update the average after a step of ``network``; ``steps`` is the number of steps before it.
 
         The share of a step is ``1 - decay`` or, in the beginning, 9 / (10 + steps): otherwise the
-        first, random weights would stay in the average for long.
+        initial, random weights would stay in the average for long.
         """
         share = max(1 - self.decay, 9 / (10 + steps))
         averages, values = self.network.state_dict(), network.state_dict()

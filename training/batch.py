@@ -1,8 +1,8 @@
-"""Batches whose images each have parameters of their own.
+"""Helpers for batches in which each image has its own parameters.
 
-Images are tensors on any device; parameters are NumPy arrays with a row an image, so always on the host.
-Which images an operation touches is then known without waiting for a device, and what is reckoned for
-the few images of a small batch costs little.
+Images are tensors on any device; parameters are NumPy arrays with one row for each image, always on the
+host. So it is known without waiting for a device which images an operation changes, and computing the
+parameters of a small batch costs little.
 """
 
 from collections.abc import Callable
@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 Array = NDArray[Any]
-Parameters = dict[str, Array]  # of one operation, by the names of its arguments
+Parameters = dict[str, Array]  # of one operation, by argument name
 
 SIZE = 32  # pixels a side of CIFAR-10's images
 
 
 def uniform(generator: Generator, *shape: int) -> Array:
-    """Random numbers from 0 to below 1, float32 of ``shape``."""
+    """Random numbers, uniform in [0, 1), float32 of ``shape``."""
     return torch.rand(shape, generator=generator).numpy()
 
 
 def beside(images: Tensor, parameters: Array) -> Tensor:
     """``parameters`` as a tensor on the device of ``images``.
 
-    The copy does not wait for a GPU, as one from pageable memory might.
+    The copy does not wait for a GPU, as a copy from pageable memory might.
     """
     tensor = torch.from_numpy(parameters)
     return (tensor.pin_memory() if images.is_cuda else tensor).to(images.device, non_blocking=True)
@@ -36,14 +36,14 @@ def beside(images: Tensor, parameters: Array) -> Tensor:
 def by_group(
     images: Tensor, groups: Array, function: Callable[..., Tensor], *parameters: Array
 ) -> Tensor:
-    """Apply to each group of images what ``function`` does to that group.
+    """Apply ``function`` to each group of images.
 
     Args:
         images: [N, ...].
-        groups: bools or integers from 0 on, [N]: the group of each image.
-        function: called once with each group that occurs, its images [K, ...] and their parameters;
-            returns the new images, in the same shape and dtype.
-        parameters: [N, ...].
+        groups: bools or integers from 0 up, [N]: the group of each image.
+        function: called once for each group that occurs, with the group, its images [K, ...] and their
+            parameters; returns the new images, in the same shape and dtype.
+        parameters: arrays [N, ...] of the images' parameters.
 
     Returns:
         The new images in the order of ``images``, which are not changed.

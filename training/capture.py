@@ -1,7 +1,7 @@
-"""Functions of tensors as CUDA graphs: a GPU runs one as a whole, and does not wait for the program.
+"""Functions of tensors as CUDA graphs, which a GPU runs as a whole, without waiting for the program.
 
-A step starts hundreds of small operations one by one, for which a GPU often has to wait; of a graph it
-has them all at once. A graph is captured, and replayed, on the same memory.
+A step launches hundreds of small operations one by one, and a GPU often has to wait for the next; a
+graph gives it all of them at once. A graph is replayed on the memory that it was captured with.
 """
 
 from collections import Counter
@@ -11,15 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Before the capture: what is prepared at a first run, such as a compiler's or a library's choices, would
-# be captured too, or cannot be.
+# Plain calls before the capture: what a first run prepares, such as the choices of a compiler or a
+# library, would be captured too, or cannot be.
 WARM_UPS = 3
 
 Function = Callable[..., tuple[Tensor, ...]]
 
 
 class Graph(NamedTuple):
-    """A captured call: it computes ``outputs`` from ``inputs``, all of which keep their places."""
+    """A captured call, which computes ``outputs`` from ``inputs``; their memory stays the same."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -30,19 +30,19 @@ class Captured:
     """A function as CUDA graphs, one for each combination of its arguments' shapes.
 
     Args:
-        function: of tensors on the current GPU. All it does to others is done in place, on the GPU, and
-            it does not wait for the GPU; numbers of the host are in the graph as they were.
+        function: takes tensors on the current GPU. It changes other tensors only in place and on the
+            GPU, and never waits for the GPU. Numbers from the host stay as they were at the capture.
     """
 
     def __init__(self, function: Function) -> None:
         self._function = function
         self._calls: Counter[tuple[torch.Size, ...]] = Counter()
         self._graphs: dict[tuple[torch.Size, ...], Graph] = {}
-        self._stream = torch.cuda.Stream()  # nothing is captured on the one that all else uses
-        self._pool = torch.cuda.graph_pool_handle()  # the graphs never run at the same time
+        self._stream = torch.cuda.Stream()  # nothing can be captured on the default stream
+        self._pool = torch.cuda.graph_pool_handle()  # shared: the graphs never run at the same time
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        """What the function gives; it is overwritten by the next call with the same shapes."""
+        """Call the function; the next call with the same shapes may overwrite the result."""
         shapes = tuple(argument.shape for argument in arguments)
         self._calls[shapes] += 1
         if self._calls[shapes] <= WARM_UPS:

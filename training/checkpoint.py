@@ -1,4 +1,4 @@
-"""Checkpoints: one file that says everything about a run and lets it go on.
+"""Checkpoints: a file that holds everything about a run, so that it can be resumed.
 
 A checkpoint is a dictionary of plain values and tensors, so it loads with ``weights_only=True``.
 """
@@ -31,9 +31,10 @@ class CheckpointError(ExplainedError):
 
 
 class RunFacts(TypedDict):
-    """What a run was created with: ``limit`` as on the command line; ``complete`` runs, of an unchanged
-    recipe on all images, get a row in results.csv; ``deterministic`` ones are so on a GPU too, and
-    older runs do not say.
+    """What a run was created with.
+
+    ``limit`` is as on the command line. ``complete`` runs, of an unchanged recipe on all images, get a
+    row in results.csv. ``deterministic`` runs are so on a GPU too; the key is absent in older runs.
     """
 
     seed: int
@@ -57,26 +58,26 @@ class Checkpoint(BaseModel):
     """The state of a run between two steps.
 
     Attributes:
-        recipe: the resolved recipe's data.
-        recipe_name: its name in the registry or its file's stem.
+        recipe: the resolved recipe, as plain values.
+        recipe_name: its name in the registry, or its file's stem.
         classes: the ten class names in the order of the logits.
         run: what the run was created with.
         model: the network's state.
-        average: that of its moving average, where the recipe keeps one.
-        selector: that of the small network that selects, where the recipe has one.
-        optimizers: the optimizers' states, the small network's after the others; none before a run.
+        average: the state of its moving average, if the recipe has one.
+        selector: the state of the small network that selects images, if the recipe has one.
+        optimizers: the optimizers' states, the small network's last; empty before training starts.
         scaler: the gradient scaler's state, empty without fp16.
         epoch: epochs done.
         step: steps done in the current epoch.
         seconds: time spent training and evaluating so far.
         loss_sum: sum of the losses of the current epoch's images so far.
         correct: how many of the current epoch's images so far were classified correctly.
-        history: a dictionary an epoch, the lines of ``metrics.jsonl``.
-        sessions: where the run was trained, a session for each start and resumption.
-        result: the figures of a run that was evaluated on the test images, else None.
+        history: one dictionary for each epoch, the lines of ``metrics.jsonl``.
+        sessions: where and with what the run was trained, one for each start or resumption.
+        result: the results on the test images; None if the run was not evaluated on them.
     """
 
-    # A loaded file's types are checked, nothing is converted.
+    # The types in a loaded file are checked; nothing is converted.
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True, extra="forbid")
 
     recipe: dict[str, Any]
@@ -101,13 +102,13 @@ class Checkpoint(BaseModel):
         """The recipe, validated anew.
 
         Raises:
-            RecipeError: it is none of this program; so for all that follows from it.
+            RecipeError: it is not valid in this program. Whatever needs the recipe raises this too.
         """
         return parse(self.recipe, f"recipe {self.recipe_name} in the checkpoint")
 
     @property
     def commit(self) -> str:
-        """The code that trained the run, all of it where a session went on with another."""
+        """The commit of the code that trained the run; all of them if sessions differ."""
         epochs = self.parsed_recipe().epochs
         trained = [session["commit"] for session in self.sessions if session["epoch"] < epochs]
         return " + ".join(dict.fromkeys(trained or [self.run["commit"]]))
@@ -118,7 +119,7 @@ class Checkpoint(BaseModel):
         return self.epoch >= self.parsed_recipe().epochs
 
     def check_finished(self, path: Path) -> None:
-        """Raise CheckpointError, which names ``path``, where epochs are left to train."""
+        """Raise CheckpointError, naming ``path``, if epochs are left to train."""
         if not self.finished:
             done = f"epoch {self.epoch} of {self.parsed_recipe().epochs}"
             raise CheckpointError(
@@ -126,7 +127,7 @@ class Checkpoint(BaseModel):
             )
 
     def facts(self) -> dict[str, Any]:
-        """What ``run.json`` says: all but the recipe's text, the tensors and the history."""
+        """The content of ``run.json``: the run's facts without recipe text, tensors and history."""
         return {
             "recipe": self.recipe_name,
             "recipe_digest": self.parsed_recipe().digest(),
@@ -140,20 +141,20 @@ class Checkpoint(BaseModel):
         }
 
     def network(self) -> nn.Module:
-        """The network that the run gives, on the CPU: the average, where the recipe keeps one.
+        """The run's resulting network, on the CPU: the moving average if the recipe has one.
 
         Raises:
-            CheckpointError: the weights are not those of the recipe's network.
+            CheckpointError: the weights do not fit the recipe's network.
         """
         network = model.build(self.parsed_recipe().model)
         self.load_into(network, self.model if self.average is None else self.average)
         return network
 
     def load_into(self, network: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Give ``network`` these ``weights`` of this checkpoint.
+        """Load ``weights`` of this checkpoint into ``network``.
 
         Raises:
-            CheckpointError: they are not those of such a network.
+            CheckpointError: they do not fit the network.
         """
         try:
             network.load_state_dict(weights)
@@ -166,18 +167,18 @@ class Checkpoint(BaseModel):
 def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint to ``path``; the one that was there becomes the previous one.
 
-    It is written beside and renamed: a kill at any moment leaves a whole checkpoint under one of the
-    two names.
+    It is written to a file beside and renamed: a kill at any moment leaves a whole checkpoint under one
+    of the two names.
 
     Raises:
-        CheckpointError: it could not be written (a full disk, say); the old ones are untouched.
+        CheckpointError: it could not be written (to a full disk, say); the old ones are untouched.
     """
     values = {name: getattr(checkpoint, name) for name in Checkpoint.model_fields}
     beside = path.with_name(path.name + ".next")
     try:
         with replacing(beside) as file:
             torch.save({"format": FORMAT, **values}, file)
-        # A damaged one, from before which a run goes on, does not take the place of a good one.
+        # A damaged checkpoint must not replace the good previous one that the run was resumed from.
         if path.exists() and _whole(path):
             path.replace(previous(path))
         beside.replace(path)
@@ -190,41 +191,41 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 def _whole(path: Path) -> bool:
     try:
         _check_sums(path)
-    except Exception:  # as in `decode`
+    except Exception:  # nearly anything, as in `decode`
         return False
     return True
 
 
 def _check_sums(file: Path | io.BytesIO) -> None:
-    """Look at the checksums that torch writes; it reads tensors without."""
+    """Verify the checksums that torch writes, but does not check when it reads tensors."""
     with zipfile.ZipFile(file) as archive:
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
 
 
 def previous(path: Path) -> Path:
-    """Where the checkpoint before the one at ``path`` is."""
+    """The path of the checkpoint before the one at ``path``."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def present(path: Path) -> bool:
-    """Whether ``load_last`` would find a checkpoint (perhaps damaged)."""
+    """Return whether ``load_last`` would find a checkpoint, perhaps a damaged one."""
     return path.exists() or previous(path).exists()
 
 
 def resume_command(folder: Path) -> str:
-    """What goes on with the run in a folder, as a shell takes it."""
+    """The shell command that resumes the run in ``folder``."""
     return f"python -m training resume {shlex.quote(str(folder))}"
 
 
 def load_last(path: Path) -> tuple[Checkpoint, str]:
-    """The checkpoint at ``path``, or the previous one where it is missing or damaged.
+    """Load the checkpoint at ``path``, or the previous one if that is missing or damaged.
 
     Returns:
-        The checkpoint, and why it is the previous one; empty if it is not.
+        The checkpoint, and a warning that says why it is the previous one, empty if it is not.
 
     Raises:
-        CheckpointError: neither can be used; the message is of the one at ``path``.
+        CheckpointError: neither can be used; the message says why.
     """
     try:
         return load(path), ""
@@ -247,10 +248,10 @@ def load(path: Path) -> Checkpoint:
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a checkpoint's file.
+    """Read the bytes of a checkpoint's file.
 
     Raises:
-        CheckpointError: missing, or it cannot be read.
+        CheckpointError: it is missing or cannot be read.
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; a run's checkpoint is the file {path / FILE}")
@@ -267,17 +268,17 @@ def read(path: Path) -> bytes:
 
 
 def decode(content: bytes, path: Path) -> Checkpoint:
-    """A checkpoint from the bytes of its file, on the CPU; nothing in them is executed.
+    """Decode a checkpoint from the bytes of its file, onto the CPU; nothing in them is executed.
 
     Raises:
-        CheckpointError: damaged, of another format, or not a checkpoint of ours; it names ``path``.
+        CheckpointError: damaged, of another format, or not a checkpoint of ours; names ``path``.
     """
     try:
         _check_sums(io.BytesIO(content))
         data = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and torch raise nearly anything at damaged or foreign bytes
+    except Exception as error:  # zipfile and torch raise nearly anything for damaged or foreign bytes
         reason = str(error).partition("\n")[0]
-        if isinstance(error, pickle.UnpicklingError):  # whose text is advice to trust it
+        if isinstance(error, pickle.UnpicklingError):  # whose message advises to trust the file
             reason = "it holds more than tensors and plain values"
         raise CheckpointError(f"{path}: damaged or not a checkpoint: {reason}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:

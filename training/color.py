@@ -1,7 +1,7 @@
-"""Changes of colour and sharpness of uint8 images [N, H, W, 3], each with its own parameters.
+"""Changes of colour and sharpness in uint8 images [N, H, W, 3], with parameters for each image.
 
-Pixel for pixel the functions of ``torchvision.transforms.v2`` on uint8 tensors, one image each: the
-same arithmetic in float32, and the same rounding (mostly downwards) to a level after every step.
+Results equal those of ``torchvision.transforms.v2`` on single uint8 images, pixel for pixel: the same
+float32 arithmetic, and the same rounding (mostly down) to a level after every step.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 def draw_jitter(part: recipe.ColorJitter, count: int, generator: Generator) -> Parameters:
-    """The parameters of ``jitter`` for ``count`` images: ``order`` and ``amounts``, both uniform."""
+    """Draw the parameters of ``jitter`` for ``count`` images: uniform ``order`` and ``amounts``."""
     spread = np.array([part.brightness, part.contrast, part.saturation, part.hue], np.float32)
     centre = np.array([1, 1, 1, 0], np.float32)
     low = np.maximum(centre - spread, np.array([0, 0, 0, -part.hue], np.float32))
@@ -31,8 +31,8 @@ def jitter(images: Tensor, order: Array, amounts: Array) -> Tensor:
     Args:
         images: uint8 [N, H, W, 3].
         order: integers [N, 4], each row a permutation of ``BRIGHTNESS`` to ``HUE``.
-        amounts: float [N, 4], in that numbering: factors as of ``adjust``, and turns of the hue by that
-            share of the colour circle, -0.5 to 0.5.
+        amounts: float [N, 4], columns in that numbering: factors as in ``adjust``, and for the hue the
+            fraction of the colour circle to turn it by, -0.5 to 0.5.
     """
     planes = _planes(images)
     for what, amount in zip(order.T, np.take_along_axis(amounts, order, 1).T, strict=True):
@@ -57,7 +57,7 @@ def adjust(images: Tensor, what: Array, factors: Array) -> Tensor:
 
 
 def draw_sharpness(part: recipe.Sharpness, count: int, generator: Generator) -> Parameters:
-    """The parameters of ``sharpen`` for ``count`` images."""
+    """Draw the parameters of ``sharpen`` for ``count`` images."""
     return {"factors": np.where(uniform(generator, count) < part.p, part.factor, 1.0)}
 
 
@@ -79,12 +79,12 @@ def posterize(images: Tensor, bits: Array) -> Tensor:
 
 
 def solarize(images: Tensor, thresholds: Array) -> Tensor:
-    """Invert the levels from ``thresholds``, float [N], on; a threshold of 0 inverts the image."""
+    """Invert levels at or above ``thresholds``, float [N]; a threshold of 0 inverts the whole image."""
     return torch.where(images >= _column(images, thresholds), 255 - images, images)
 
 
 def autocontrast(images: Tensor) -> Tensor:
-    """Stretch each channel of each image to 0..255; one of a single level stays as it is."""
+    """Stretch each channel of each image to 0..255; a channel of a single level stays as it is."""
     planes = _planes(images)
     low, high = planes.amin((2, 3), keepdim=True), planes.amax((2, 3), keepdim=True)
     flat = low == high
@@ -107,17 +107,17 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def _planes(images: Tensor) -> Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], contiguous: arithmetic on it is fast on a CPU."""
+    """Convert uint8 [N, H, W, 3] to float32 [N, 3, H, W], contiguous for fast arithmetic on a CPU."""
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _pixels(planes: Tensor) -> Tensor:
-    """Levels [N, 3, H, W], rounded down, to uint8 [N, H, W, 3]."""
+    """Convert levels [N, 3, H, W], rounded down, to uint8 [N, H, W, 3]."""
     return torch.stack(planes.to(torch.uint8).unbind(1), -1)
 
 
 def _column(images: Tensor, parameters: Array) -> Tensor:
-    """Parameters [N] as float32 [N, 1, 1, 1] beside the images."""
+    """``parameters`` [N] as float32 [N, 1, 1, 1] on the device of ``images``."""
     return beside(images, parameters.astype(np.float32)).view(-1, 1, 1, 1)
 
 
@@ -136,15 +136,15 @@ def _turn_hue(planes: Tensor, turns: Array) -> Tensor:
     red, green, blue = planes.unbind(1)
     high = planes.amax(1)
     chroma = high - planes.amin(1)
-    divisor = chroma.clamp(min=1)  # where it is 0 the hue does not matter
+    divisor = chroma.clamp(min=1)  # where the chroma is 0, the hue does not matter
     sixth = torch.where(
         high == red,
         (green - blue) / divisor,
         torch.where(high == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
     sixth += beside(planes, 6 * turns.astype(np.float32))[:, None, None]
-    # How far each channel lies below the highest one, as a share of the chroma, by the angle from it.
+    # How far each channel is below the highest one, as a share of the chroma, by its angle to the hue.
     angles = torch.stack([sixth + 5, sixth + 3, sixth + 1], 1).remainder_(6)
     below = torch.minimum(angles, 4 - angles).clamp_(0, 1)
     turned = high[:, None] - chroma[:, None] * below
-    return turned.mul_(255.999 / 255).trunc_()  # torchvision's way from 0..1 to a level
+    return turned.mul_(255.999 / 255).trunc_()  # torchvision's conversion from 0..1 to a level

@@ -1,4 +1,4 @@
-"""CIFAR-10 as uint8 tensors: the official files by way of torchvision, or a small sample file."""
+"""CIFAR-10 as uint8 tensors, from the official files through torchvision or a small sample file."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -37,7 +37,7 @@ class Images:
         return len(self.labels)
 
     def first(self, count: int | None) -> "Images":
-        """The first ``count`` images, all where it is None."""
+        """The first ``count`` images, or all if it is None."""
         return self if count is None else Images(self.pixels[:count], self.labels[:count])
 
     def to(self, device: torch.device) -> "Images":
@@ -47,7 +47,7 @@ class Images:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Training and test images, and what they are from."""
+    """Training and test images, and their source."""
 
     train: Images
     test: Images
@@ -55,20 +55,20 @@ class DataSet:
 
 
 def load() -> DataSet:
-    """The data set that ``CIFAR10_ROOT`` names, else the one in the user's cache folder.
+    """Load the data set that ``CIFAR10_ROOT`` names, else the one in the user's cache folder.
 
     ``CIFAR10_ROOT`` is a folder that holds the official ``cifar-10-batches-py`` (it is only read), or
     a sample file (``.npz``) like the bundled ``training/cifar10_sample.npz``. Without the variable
-    torchvision downloads the files (170 MB, once, by one process while others wait for it). Their MD5
-    sums are checked in either case.
+    torchvision downloads the files (170 MB, once, by one process while others wait for it). The MD5
+    sums of the official files are checked in either case.
 
     Raises:
-        DataError: missing, damaged, not to be read, or the download failed.
+        DataError: the data set is missing, damaged or unreadable, or the download failed.
     """
     named = os.environ.get(ROOT_VARIABLE)
     if named and named.endswith(".npz"):
         return load_sample(Path(named))
-    from torchvision.datasets import CIFAR10  # takes seconds, which most commands do without
+    from torchvision.datasets import CIFAR10  # takes seconds to import, and most commands do without
 
     root = Path(named) if named else _cache_folder()
     try:
@@ -96,32 +96,32 @@ def load() -> DataSet:
 
 
 def _alone(root: Path) -> AbstractContextManager[None]:
-    """Let one process at a time fill the cache folder, of runs that are started side by side, say."""
+    """Let only one process at a time fill the cache folder, as several runs may start at once."""
     root.mkdir(parents=True, exist_ok=True)
     filled_by_nobody = not os.access(root, os.W_OK)
     return nullcontext() if filled_by_nobody else locked(root / ".lock")
 
 
 def load_present() -> DataSet:
-    """The data set that ``load`` finds without downloading it, else the bundled sample.
+    """Load the data set that ``CIFAR10_ROOT`` or the cache folder has, else the bundled sample.
 
     Raises:
-        DataError: a data set that is here but damaged.
+        DataError: as ``load``.
     """
     here = os.environ.get(ROOT_VARIABLE) or (_cache_folder() / FOLDER).is_dir()
     return load() if here else load_sample()
 
 
 def load_sample(path: Path = SAMPLE) -> DataSet:
-    """A sample file: ``train_images``, ``train_labels``, ``test_images`` and ``test_labels``.
+    """Load a sample file: ``train_images``, ``train_labels``, ``test_images`` and ``test_labels``.
 
     Raises:
-        DataError: missing, not such a file, or arrays of other shapes or types.
+        DataError: it is missing, not such a file, or has arrays of other shapes or types.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             train, test = (_sample_part(arrays, part) for part in ("train", "test"))
-    except Exception as error:  # NumPy and zipfile raise nearly anything at damaged or foreign bytes
+    except Exception as error:  # NumPy and zipfile raise nearly anything for damaged or foreign bytes
         raise DataError(
             f"{path}: not a sample of CIFAR-10 as training/data.py describes: {error}"
         ) from error
@@ -129,7 +129,7 @@ def load_sample(path: Path = SAMPLE) -> DataSet:
 
 
 def split(train: Images, fraction: float) -> tuple[Images, Images]:
-    """Training images without, and with only, a held-out ``fraction``: the ``val`` images.
+    """Split training images into those to train on and a held-out ``fraction``, the ``val`` images.
 
     The split is random but always the same one; both parts keep the order of the data set.
     """

@@ -15,15 +15,15 @@ from training.recipe import Amp
 
 
 def choose(index: int = 0) -> torch.device:
-    """The CUDA GPU of this ``index``, or the CPU where there is none."""
+    """The CUDA GPU with this ``index``, or the CPU if there is no GPU."""
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def precision(amp: Amp, device: torch.device) -> torch.dtype:
-    """The dtype of a recipe's ``amp`` on ``device``.
+    """The dtype to compute in on ``device`` for a recipe's ``amp``.
 
-    A GPU takes what the recipe says, but fp16 where it would only emulate bf16 (before Ampere). A CPU
-    takes bf16 for either half type where it multiplies bf16 natively (AMX or AVX512-BF16), else float32.
+    A GPU uses what the recipe says, but fp16 if it would only emulate bf16 (before Ampere). A CPU uses
+    bf16 for either half type if it multiplies bf16 natively (AMX or AVX512-BF16), else float32.
     """
     if amp == "off":
         return torch.float32
@@ -36,31 +36,31 @@ def precision(amp: Amp, device: torch.device) -> torch.dtype:
 
 
 def rounds_to_tf32(device: torch.device) -> bool:
-    """Whether float32 convolutions on ``device`` round what they multiply to TF32, torch's default."""
+    """Return whether float32 convolutions on ``device`` multiply in TF32, which is torch's default."""
     if device.type != "cuda" or not torch.backends.cudnn.allow_tf32:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def compiles(device: torch.device) -> bool:
-    """Whether compiled steps are the rule on ``device``.
+    """Return whether steps are compiled on ``device`` by default.
 
-    On a GPU, whose operations would else wait for the program that starts them one by one, where the
-    tools are here; not where runs have to be reproducible, as a compiled step may be another one after a
-    resumption. On a CPU what compiling takes is more than most runs gain by it.
+    They are on a GPU, which otherwise waits for the program to launch operations one by one, if the
+    tools are installed; but not if runs have to be reproducible, as a compiled step may differ after a
+    resumption. On a CPU, compiling takes longer than most runs gain by it.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     return device.type == "cuda" and not deterministic and can_compile()
 
 
 def can_compile() -> bool:
-    """Whether what torch compiles with is here: a C++ compiler, and Python's headers."""
+    """Return whether torch can compile here: it needs a C++ compiler and Python's headers."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def describe(device: torch.device) -> str:
-    """The device in words, for results: the processor with its cores, after a GPU that computes."""
+    """Describe the device for results: the GPU, if it is one, then the processor and its threads."""
     processor = f"{_processor()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {processor}"
@@ -70,12 +70,12 @@ def describe(device: torch.device) -> str:
 def prepare(device: torch.device) -> None:
     """Set the process up for fast training on ``device``.
 
-    On a CPU with glibc large activations would be mapped and unmapped anew in every step, and much of
-    the time would go into page faults; so freed memory stays in the heap.
+    On a CPU with glibc, large activations would be mapped and unmapped in every step, and page faults
+    would take much of the time; so freed memory stays in the heap.
     """
     limit_threads()
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # for nccl, which else takes the first one in every process
+        torch.cuda.set_device(device)  # for nccl, which otherwise uses the first GPU in every process
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.backends.cudnn.benchmark = not deterministic
         return
@@ -87,9 +87,9 @@ def prepare(device: torch.device) -> None:
 
 
 def limit_threads() -> None:
-    """Have no more threads than a container's quota has cores for.
+    """Limit torch to as many threads as a container's CPU quota has cores.
 
-    They would only take time from each other.
+    More would only take time from each other.
     """
     torch.set_num_threads(min(torch.get_num_threads(), loky.cpu_count()))
 
@@ -97,14 +97,14 @@ def limit_threads() -> None:
 def be_deterministic() -> None:
     """Make a GPU give the same weights for the same seed, at the price of speed; a CPU always does.
 
-    Before anything runs on the GPU: cuBLAS reads its setting when it starts.
+    Call it before anything runs on the GPU: cuBLAS reads its setting when it starts.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
 def release_memory(device: torch.device) -> None:
-    """Give freed memory back, which torch or the heap keep for the next step."""
+    """Give back freed memory, which torch or the heap would keep for the next step."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif libc := _glibc():
@@ -112,8 +112,8 @@ def release_memory(device: torch.device) -> None:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an operation failed because memory did not suffice."""
-    # Torch's allocator on a CPU, oneDNN, which cannot create a primitive then, cuBLAS and cuDNN: texts.
+    """Return whether an operation failed for lack of memory."""
+    # From torch's CPU allocator, oneDNN (which then cannot create a primitive), cuBLAS and cuDNN.
     texts = ("can't allocate memory", "could not create a primitive", "bad_alloc", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 

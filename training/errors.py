@@ -1,14 +1,14 @@
-"""What those errors have in common that are the user's to mend."""
+"""The base class of errors that the user can fix, and a helper for their messages."""
 
 from pydantic import ValidationError
 
 
 class ExplainedError(Exception):
-    """Its message says what is wrong and what would be right; a command line prints no more."""
+    """An error whose message says what is wrong and how to fix it; commands print only that."""
 
 
 def first_of(error: ValidationError) -> str:
-    """The first thing that is wrong: where, and what."""
+    """The first problem of a validation error, as ``place: what is wrong``."""
     first = error.errors(include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
     return f"{place}: {first['msg'].removeprefix('Value error, ')}"

@@ -10,8 +10,8 @@ from training.augment import Normalize
 from training.data import Images
 from training.recipe import Recipe, Views
 
-# The shares of the views, those that are not mirrored first. As airbench averages six views (K. Jordan,
-# arXiv:2404.00498), a shifted one weighs half of one that is not.
+# The weights of the averaged views, those that are not mirrored first. As in airbench's six views
+# (K. Jordan, arXiv:2404.00498), a shifted view weighs half as much as one that is not.
 SHARES: dict[Views, tuple[float, ...]] = {
     "none": (1.0,),
     "flip": (0.5, 0.5),
@@ -19,17 +19,17 @@ SHARES: dict[Views, tuple[float, ...]] = {
 }
 
 
-# Images that pass through a network at once, with all their views.
+# Images that pass through a network at once, each view counted as one.
 AT_ONCE = 500
 
 
 class Classifier(nn.Module):
-    """A network with all that a recipe puts around it: normalisation and the averaged views.
+    """A network with what a recipe puts around it: normalisation and the averaging of views.
 
     This module is what ``export`` turns into a model file.
 
     Args:
-        model: logits from normalised images.
+        model: maps normalised images to logits.
         recipe: gives mean, std and the ``views`` whose logits are averaged.
     """
 
@@ -58,7 +58,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Right answers and the sum of the cross-entropies over ``images`` images."""
+    """Number of correct predictions and summed cross-entropy over ``images`` images."""
 
     correct: int
     loss_sum: float
@@ -66,7 +66,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The fraction of right answers."""
+        """The fraction of correct predictions."""
         return self.correct / self.images
 
     @property
@@ -84,18 +84,18 @@ def logits(classifier: nn.Module, pixels: Tensor, batch_size: int) -> Tensor:
 
 
 def at_once(views: Views) -> int:
-    """How many images to evaluate at a time: several views of fewer images take no more memory."""
+    """How many images to evaluate at a time: fewer with several views, to take no more memory."""
     return AT_ONCE // len(SHARES[views])
 
 
 def predict(model: nn.Module, recipe: Recipe, pixels: Tensor) -> Tensor:
-    """Logits of ``model`` under a recipe's views; ``pixels`` lie on the model's device, as above."""
+    """As ``logits``, of ``model`` with a recipe's views; ``pixels`` must be on the model's device."""
     classifier = Classifier(model, recipe).to(pixels.device)
     return logits(classifier, pixels, at_once(recipe.views))
 
 
 def evaluate(model: nn.Module, recipe: Recipe, images: Images) -> Evaluation:
-    """Evaluate ``model`` under a recipe's views; ``images`` lie on the model's device."""
+    """Evaluate ``model`` with a recipe's views; ``images`` must be on the model's device."""
     predicted = predict(model, recipe, images.pixels)
     return Evaluation(
         correct=int((predicted.argmax(1) == images.labels).sum().item()),

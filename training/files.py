@@ -1,4 +1,4 @@
-"""Files that are either whole or as they were before, and files that one process at a time changes."""
+"""Files that are replaced as a whole or not at all, and locks on files and folders."""
 
 import glob
 import os
@@ -13,14 +13,14 @@ from typing import IO
 if sys.platform != "win32":
     import fcntl
 
-LEFTOVER_SECONDS = 3600.0  # no file takes so long to write
+LEFTOVER_SECONDS = 3600.0  # no file takes this long to write
 
 
 def make_place(path: Path) -> None:
-    """Make the folder of a file that `replacing` is to write, before the work that makes its content.
+    """Make the folder for a file that `replacing` will write, and check it before the work starts.
 
     Raises:
-        OSError: it cannot be made or written to, or something else than a file is at ``path``.
+        OSError: the folder cannot be made or written to, or ``path`` is something other than a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
@@ -32,14 +32,14 @@ def make_place(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file beside ``path`` that takes its place once it is written and on the disk.
+    """Open a binary file beside ``path`` that takes its place once it is written and on the disk.
 
     A kill at any moment leaves the old file or the new one; after an error the old one stays. Each
-    process has a file of its own; what one that was killed left beside is removed an hour later. Where
-    ``path`` is a link, the file that it leads to is replaced.
+    process writes a file of its own; a later call removes those over an hour old, left by processes
+    that were killed. If ``path`` is a link, its target is replaced.
 
     Raises:
-        OSError: it cannot be written, and of which file that is so.
+        OSError: the file cannot be written; the error names it.
     """
     path = Path(os.path.realpath(path))
     _remove_leftovers(path)
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # as of a full disk
+        if error.errno is not None and error.filename is None:  # as when the disk is full
             error.filename = str(path)
         raise
     finally:
@@ -60,19 +60,19 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the file for this process alone, after the others that hold it; it is made where it is not.
+    """Lock a file for this process, once no other holds it; a missing file is created.
 
-    Inside, ``path`` may be replaced. Where the system (Windows) or the file system has no ``flock``
-    nothing is held.
+    Inside, ``path`` may be replaced. Nothing is locked if the system (Windows) or the file system has
+    no ``flock``.
     """
     if sys.platform == "win32":
         yield
         return
     while True:
         with path.open("ab") as file:
-            with suppress(OSError):  # no locks here: better a row at risk than none
+            with suppress(OSError):  # no locks here: better to go on without one than to fail
                 fcntl.flock(file, fcntl.LOCK_EX)
-            # The one who held it before has perhaps put another file in its place.
+            # The process that held it before may have put another file in its place.
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield
                 return
@@ -80,9 +80,9 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[bool]:
-    """Hold a folder for this process alone, if no other one holds it; yields whether none does.
+    """Lock a folder for this process; yields False if another process holds it, else True.
 
-    Where the system (Windows) or the file system has no ``flock`` nothing is held.
+    Nothing is locked if the system (Windows) or the file system has no ``flock``.
     """
     if sys.platform == "win32":
         yield True

@@ -1,7 +1,7 @@
-"""Mirror images, shifts and affine maps of uint8 images [N, H, W, 3], each with its own parameters.
+"""Mirroring, shifts and affine maps of uint8 images [N, H, W, 3], with parameters for each image.
 
-Each takes the nearest pixel, as the reports' transforms of torchvision do, so every result is a gather
-of whole pixels or rows: exact, and fast on a CPU too.
+All take the nearest pixel, as the reports' torchvision transforms do, so every result is a gather of
+whole pixels or rows: exact, and fast on a CPU too.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from training.batch import SIZE, Array, Parameters, beside, uniform
 
 
 def draw_mirror(part: recipe.HorizontalFlip, count: int, generator: Generator) -> Parameters:
-    """The parameters of ``mirror`` for ``count`` images."""
+    """Draw the parameters of ``mirror`` for ``count`` images."""
     return {"chosen": uniform(generator, count) < part.p}
 
 
@@ -26,13 +26,13 @@ def mirror(images: Tensor, chosen: Array) -> Tensor:
 
 
 def draw_crop(part: recipe.RandomCrop, count: int, generator: Generator) -> Parameters:
-    """The parameters of ``shift`` that crop ``count`` padded images."""
+    """Draw the parameters of ``shift`` that crop ``count`` padded images."""
     low, high = -part.padding, part.padding + 1
     return {"offsets": torch.randint(low, high, (count, 2), generator=generator).numpy()}
 
 
 def draw_translation(part: recipe.Translate, count: int, generator: Generator) -> Parameters:
-    """The parameters of ``shift`` for ``count`` images: uniform parts of the side, rounded to pixels."""
+    """Draw the parameters of ``shift`` for ``count`` images: uniform parts of the side, in pixels."""
     farthest = part.fraction * SIZE
     return {"offsets": np.rint(farthest * (2 * uniform(generator, count, 2) - 1)).astype(np.int64)}
 
@@ -43,8 +43,8 @@ def shift(images: Tensor, offsets: Array, margin: int, border: recipe.Border) ->
     Args:
         images: uint8 [N, H, W, 3].
         offsets: integers [N, 2], pixels down and to the right, at most ``margin`` either way.
-        margin: pixels that are added at each side.
-        border: what they show: ``black``, or ``reflect``, the image mirrored at its outermost pixels.
+        margin: pixels of border to add on each side.
+        border: its content: ``black``, or ``reflect``, the image mirrored at its outermost pixels.
     """
     count, height, width, channels = images.shape
     if border == "black":
@@ -68,20 +68,20 @@ def _reflected(size: int, margin: int) -> Array:
 
 
 def affine(images: Tensor, matrices: Array) -> Tensor:
-    """Map each image by its matrix; what comes from outside is black.
+    """Transform each image by its matrix; pixels from outside the image are black.
 
     Args:
         images: uint8 [N, H, W, 3].
-        matrices: float [N, 2, 3], from a position in the result to the position whose nearest pixel it
-            shows, both (right, down, 1) in pixels from the image's centre.
+        matrices: float [N, 2, 3], each mapping a position in the result to that in the image whose
+            nearest pixel it shows, as (right, down, 1) in pixels from the centre.
     """
     count, height, width, channels = images.shape
-    # Around the image lies a ring of black, and positions outside end there.
+    # Positions outside the image end in a black border of one pixel around it.
     padded = F.pad(images, (0, 0, 1, 1, 1, 1))
     of = beside(images, matrices.astype(np.float32))[..., None, None]
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
-    # A position between two pixels goes to the one that torchvision takes: by the same steps in float32.
+    # The same steps in float32 as torchvision, so a position between two pixels goes to the same one.
     columns, rows = (
         (of[:, axis, 0] * x + of[:, axis, 1] * y)
         .add_(of[:, axis, 2])
@@ -98,24 +98,25 @@ def affine(images: Tensor, matrices: Array) -> Tensor:
 
 
 def draw_rotation(part: recipe.Rotation, count: int, generator: Generator) -> Parameters:
-    """The parameters of ``rotate`` for ``count`` images."""
+    """Draw the parameters of ``rotate`` for ``count`` images."""
     return {"angles": part.degrees * (2 * uniform(generator, count) - 1)}
 
 
 def rotate(images: Tensor, angles: Array) -> Tensor:
-    """Rotate each image to the left by ``angles``, float [N], in degrees; the corners are black."""
+    """Rotate each image anticlockwise by ``angles``, float [N], in degrees; the corners are black."""
     radians = np.deg2rad(angles, dtype=np.float64)
     cosine, sine, zero = np.cos(radians), np.sin(radians), np.zeros(len(angles))
     return affine(images, np.stack([cosine, -sine, zero, sine, cosine, zero], 1).reshape(-1, 2, 3))
 
 
 def shear(images: Tensor, right: Array, down: Array) -> Tensor:
-    """Shear each image, the corner at the upper left staying where it is; what comes in is black.
+    """Shear each image about its upper left corner; pixels from outside the image are black.
 
     Args:
         images: uint8 [N, H, W, 3], H and W the same.
-        right, down: float [N]: a pixel shows what lies ``right`` times its distance from the upper edge
-            to its right, or ``down`` times that from the left edge below it. One of both is 0.
+        right, down: float [N]; a pixel shows the one that is to its right by ``right`` times its
+            distance from the upper edge, or below it by ``down`` times that from the left edge. One of
+            the two is 0.
     """
     one, half = np.ones(len(images)), images.shape[1] / 2
     return affine(

@@ -1,4 +1,4 @@
-"""Networks as a run begins with them."""
+"""The networks that a run begins with, and checks that they take the recipe's images."""
 
 import copy
 
@@ -13,13 +13,13 @@ from training.recipe import Model, Recipe, RecipeError
 
 
 def initial_network(config: Model, recipe: Recipe, seed: int, images: Images) -> nn.Module:
-    """A network with the weights that ``seed`` gives, on the CPU.
+    """Build a network on the CPU, with initial weights from ``seed``.
 
     Args:
         config: the recipe's description of it.
         recipe: gives the normalisation and the sizes that training images are scaled to.
         seed: of the weights.
-        images: the training images; the first of them whiten the stem that a network may have.
+        images: the training images; the first 5,000 set the whitening stem, if the network has one.
 
     Raises:
         RecipeError: the network does not take images of one of these sizes, or does not fit into memory.
@@ -40,14 +40,14 @@ def initial_network(config: Model, recipe: Recipe, seed: int, images: Images) ->
 
 @torch.no_grad()
 def check_alone(network: nn.Module, recipe: Recipe, smallest: int) -> None:
-    """Whether a network can learn from its ``smallest`` batch, if that is a single image.
+    """Check that a network can learn from its ``smallest`` batch, if that is a single image.
 
     Raises:
-        RecipeError: BatchNorm cannot, where a single pixel is left of it.
+        RecipeError: it cannot: a single pixel is left of the image, and BatchNorm needs more values.
     """
     if smallest > 1:
         return
-    network = copy.deepcopy(network)  # whose statistics change
+    network = copy.deepcopy(network)  # a forward pass changes its statistics
     for size in _sizes(recipe):
         try:
             network(torch.zeros(1, 3, size, size))
@@ -60,7 +60,7 @@ def check_alone(network: nn.Module, recipe: Recipe, smallest: int) -> None:
 
 @torch.no_grad()
 def check_sizes(network: nn.Module, recipe: Recipe, place: str) -> None:
-    """Whether a network takes images of the sizes that the recipe has, as they are or scaled.
+    """Check that a network takes images of all sizes that the recipe uses, scaled or not.
 
     Raises:
         RecipeError: it does not; the message begins with ``place``.

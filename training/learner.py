@@ -1,6 +1,6 @@
-"""What learns: a recipe's network, its optimizers and its training images on the device, in steps.
+"""The steps of training: a recipe's network, optimizers and training images on the device.
 
-All that is random in a step is seeded from (seed, epoch, step), whatever came before.
+All randomness in a step is seeded from (seed, epoch, step), whatever came before.
 """
 
 from collections import deque
@@ -32,14 +32,14 @@ T = TypeVar("T")
 
 Forward = Callable[[Tensor, int], Tensor]
 
-AHEAD = 512  # images: smaller batches are augmented several at a time, as small calls cost as much
+AHEAD = 512  # images: smaller batches are augmented several at a time, as small calls cost no less
 
-# Steps that a GPU may be behind: enough that it never waits, and few enough that a run ends in time.
+# Steps that a GPU may be behind: enough that it never waits, and few enough that a run stops in time.
 BEHIND = 8
 
 
 class TrainingError(ExplainedError):
-    """A training that cannot start or go on; the message says why."""
+    """Training cannot start or go on; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Batch:
     """What a step learns from.
 
     Attributes:
-        epoch, step: where in the run, both from 0; a step's number begins anew with each epoch.
-        count: images of the global batch.
+        epoch, step: the place in the run, both from 0; steps are counted anew in each epoch.
+        count: number of images in the global batch.
         inputs: this process's share of them, augmented: float32 [N, 3, S, S] on the device.
-        labels: int64 [N], theirs.
+        labels: int64 [N], the labels of ``inputs``.
     """
 
     epoch: int
@@ -61,30 +61,30 @@ class Batch:
 
 
 class Learner:
-    """The training side of a recipe on this process's device.
+    """Trains a recipe's network on this process's device, one step at a time.
 
     Args:
-        recipe: what to do.
-        seed: of the weights, of the order of the images and of all that is random in a step.
+        recipe: what to train, and how.
+        seed: of the weights, the order of the images and all randomness in a step.
         images: the training images.
-        processes: that share each batch.
-        teacher: the checkpoint to distil from; None is the recipe's, where it has one.
-        compiled: whether torch compiles the steps' networks, in a single process, and on a GPU captures
-            the steps; None is as the device has it.
+        processes: those that share each batch.
+        teacher: the checkpoint to distil from; None: the recipe's, if it has one.
+        compiled: whether to compile the networks and, on a GPU, to capture the steps as graphs; in a
+            single process only. None: the device's default.
 
     Attributes:
-        steps: in an epoch.
-        model: the network that is trained, with its initial weights; ``average`` follows it, where the
-            recipe has one.
-        selector: chooses the images of each batch that it learns from, where the recipe has one.
-        optimizers, scaler: with their states, which a run saves and loads; the selector's come last.
+        steps: number of steps in an epoch.
+        model: the network that is trained, at first with its initial weights.
+        average: its moving average, if the recipe has one.
+        selector: chooses the images of each batch to learn from, if the recipe has one.
+        optimizers, scaler: a run saves and loads their states; the selector's optimizers come last.
 
     Raises:
-        TrainingError: too few images for a batch, or for the processes, or too few GPUs for them; or
-            the steps of several are to be compiled.
+        TrainingError: too few images for a batch, or in a batch for the processes; too few GPUs; or
+            compiled steps are asked for with several processes.
         RecipeError: the network does not take the images, or does not fit into memory; or the teacher's
-            recipe is none of this program.
-        CheckpointError: a teacher that cannot be used.
+            recipe is not valid in this program.
+        CheckpointError: the teacher cannot be used.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Learner:
 
     @property
     def precision(self) -> str:
-        """The dtype of forward and backward passes, by its name in torch, and if they are compiled."""
+        """The dtype of forward and backward passes in words, with TF32 and compilation if used."""
         rounded = self.dtype == torch.float32 and device.rounds_to_tf32(self.device)
         return (
             str(self.dtype).removeprefix("torch.")
@@ -154,12 +154,12 @@ class Learner:
 
     @property
     def result(self) -> nn.Module:
-        """The network that training gives: the average, where the recipe keeps one."""
+        """The resulting network: the moving average if the recipe has one, else ``model``."""
         return self.model if self.average is None else self.average.network
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last step (Muon's, where SGD is beside it)."""
+        """The learning rate of the last step (Muon's, if SGD trains the other parameters)."""
         lr: float = self._leading.param_groups[0]["lr"]
         return lr
 
@@ -168,17 +168,16 @@ class Learner:
         return count if self.selector is None else self.selector.count(count)
 
     def order(self, epoch: int) -> list[Tensor]:
-        """The batches of an epoch: places of the images, int64 on the host."""
+        """The batches of an epoch, as indices of the images: int64 on the CPU."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         order = torch.randperm(len(self.images), generator=generator)
         return list(order.split(self.recipe.batch_size)[: self.steps])
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """What the steps of an epoch learn from, from step ``first`` on.
+        """Yield the batches of an epoch from step ``first`` on.
 
         Raises:
-            TrainingError: memory does not suffice; of a single process, the message names a batch that
-                fits.
+            TrainingError: out of memory; in a single process, the message names a batch size that fits.
         """
         order = self.order(epoch)
         ahead = max(1, AHEAD // self.recipe.batch_size)
@@ -188,7 +187,7 @@ class Learner:
                     yield batch
 
     def to_compile(self, epochs: Iterable[int]) -> list[int]:
-        """Those of ``epochs`` that have to be compiled for: one for each size of images."""
+        """The ``epochs`` to call ``compile`` for: one for each size of images, if steps are compiled."""
         if not self.compiled or len(self.images) < self.recipe.batch_size:
             return []
         return list({self._augment.image_size(epoch): epoch for epoch in epochs}.values())
@@ -209,15 +208,15 @@ class Learner:
             buffer.copy_(value)
 
     def learn(self, batch: Batch, rate: Callable[[float], float]) -> tuple[Tensor, Tensor]:
-        """Make one step; ``rate`` gives the learning rate from the recipe's.
+        """Do one step; ``rate`` turns a learning rate of the recipe into that of the step.
 
         Returns:
-            The sum of the losses of the images in this process's share that it learns from, and how many
-            of them were classified correctly; scalars on the device, which the next step may overwrite.
+            The summed loss of the images that this process learned from, and how many of them were
+            classified correctly: scalars on the device, which the next step may overwrite.
 
         Raises:
-            TrainingError: memory does not suffice; of a single process, the message names a batch that
-                fits. Or the networks cannot be compiled.
+            TrainingError: out of memory; in a single process, the message names a batch size that fits.
+                Or the networks cannot be compiled.
         """
         self._network.train()
         for group in self._groups():
@@ -230,7 +229,7 @@ class Learner:
         return found
 
     def _augmented(self, places: Sequence[Tensor], epoch: int, start: int) -> list[Batch]:
-        """Batches of images in these ``places``, of which the first is of step ``start``."""
+        """Augmented batches of the images at these ``places``; the first is that of step ``start``."""
         return self._explain(lambda: self._augment_all(places, epoch, start), len(places[0]), epoch)
 
     def _augment_all(self, places: Sequence[Tensor], epoch: int, start: int) -> list[Batch]:
@@ -268,7 +267,7 @@ class Learner:
             return loss, correct
         self._seed(batch, 1, 1 + rank)
         inputs, labels, selection_loss = self._select(batch.inputs, batch.labels, batch.count)
-        # Whether and by which share a batch is mixed is the same in all processes; dropout is not.
+        # Whether a batch is mixed, and by which share, is the same in all processes; dropout is not.
         self._seed(batch, 1)
         inputs, targets = self._objective.mix(inputs, labels, batch.epoch)
         if not self.processes.first:
@@ -279,13 +278,13 @@ class Learner:
 
     def _seed(self, batch: Batch, *more: int) -> None:
         number = seed_of(self.seed, batch.epoch, batch.step, *more)
-        # torch.manual_seed would note where it was called from, for longer than a small step takes.
+        # torch.manual_seed also notes where it was called from, which takes longer than a small step.
         torch.default_generator.manual_seed(number)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(number)
 
     def _step_of_graph(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A step whose rates are read on the GPU, and that takes all else from there as well."""
+        """A step to capture: its learning rates, and all else that it needs, are read on the GPU."""
         found = self._gradients(*self._select(inputs, labels, len(labels)), len(labels))
         with optimizer.reading_rates(self._groups(), self._rates):
             self._optimize()
@@ -294,7 +293,7 @@ class Learner:
     def _select(
         self, inputs: Tensor, labels: Tensor, count: int
     ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """What to learn from of a batch, and a selector's loss, whose gradients are computed."""
+        """Images to learn from, their labels, and a selector's loss, whose gradients are computed."""
         if self.selector is None:
             return inputs, labels, 0.0
         with self._autocast():
@@ -311,17 +310,17 @@ class Learner:
         count: int,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of a batch of ``count`` images; gives what ``learn`` does.
+        """Compute the gradients of a batch of ``count`` images; returns what ``learn`` does.
 
-        ``targets`` are those of mixed images; else the labels are.
+        ``targets`` are those of mixed images; None: the labels.
         """
         with self._autocast():
             logits = self._forward(inputs, count)
             loss = self._objective.loss(logits, labels if targets is None else targets, inputs)
-        # The mean over processes of these is the mean over the global batch, however it was shared.
+        # Averaged over the processes, this is the mean over the global batch, however it was shared.
         self.scaler.scale(loss * self.processes.count / self.selected(count)).backward()
         correct = (logits.detach().argmax(1) == labels).sum()
-        # A selector that has diverged chooses anything; 0 times its loss is then not finite.
+        # A diverged selector chooses arbitrarily; 0 times its loss then makes this loss NaN.
         return loss.detach().double() + 0 * selection_loss, correct
 
     def _optimize(self) -> None:
@@ -339,17 +338,17 @@ class Learner:
             self._behind.popleft().synchronize()
 
     def _as_stepped(self, network: nn.Module) -> Forward:
-        """``network`` as the steps run it, on inputs of a batch of so many images."""
+        """``network`` as the steps call it: with inputs, and the whole batch's image count."""
         compiled = torch.compile(network, dynamic=False) if self.compiled else network
         whole = self.recipe.batch_size
-        # The smaller batch at an epoch's end is not worth what it takes to compile for it.
+        # Compiling for the smaller batch at an epoch's end takes longer than it would save.
         return lambda inputs, count: (compiled if count == whole else network)(inputs)
 
     def _can_be_captured(self) -> bool:
-        """Whether a step takes all that it needs from the GPU, and the host nothing from the step.
+        """Return whether a step needs nothing from the host, and the host nothing from the step.
 
-        How images are mixed is drawn on the host. The scaler of fp16 asks there whether a gradient of an
-        optimizer that is not fused, as Muon is not, was infinite.
+        Mixing is drawn on the host. There fp16's scaler also checks for infinite gradients if an
+        optimizer is not fused, as Muon is not.
         """
         scaled_back = all(part.defaults.get("fused") for part in self.optimizers)
         asked = self.scaler.is_enabled() and not scaled_back
@@ -359,7 +358,7 @@ class Learner:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def _explain(self, what: Callable[[], T], count: int, epoch: int) -> T:
-        """The result of ``what``, with steps of ``count`` images; its errors say what to do."""
+        """Call ``what``, for steps of ``count`` images; known errors are raised anew with advice."""
         try:
             return what()
         except RuntimeError as error:
@@ -371,7 +370,7 @@ class Learner:
                         "g++ and Python's headers, or go on with --no-compile"
                     ) from error
                 raise
-        # Only now, without the exception, the step's own memory is free.
+        # Only here, after the exception, is the step's own memory free.
         raise self._too_large(count, epoch)
 
     def _too_large(self, count: int, epoch: int) -> TrainingError:
@@ -395,7 +394,7 @@ class Learner:
 
 
 def count_steps(recipe: Recipe, images: int) -> tuple[int, int]:
-    """The steps of an epoch over so many images, and the images of its smallest batch.
+    """The number of steps in an epoch over ``images`` images, and the size of its smallest batch.
 
     Raises:
         TrainingError: there is not a single step.
@@ -412,7 +411,7 @@ def count_steps(recipe: Recipe, images: int) -> tuple[int, int]:
 
 
 def _is_of_compiler(error: RuntimeError) -> bool:
-    from torch._dynamo.exc import TorchDynamoException  # takes a second, which few runs need
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import, which few runs need
 
     return isinstance(error, TorchDynamoException)
 
@@ -420,7 +419,7 @@ def _is_of_compiler(error: RuntimeError) -> bool:
 def seed_of(*numbers: int) -> int:
     """A seed from several numbers, none of them negative.
 
-    Combinations of as many numbers have seeds of their own; but a SeedSequence takes no notice of zeros
-    at the end, so (3, 1) and (3, 1, 0) have the same. All runs so far are of these seeds.
+    Combinations of equally many numbers have different seeds; but SeedSequence ignores zeros at the end,
+    so (3, 1) and (3, 1, 0) have the same one. All runs so far used these seeds.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,4 +1,4 @@
-"""What of a step fits into memory, found by trying."""
+"""The largest batch that fits into memory, found by trying."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,10 @@ from training import device
 
 
 def largest_fitting(batch: int, step: Callable[[int], None], place: torch.device) -> int:
-    """The largest halving of ``batch`` for which ``step`` finds memory on ``place``; 0 where none does.
+    """The largest halving of ``batch`` for which ``step`` finds enough memory on ``place``; 0 if none.
 
-    From the smallest on, and each only where more than it should take is free: with a CPU's memory
-    used up, oneDNN may call code that it had no room for, which ends the process.
+    Sizes are tried from the smallest up, each only if more memory is free than it should take: when a
+    CPU's memory is used up, oneDNN may call code that it had no room for, which ends the process.
 
     Args:
         step: computes and drops the gradients of so many images.
@@ -33,7 +33,7 @@ def largest_fitting(batch: int, step: Callable[[int], None], place: torch.device
 
 
 def _kept_by(step: Callable[[int], None], size: int) -> int:
-    """The bytes that a step keeps for its gradients."""
+    """Run a step; returns the bytes that it keeps for its backward pass."""
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:

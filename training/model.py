@@ -39,7 +39,7 @@ def activation(name: str) -> nn.Module:
 
 
 class SqueezeExcitation(nn.Module):
-    """Weighs each channel by what its mean and the others' say (Hu et al., 2018, arXiv:1709.01507)."""
+    """Scales channels by weights computed from their means (Hu et al., 2018, arXiv:1709.01507)."""
 
     def __init__(self, width: int, reduction: int) -> None:
         super().__init__()
@@ -52,10 +52,10 @@ class SqueezeExcitation(nn.Module):
 
 
 class StridedPointwise(nn.Conv2d):
-    """A 1x1 convolution with a stride, of few channels.
+    """A 1x1 convolution with a stride, for few input channels.
 
-    oneDNN's own writes past its workspace where there are fewer channels than its vectors have places,
-    at most 16, in channels-last memory: wrong gradients, a crash, or no end (its issue 6035). So the
+    In channels-last memory, oneDNN's own writes past its workspace if there are fewer channels than
+    places in its vectors, at most 16: wrong gradients, a crash, or a hang (its issue 6035). So the
     pixels are picked first.
     """
 
@@ -66,9 +66,9 @@ class StridedPointwise(nn.Conv2d):
 
 
 class ResidualBlock(nn.Module):
-    """Convolutions with BatchNorm, perhaps squeeze and excitation, and a shortcut.
+    """Convolutions with BatchNorm, optional squeeze and excitation, and a shortcut.
 
-    The shortcut is the identity, or a 1x1 convolution with BatchNorm where the shape changes.
+    The shortcut is the identity, or a 1x1 convolution with BatchNorm if the shape changes.
     """
 
     def __init__(self, width_in: int, width: int, stride: int, config: recipe.ResNet) -> None:
@@ -109,9 +109,9 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """1x1, 3x3, 1x1 convolutions (He et al., 2016); with groups the block of ResNeXt.
+    """1x1, 3x3 and 1x1 convolutions (He et al., 2016); with groups, ResNeXt's block.
 
-    ResNeXt is Xie et al., 2017, arXiv:1611.05431, its form C. The 3x3 convolution has the stride.
+    That is form C of Xie et al., 2017, arXiv:1611.05431. The 3x3 convolution has the stride.
     """
 
     def __init__(self, width_in: int, width: int, stride: int, config: recipe.ResNet) -> None:
@@ -213,8 +213,8 @@ class WhitenedResNet(nn.Module):
         """Set the stem from normalised training images, float [N, 3, H, W].
 
         Its filters are the eigenvectors of the patches' second moments (about 0, which is nearly their
-        mean), each scaled to 1, and their negatives; ``epsilon`` (in squared normalised pixels) bounds
-        the scale.
+        mean), each scaled so that its output has second moment 1, and their negatives; ``epsilon`` (in
+        squared normalised pixels) bounds the scale.
         """
         size = self.stem.kernel_size[0]
         patches = F.unfold(images.contiguous(), size).transpose(1, 2).flatten(0, 1)
@@ -224,8 +224,8 @@ class WhitenedResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(F.gelu(self.stem(x)))
-        # Not amax: its gradient looks for the maximum again, which compiled code, that rounds elsewhere,
-        # may not find; it then divides by zero.
+        # Not amax: its gradient looks for the maximum again; compiled code, which rounds elsewhere, may
+        # not find it, and then divides by zero.
         x = F.max_pool2d(x, x.shape[2:]).flatten(1)
         logits: Tensor = self.head(x) / self.head.in_features
         return logits
@@ -238,14 +238,14 @@ def _dirac_conv(width_in: int, width: int) -> nn.Conv2d:
 
 
 def _norm(width: int) -> nn.BatchNorm2d:
-    # Few steps leave little time for running statistics: they follow the batches quickly.
+    # A run has few steps, so its running statistics have to follow the batches quickly.
     norm = nn.BatchNorm2d(width, momentum=0.4, eps=1e-12)
     norm.weight.requires_grad_(False)
     return norm
 
 
 def build(config: recipe.BasicCNN | recipe.ResNet | recipe.WhitenedResNet) -> nn.Module:
-    """The network of a recipe, freshly initialised from torch's global generator."""
+    """Build a recipe's network, initialised from torch's global generator."""
     match config:
         case recipe.BasicCNN():
             return BasicCNN()

@@ -1,4 +1,4 @@
-"""What a step minimises: cross-entropy, of mixed images perhaps, and a teacher's probabilities."""
+"""What a step minimises: cross-entropy, perhaps of mixed images, and divergence from a teacher."""
 
 from pathlib import Path
 
@@ -17,18 +17,18 @@ class Objective:
 
     Args:
         recipe: gives label smoothing, mixing and distillation.
-        teacher: the checkpoint to distil from; None is the recipe's, where it has one.
-        device: where the batches lie.
+        teacher: the checkpoint to distil from; None: the recipe's, if it has one.
+        device: that of the batches.
 
     Raises:
-        CheckpointError, RecipeError: a teacher that cannot be used, or is not finished.
+        CheckpointError, RecipeError: the teacher cannot be used, or is not finished.
     """
 
     def __init__(self, recipe: Recipe, teacher: Path | None, device: torch.device) -> None:
         self._smoothing = recipe.label_smoothing
         self._mix: tuple[Mixing, nn.Module] | None = None
         if recipe.mixing is not None:
-            from torchvision.transforms import v2  # takes seconds, which few runs need
+            from torchvision.transforms import v2  # takes seconds to import, which few runs need
 
             kind = v2.MixUp if recipe.mixing.kind == "mixup" else v2.CutMix
             self._mix = recipe.mixing, kind(alpha=recipe.mixing.alpha, num_classes=len(CLASSES))
@@ -38,23 +38,23 @@ class Objective:
             self._teacher = Teacher(recipe, recipe.distillation, path).to(device)
 
     def mix(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """The images, float [N, 3, H, W], and targets of a step, from torch's global generator.
+        """Mix a step's images, float [N, 3, H, W], if the recipe says so; returns images and targets.
 
-        ``labels``, int64 [N], come back as they are, or mixed as float32 [N, 10]; so do the images,
-        which are mixed in the recipe's epochs only (``epoch`` 0 is the first).
+        Targets are the ``labels``, int64 [N], or float32 [N, 10] if mixed. Images are mixed only in the
+        recipe's epochs (``epoch`` 0 is the first), at random from torch's global generator.
         """
         if self._mix is None:
             return images, labels
         mixing, mix = self._mix
         first, end = mixing.epochs
-        # The host's generator, so that a device is not waited for.
+        # Drawn on the host, so that nothing waits for the device.
         if not first <= epoch < end or torch.rand(()).item() >= mixing.p:
             return images, labels
         mixed, targets = mix(images, labels)
         return mixed.contiguous(memory_format=torch.channels_last), targets
 
     def loss(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
-        """The summed loss, a scalar, of ``logits`` [N, 10] (N may be 0) against what ``mix`` gave."""
+        """The summed loss, a scalar, of ``logits`` [N, 10] (N may be 0) for what ``mix`` returned."""
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self._smoothing)
         if self._teacher is not None:
             weight = self._teacher.weight
@@ -63,7 +63,7 @@ class Objective:
 
 
 class Teacher(nn.Module):
-    """A trained network, kept as it is, and the divergence from its softened probabilities."""
+    """A trained network, whose weights stay fixed, and the divergence from its softened outputs."""
 
     def __init__(self, recipe: Recipe, config: Distillation, path: Path) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Rectangles that hide a part of each image: random erasing and Cutout.
 
-Rectangles are integers [N, 4]: the first row and column hidden, the first row and column after those.
-They may reach beyond the image; one without rows or columns hides nothing.
+Rectangles are integers [N, 4]: the first row and column hidden, then the first row and column after the
+rectangle. They may reach beyond the image; one without rows or columns hides nothing.
 """
 
 import math
@@ -18,10 +18,11 @@ _HEIGHT_AND_WIDTH = np.array([1, -1])[:, None, None]
 
 
 def draw_erasing(part: recipe.RandomErasing, count: int, generator: Generator) -> Parameters:
-    """The parameters of ``hide`` for random erasing (Zhong et al., 2017, arXiv:1708.04896).
+    """Draw the parameters of ``hide`` for random erasing (Zhong et al., 2017, arXiv:1708.04896).
 
-    As torchvision's RandomErasing: area ``scale`` as a fraction of the image, height to width ``ratio``
-    uniform in its logarithm, ten tries for a rectangle smaller than the image.
+    As in torchvision's RandomErasing: the area is a uniform fraction of the image within ``scale``, the
+    ratio of height to width within ``ratio`` is uniform in its logarithm, and there are ten tries to get
+    a rectangle smaller than the image.
     """
     drawn = uniform(generator, 2, count, TRIES)
     root = np.sqrt(SIZE**2 * (part.scale[0] + (part.scale[1] - part.scale[0]) * drawn[0]))
@@ -38,7 +39,7 @@ def draw_erasing(part: recipe.RandomErasing, count: int, generator: Generator) -
 
 
 def draw_cutout(part: recipe.Cutout, count: int, generator: Generator) -> Parameters:
-    """The parameters of ``hide`` for Cutout (DeVries & Taylor, 2017, arXiv:1708.04552).
+    """Draw the parameters of ``hide`` for Cutout (DeVries & Taylor, 2017, arXiv:1708.04552).
 
     The squares' centres lie anywhere in the image, so the squares may reach beyond it.
     """
@@ -54,6 +55,6 @@ def hide(images: Tensor, rectangles: Array, value: float) -> Tensor:
     places = np.arange(max(height, width)).repeat(channels)
     inside = beside(images, (first <= places) & (places < after)).float()
     rows, columns = inside[:, 0, : height * channels : channels], inside[:, 1, : width * channels]
-    # On rows of W x 3 values and by arithmetic: on a CPU far faster than a broadcast mask of bools.
+    # Arithmetic on rows of W x 3 values: on a CPU far faster than a broadcast mask of bools.
     filled = torch.full((), value, device=images.device)
     return images.flatten(2).lerp(filled, rows[:, :, None] * columns[:, None]).view(images.shape)

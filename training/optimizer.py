@@ -1,4 +1,4 @@
-"""Optimizers of the recipes; each parameter group keeps its recipe's rate as ``base_lr``."""
+"""Optimizers of the recipes; each parameter group keeps the recipe's rate as ``base_lr``."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,8 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: float tensors [out, in, height, width].
-        lr: the rate. momentum: Nesterov momentum in 0..1.
+        lr: the learning rate.
+        momentum: Nesterov momentum in 0..1.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float) -> None:
@@ -32,7 +33,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
-            # Filters of one shape together: on a GPU each operation of a small one costs as much.
+            # Filters of one shape are updated together: on a GPU, one alone would cost as much.
             alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -58,8 +59,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Matrices [B, M, N] with their singular values brought nearer to 1, by Newton-Schulz steps.
 
-    The quintic's coefficients are from the Muon post. Its five steps leave values within about 0.5 to
-    1.5; the three of airbench94, which are enough for training, leave small ones below.
+    The quintic's coefficients are from the Muon post. Its five steps bring values to about 0.5 to 1.5;
+    the three of airbench94, used here and enough for training, leave small ones below that.
     """
     x: Tensor = matrices / (torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
@@ -71,10 +72,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """The optimizers of a recipe for ``model``: one, or Muon and the SGD beside it.
+    """Build a recipe's optimizers for ``model``: a single one, or SGD and then Muon.
 
-    On a GPU they are torch's fused ones: the gradient scaler of fp16 makes any other wait in every step
-    for the device to say whether there was an infinite gradient, and they can read their rate there.
+    On a GPU torch's own are fused: with any other, fp16's gradient scaler waits in every step for the
+    device to tell whether a gradient was infinite; and a fused one can read its rate on the device.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = all(parameter.is_cuda for parameter in trained)
@@ -111,12 +112,12 @@ def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimi
 
 @contextmanager
 def reading_rates(groups: Sequence[dict[str, Any]], rates: Sequence[Tensor]) -> Iterator[None]:
-    """Steps whose ``groups`` read their rates from these scalars on a GPU, as those of a graph must."""
+    """Let ``groups`` read their learning rates from scalars on the GPU, as a graph's steps must."""
     kept = [dict(group) for group in groups]
     capturing = torch.cuda.is_current_stream_capturing()
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
-        if "capturable" in group:  # Adam's, which refuses or warns where this is not as it is
+        if "capturable" in group:  # Adam's, which refuses or warns if this is set wrongly
             group["capturable"] = capturing
     try:
         yield
@@ -126,13 +127,13 @@ def reading_rates(groups: Sequence[dict[str, Any]], rates: Sequence[Tensor]) -> 
 
 
 def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state that may be from another device; whether the optimizer is fused stays as it is.
+    """Load a state that may be from another device; whether the optimizer is fused does not change.
 
-    torch would take that from the state: where Adam's counts of steps belong hangs on it, and the scaler
-    leaves it to a fused one to scale back.
+    torch would take that from the state, but the place of Adam's step counts depends on it, and so does
+    whether the gradient scaler or the optimizer itself scales the gradients back.
 
     Raises:
-        ValueError: the state is of other parameters.
+        ValueError: the state is that of other parameters.
     """
     groups = [
         saved | ({"fused": own["fused"]} if "fused" in own else {})
@@ -144,10 +145,10 @@ def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 def _muon_and_sgd(
     config: recipe.Muon, model: nn.Module, trained: list[nn.Parameter], fused: bool
 ) -> list[torch.optim.Optimizer]:
-    assert isinstance(model, WhitenedResNet)  # as the recipe's validation has it
-    # A rate here is for the mean loss over a batch; weight decay is a fraction lost a step at that
-    # rate whatever the rate is, as airbench has it (and momentum multiplies the decay as it does the
-    # gradient).
+    assert isinstance(model, WhitenedResNet)  # ensured by the recipe's validation
+    # Rates are for the mean loss over a batch. Weight decay is the fraction of a weight lost in a step
+    # at the recipe's rate, whatever that is, as in airbench (and momentum multiplies the decay as it
+    # does the gradient).
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim == 1], "lr": config.bias_lr},
         {"params": [model.head.weight], "lr": config.head_lr},

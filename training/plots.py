@@ -1,4 +1,4 @@
-"""Plots as files, in the format that the file's name says."""
+"""Plots as files, in the format that the file's ending gives."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from training.files import replacing
 
 
 class PlotError(ExplainedError):
-    """A plot that is to be a file of no known kind; the message names the kinds."""
+    """A plot's file has an unknown ending; the message names the known ones."""
 
 
 def file_format(path: Path) -> str:
-    """The format of a plot: PNG, SVG or PDF by the file's ending, and PNG without one.
+    """The format of a plot by its file's ending: PNG, SVG or PDF; PNG if there is none.
 
     Raises:
-        PlotError: another ending.
+        PlotError: the ending is another one.
     """
     kind = path.suffix.removeprefix(".") or "png"
     if kind not in ("png", "svg", "pdf"):

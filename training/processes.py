@@ -1,9 +1,9 @@
 """Data parallelism: the processes that ``torchrun`` starts for one run.
 
-Every process holds the network and the whole data set, takes its share of each global batch, and the
-gradients and the statistics of BatchNorm are those of the whole batch: the number of processes does not
-change what a recipe does. The first process writes the files and talks. A run started without torchrun
-is the only process.
+Every process holds the network and the whole data set, and takes its share of each global batch.
+Gradients and BatchNorm statistics are those of the whole batch, so the number of processes does not
+change what a recipe does. The first process writes the files and the console's output. A run started
+without torchrun is a single process.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-# A process that waits longer for the others than any evaluation or download takes has lost them.
+# Longer than any evaluation or download takes: a process that waits this long has lost the others.
 PATIENCE = timedelta(minutes=30)
 
 
@@ -28,7 +28,7 @@ class Processes:
     Attributes:
         count: how many there are.
         rank: this one's number; the first is 0.
-        local_rank: its number on its machine, which is that of its GPU.
+        local_rank: its number on its machine, and the index of its GPU.
     """
 
     def __init__(self) -> None:
@@ -38,15 +38,15 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the files and talks."""
+        """Whether this process writes the files and the console's output."""
         return self.rank == 0
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Connect the processes: by gloo on the CPU, and nccl on GPUs.
+        """Connect the processes: by gloo on CPUs, and by nccl on GPUs.
 
-        After an error they are not disconnected, which could wait for others that wait in a step for
-        this one: torchrun ends them when this one has ended.
+        After an error they are not disconnected, as that could wait for processes that wait in a step
+        for this one: torchrun ends them once this one has ended.
         """
         if self.count == 1:
             yield
@@ -57,7 +57,7 @@ class Processes:
         dist.destroy_process_group()
 
     def rows(self, count: int) -> slice:
-        """This process's share of ``count`` images of a batch: a contiguous part, as even as can be."""
+        """This process's share of ``count`` images of a batch: contiguous, and as even as possible."""
         return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
 
     def agree(self, value: T) -> T:
@@ -113,7 +113,7 @@ class Total(torch.autograd.Function):
 
 
 class SynchronisedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm with the statistics of all processes' images; unlike torch's own, on a CPU as well."""
+    """BatchNorm with the statistics of all processes' images; unlike torch's own, works on a CPU too."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise float ``x`` [N, C, H, W]; N may differ between the processes."""

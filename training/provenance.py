@@ -1,4 +1,4 @@
-"""Where a run happens: program, versions and device, for its folder and its results."""
+"""What a run is made with: code, versions and device, recorded in its folder and its results."""
 
 import platform
 import subprocess
@@ -14,10 +14,10 @@ from training.results import RESULTS
 
 
 class Session(TypedDict):
-    """One stretch of a run, from a start or resumption to the next; ``step`` is where it took up.
+    """One stretch of a run, from a start or resumption to the next; it began at ``step`` of ``epoch``.
 
-    ``device`` and ``precision`` are those of the training, ``processes`` how many shared it;
-    ``compile_seconds``, where its steps were compiled, are not among the run's seconds.
+    ``device`` and ``precision`` are those of the training, ``processes`` is how many shared it.
+    ``compile_seconds``, there if its steps were compiled, are not part of the run's seconds.
     """
 
     started: str
@@ -36,7 +36,7 @@ class Session(TypedDict):
 
 
 def session(epoch: int, step: int, device: str, precision: str, processes: int) -> Session:
-    """The session that begins now, at a ``step`` of an ``epoch``, both from 0."""
+    """A session that begins now, at a ``step`` of an ``epoch``, both counted from 0."""
     return Session(
         started=now(),
         epoch=epoch,
@@ -54,14 +54,14 @@ def session(epoch: int, step: int, device: str, precision: str, processes: int) 
 
 
 def now() -> str:
-    """The time, UTC, to the second."""
+    """The current UTC time in ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def commit() -> str:
-    """The repository's commit, ``-dirty`` with uncommitted changes, ``unknown`` outside of git.
+    """The repository's commit, with ``-dirty`` if changes are uncommitted; ``unknown`` outside git.
 
-    The rows that runs add to results.csv are no change of the program.
+    Changes of results.csv do not count: they are the rows that runs add.
     """
     try:
         head = _git("rev-parse", "HEAD")

@@ -1,8 +1,8 @@
 """The learning-rate range test (L. Smith, 2017, arXiv:1506.01186), as report A used it.
 
-The rate grows exponentially with each step; the suggestion is where the smoothed loss falls fastest on
-the way to its lowest: a loss that has blown up falls fast too when it comes back.
-Grid and smoothing are those of the implementation whose grid holds the report's 0.112202: rate i of n is
+The rate grows exponentially from step to step; the suggestion is the rate at which the smoothed loss
+falls fastest before its minimum: a loss that has blown up also falls fast when it recovers.
+Grid and smoothing are those of the implementation whose grid has the report's 0.112202: rate i of n is
 low * (high / low) ** (i / n), counted from 1, and 0.112202 is rate 81 of 100.
 """
 
@@ -19,9 +19,9 @@ from training import plots
 from training.learner import Learner, TrainingError
 from training.recipe import LARGEST
 
-SMOOTHING = 0.98  # of the average of the losses, whose beginning is corrected for
+SMOOTHING = 0.98  # of the moving average of the losses, which is corrected for its start at 0
 DIVERGED = 4.0  # times the lowest smoothed loss
-SKIPPED = 10, 1  # steps at the beginning, at the end
+SKIPPED = 10, 1  # steps at the beginning and at the end
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def rates(low: float, high: float, steps: int) -> list[float]:
     """The rates of a test, from just above ``low`` to ``high``.
 
     Raises:
-        TrainingError: no range, or too few steps to see a slope in.
+        TrainingError: ``low`` and ``high`` are no range, or the steps are too few to show a slope.
     """
     if not 0 < low < high <= LARGEST:
         raise TrainingError(
@@ -50,9 +50,9 @@ def rates(low: float, high: float, steps: int) -> list[float]:
 
 
 def measure(learner: Learner, tried: list[float]) -> Iterator[Measurement]:
-    """Train ``learner`` a step at each rate; ends early where the loss diverges.
+    """Train ``learner`` for one step at each rate; ends early if the loss diverges.
 
-    Other parameter groups keep their ratio to the one that ``learner.lr`` is of.
+    The rates of other parameter groups keep their ratio to ``learner.lr``.
     """
     base = learner.lr
     average, lowest, step = 0.0, math.inf, 0
@@ -73,10 +73,10 @@ def measure(learner: Learner, tried: list[float]) -> Iterator[Measurement]:
 
 
 def suggest(measured: list[Measurement]) -> float:
-    """The rate at which the smoothed loss falls fastest before it is at its lowest.
+    """The rate at which the smoothed loss falls fastest before its minimum.
 
     Raises:
-        TrainingError: the loss diverged before there was anything to see, or it never falls.
+        TrainingError: the loss diverged within the first steps, or it never falls.
     """
     first, last = SKIPPED[0], len(measured) - SKIPPED[1]
     if last - first < 2:
@@ -97,10 +97,10 @@ def suggest(measured: list[Measurement]) -> float:
 
 
 def plot(measured: list[Measurement], suggestion: float, own: float, title: str, path: Path) -> None:
-    """Draw the losses over the rates, into a PNG, SVG or PDF file.
+    """Plot the losses over the rates into a PNG, SVG or PDF file.
 
     Raises:
-        PlotError: the file is to be something else.
+        PlotError: the file's ending is another one.
     """
     tried = [point.rate for point in measured]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -110,7 +110,7 @@ def plot(measured: list[Measurement], suggestion: float, own: float, title: str,
     axes.axvline(suggestion, color="#d1495b", label=f"suggestion {suggestion:.4g}")
     axes.axvline(own, color="#444444", linestyle=":", label=f"recipe {own:.4g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
-    axes.set_title(title, parse_math=False)  # of a file's name
+    axes.set_title(title, parse_math=False)  # it holds a file's name
     # A batch's loss can blow up tenfold; what counts is how the smoothed one falls and rises.
     smooth = [point.smooth for point in measured]
     margin = (max(smooth) - min(smooth)) / 2

@@ -1,7 +1,8 @@
 """Recipes: complete run specifications, one TOML file each, validated on load.
 
-The folder ``training/recipes`` is the registry: a recipe's name is its file's name. Every key that a
-part has must be there; an unknown, missing or ill-typed key is an error that names the file and the key.
+The folder ``training/recipes`` is the registry: a recipe's name is its file's name. Some tables may be
+left out, but a table must have all its keys; an unknown, missing or ill-typed key is an error that names
+the file and the key.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from training.errors import ExplainedError
 
 RECIPES = Path(__file__).parent / "recipes"
 
-LARGEST = 3.4e38  # of float32
+LARGEST = 3.4e38  # about the largest float32
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
@@ -36,7 +37,7 @@ class RecipeError(ExplainedError):
 
 
 class Part(BaseModel):
-    """A table of a recipe: no unknown keys, no conversions from other types, no changes."""
+    """A table of a recipe, immutable and strict: no unknown keys, no conversions from other types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -76,7 +77,7 @@ class BasicBlock(Part):
 class Bottleneck(Part):
     """1x1, 3x3 and 1x1 convolutions; the inner ones are ``reduction`` times narrower than the stage.
 
-    With more than one of ``groups`` in the 3x3 convolution it is ResNeXt's block.
+    With more than one group in the 3x3 convolution (``groups``), it is ResNeXt's block.
     """
 
     kind: Literal["bottleneck"]
@@ -90,8 +91,8 @@ Block = Annotated[BasicBlock | Bottleneck, Field(discriminator="kind")]
 class ResNet(Part):
     """3x3 stem, stages of residual blocks (stride 2 from the second stage on), average pool, head.
 
-    With ``squeeze_excitation`` above 0 each block weighs its channels, through a layer that is so
-    many times narrower.
+    With ``squeeze_excitation`` above 0, each block scales its channels by weights from a layer that is
+    that many times narrower.
     """
 
     kind: Literal["resnet"]
@@ -109,7 +110,7 @@ class ResNet(Part):
             raise ValueError(f"{len(self.blocks)} stages in blocks but {len(self.widths)} in widths")
         for width in self.widths:
             if width < self.squeeze_excitation:
-                raise ValueError(f"squeeze_excitation {self.squeeze_excitation} leaves none of {width}")
+                raise ValueError(f"squeeze_excitation {self.squeeze_excitation} exceeds width {width}")
             if isinstance(self.block, Bottleneck) and width % (self.block.reduction * self.block.groups):
                 raise ValueError(f"widths: {width} is not a multiple of block.reduction * block.groups")
         return self
@@ -156,7 +157,7 @@ class AlternatingFlip(Part):
 
 
 class ColorJitter(Part):
-    """Random brightness, contrast and saturation factors in 1 +- x, hue shift in +- hue turns."""
+    """Random brightness, contrast and saturation factors in 1 +- x, and a hue shift in +- hue turns."""
 
     op: Literal["color_jitter"]
     brightness: NonNegative
@@ -166,14 +167,14 @@ class ColorJitter(Part):
 
 
 class Rotation(Part):
-    """Rotate by an angle in +- ``degrees``, nearest pixel, black corners."""
+    """Rotate by a random angle in +- ``degrees``; nearest pixel, black corners."""
 
     op: Literal["rotation"]
     degrees: NonNegative
 
 
 class Translate(Part):
-    """Shift each axis by up to ``fraction`` of its length, black border."""
+    """Shift along each axis by up to ``fraction`` of its length; black border."""
 
     op: Literal["translate"]
     fraction: Fraction
@@ -300,7 +301,7 @@ class Cosine(Part):
 
 
 class ShiftedWarmupCosine(Part):
-    """E1's schedule: a warm-up that starts at 2/5, then a cosine shifted by one epoch."""
+    """E1's warm-up, which starts at 2 / ``warmup_epochs``, then a cosine shifted by one epoch."""
 
     kind: Literal["shifted_warmup_cosine"]
     warmup_epochs: Count
@@ -348,10 +349,10 @@ class Resolution(Part):
 
 
 class Mix(Part):
-    """A batch is mixed with probability ``p``, by a share ~ Beta(alpha, alpha) of its own.
+    """Mix each batch with probability ``p``, by a share of its own from Beta(alpha, alpha).
 
-    From epoch ``epochs[0]`` (0 is the first) to before ``epochs[1]``: to end on images as they are
-    helps (He et al., 2019, arXiv:1909.09148).
+    This is done from epoch ``epochs[0]`` (0 is the first) until before ``epochs[1]``: it helps to end on
+    unmixed images (He et al., 2019, arXiv:1909.09148).
     """
 
     alpha: Positive
@@ -362,7 +363,7 @@ class Mix(Part):
     def _some_epochs(self) -> Self:
         first, end = self.epochs
         if first >= end:
-            raise ValueError(f"epochs: from {first} to before {end} are none")
+            raise ValueError(f"epochs: there are none from {first} to before {end}")
         return self
 
 
@@ -382,9 +383,9 @@ Mixing = Annotated[MixUp | CutMix, Field(discriminator="kind")]
 
 
 class Averaging(Part):
-    """An exponential moving average of weights and statistics over the steps is the result.
+    """Make an exponential moving average of weights and statistics over the steps the result.
 
-    After the first steps, where it follows faster, a step's share is ``1 - decay``.
+    A step's share in it is ``1 - decay``, and more in the first steps.
     """
 
     decay: Annotated[float, Field(gt=0, lt=1)]
@@ -393,7 +394,7 @@ class Averaging(Part):
 class Distillation(Part):
     """Learn from a trained network's probabilities too (Hinton et al., 2015, arXiv:1503.02531).
 
-    ``teacher`` is its checkpoint's file; its share of the loss is ``weight``.
+    ``teacher`` is that network's checkpoint file, and ``weight`` its share of the loss.
     """
 
     teacher: str
@@ -402,10 +403,10 @@ class Distillation(Part):
 
 
 class Selection(Part):
-    """Learn from that ``share`` of each batch which a small network, trained beside, finds hardest.
+    """Learn only from the ``share`` of each batch that a small network, trained beside, finds hardest.
 
-    After airbench96 (K. Jordan, arXiv:2404.00498). ``model`` and ``optimizer`` are that network's,
-    which learns from these images too, at rates that follow the recipe's schedule.
+    After airbench96 (K. Jordan, arXiv:2404.00498). ``model`` and ``optimizer`` are those of the small
+    network, which learns from the same images, at rates that follow the recipe's schedule.
     """
 
     share: Annotated[float, Field(gt=0, lt=1)]
@@ -413,16 +414,16 @@ class Selection(Part):
     optimizer: Optimizer
 
     def count(self, images: int) -> int:
-        """How many of a batch of so many are chosen."""
+        """How many are chosen from a batch of ``images``."""
         return max(1, round(self.share * images))
 
 
 class Recipe(Part):
     """A complete run specification: network, data, augmentation, optimizer and schedule.
 
-    ``amp`` is the precision of training where the device computes it natively (``off`` is fp32);
-    ``views`` are the views averaged for a prediction (``flip``: the image and its mirror image;
-    ``flip_shift``: these two, and each shifted by a pixel towards two opposite corners).
+    ``amp`` is the precision of training if the device computes it natively (``off`` is fp32); ``views``
+    are the views averaged for a prediction (``flip``: the image and its mirror image; ``flip_shift``:
+    these two, and each shifted by a pixel towards two opposite corners).
     """
 
     title: str
@@ -470,7 +471,7 @@ class Recipe(Part):
         return self
 
     def digest(self) -> str:
-        """Twelve hex digits that change with everything that a run does, not with its description."""
+        """Twelve hex digits that depend on all that a run does, but not on ``title`` and ``report``."""
         values = self.model_dump(mode="json", exclude={"title", "report"}, exclude_none=True)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -501,8 +502,8 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
                 f"no recipe {str(name_or_path)!r}; there are: {', '.join(names())}; and .toml files"
             )
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
-    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or absurdly long or deep
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a BOM
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or absurdly long or deep
         raise RecipeError(f"{path}: not a TOML file: {error}") from error
     for override in overrides:
         _override(data, override)
@@ -516,7 +517,7 @@ def parse(data: Mapping[str, Any], source: str) -> Recipe:
         RecipeError: an unknown, missing or ill-typed key.
     """
     try:
-        # By way of JSON: there a strict list is a tuple, which in Python's own strict mode it is not.
+        # By way of JSON: pydantic's strict mode takes its arrays as tuples, but not Python's lists.
         return Recipe.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         lines = [f"{source}: {_describe(details, data)}" for details in error.errors()]
@@ -539,7 +540,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         _child(place, last, override)
         place[int(last)] = value
     elif isinstance(place, dict):
-        place[last] = value  # an unknown name is found by the validation that follows
+        place[last] = value  # an unknown name is rejected by the validation that follows
     else:
         raise RecipeError(f"--set {override}: {'.'.join(parents)} has no keys")
 
@@ -573,7 +574,7 @@ def _describe(details: ErrorDetails, data: Any) -> str:
             return f"missing key {tag}"
         case "union_tag_invalid":
             return f"key {tag}: right would be one of {context['expected_tags']}, got {context['tag']!r}"
-        case "value_error":  # of a table, from a validator of ours
+        case "value_error":  # of a table, from one of our validators
             return f"key {key}: {context['error']}" if key else str(context["error"])
         case _ if key:
             return f"key {key}: {details['msg']}, got {details['input']!r}"

@@ -13,8 +13,8 @@ from training.recipe import Views
 
 RESULTS = Path(__file__).parent / "results.csv"
 
-# What another evaluation of the same trained network may have otherwise: it is later, perhaps on
-# another device. The rest, the training's seconds among it, tells runs apart.
+# What may differ when the same trained network is evaluated again, later and perhaps on another
+# device. The rest, such as the training's seconds, tells runs apart.
 EVALUATION = {"date", "accuracy", "single_view_accuracy", "device", "precision", "python", "torch"}
 
 
@@ -23,9 +23,9 @@ class ResultsError(ExplainedError):
 
 
 class Result(BaseModel):
-    """A row: accuracies are fractions of the test (or held-out ``val``) images, times seconds.
+    """A row: accuracies are fractions of the test (or held-out ``val``) images.
 
-    ``recipe_digest`` tells the results of a recipe from those of an earlier form of it.
+    ``recipe_digest`` tells a recipe's results from those of its earlier forms.
     ``accuracy`` uses the recipe's views; ``single_view_accuracy`` the image alone. ``seconds``
     covers training and ``val`` evaluation, not the imports, the loading of data, the compilation of
     steps or the final test.
@@ -53,15 +53,15 @@ class Result(BaseModel):
     commit: str
 
     def same_run(self, other: "Result") -> bool:
-        """Whether both are of one run, which was evaluated again perhaps."""
+        """Return whether both rows are of the same run, perhaps evaluated again."""
         return self.model_dump(exclude=EVALUATION) == other.model_dump(exclude=EVALUATION)
 
 
 def read(path: Path = RESULTS) -> list[Result]:
-    """All rows, oldest first; none where there is no file yet.
+    """Read all rows, oldest first; none if there is no file yet.
 
     Raises:
-        ResultsError: a line is not a row (that of a merge which is not resolved, say).
+        ResultsError: a line is not a row (in an unresolved merge, say).
     """
     if not path.exists():
         return []
@@ -79,15 +79,15 @@ def read(path: Path = RESULTS) -> list[Result]:
 
 
 def record(result: Result, path: Path = RESULTS) -> None:
-    """Add a run's row, where it has none yet: the file is written anew beside the old one and renamed.
+    """Add a run's row unless it has one; the file is written anew beside the old one and renamed.
 
-    Of runs that end at the same time each waits for the one before it.
+    Of runs that end at the same time, each waits for the one before it.
 
     Raises:
-        ResultsError: the file that is there cannot be read.
+        ResultsError: the present file cannot be read.
     """
     if _has_row(result, read(path)):
-        return  # without the lock, which needs a file that can be written to
+        return  # without the lock, which needs a writable file
     with locked(path):
         rows = read(path)
         if _has_row(result, rows):
@@ -105,9 +105,9 @@ def _has_row(result: Result, rows: list[Result]) -> bool:
 
 
 def summary(results: list[Result], digest: str) -> str:
-    """The test accuracy, in percent, reached by the recipe with this digest; or ``not run yet``.
+    """The test accuracy in percent that the recipe with this digest reached, or ``not run yet``.
 
-    A seed's run that was made again with the same outcome counts once: it is no further evidence.
+    A run that was repeated with the same seed and outcome counts once: it is no further evidence.
     """
     outcomes = {
         (result.seed, result.accuracy, result.single_view_accuracy)

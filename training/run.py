@@ -1,6 +1,6 @@
-"""A run in progress: taken from a checkpoint, trained epoch by epoch, written to checkpoints.
+"""A run in progress: loaded from a checkpoint, trained epoch by epoch, saved to checkpoints.
 
-Nothing but the checkpoint's state decides a step, so a resumed run goes on exactly as it would have.
+A step depends on the checkpoint's state alone, so a resumed run goes on exactly as it would have.
 """
 
 import json
@@ -32,26 +32,26 @@ METRICS = "metrics.jsonl"
 TEACHER = "teacher.pt"
 TENSORBOARD = "tensorboard"
 
-# What a kill may cost: a checkpoint is written at the first step after so many seconds.
+# What a kill may cost: a checkpoint is written at the first step after this many seconds.
 SAVE_SECONDS = 60.0
-SAVE = 1  # beside the reasons to stop, which are signals' numbers or above
+SAVE = 1  # lower than the reasons to stop: SIGINT, SIGTERM and TIME_LIMIT
 
 
 class Run:
     """A run on this process's device.
 
     Args:
-        folder: of the run, whose files this writes in the first process.
+        folder: the run's folder; the first process writes its files.
         state: the checkpoint to go on from.
-        dataset: that the run was created for.
-        processes: that share the run.
-        console: for the progress bar and a line an epoch, in the first process.
-        tensorboard: write the epochs' metrics as TensorBoard events too.
-        compiled: whether the steps' networks are; None is as the device has it.
+        dataset: the one that the run was created for.
+        processes: those that share the run.
+        console: for the progress bar and a line for each epoch, in the first process.
+        tensorboard: whether to write the epochs' metrics as TensorBoard events too.
+        compiled: whether to compile the steps; None: the device's default.
 
     Raises:
         TrainingError, RecipeError: as ``Learner``.
-        CheckpointError: weights that do not fit, or a teacher that cannot be used.
+        CheckpointError: weights or optimizer states do not fit, or the teacher cannot be used.
     """
 
     def __init__(
@@ -100,16 +100,16 @@ class Run:
             self.events = SummaryWriter(str(folder / TENSORBOARD), purge_step=state.epoch + 1)
         self._stepped = False
         self._saved = time.monotonic()
-        self._image_seconds = 0.0  # an image's share of the slowest of the last steps
-        self._view_seconds = 0.0  # the same of the last evaluation, of a view
+        self._image_seconds = 0.0  # for each image, in the slowest of the last steps
+        self._view_seconds = 0.0  # for each view of an image, in the last evaluation
         self._save_seconds = 0.0
 
     def train(self, watch: Watch) -> None:
         """Train all epochs that are left.
 
         Raises:
-            Stopped: ``watch`` has a reason to; the checkpoint is written.
-            TrainingError: the loss is not finite, or memory does not suffice.
+            Stopped: ``watch`` has a reason to stop; the checkpoint is written.
+            TrainingError: the loss is not finite, out of memory, or the steps cannot be compiled.
             CheckpointError: a checkpoint cannot be written.
         """
         shared = f", {self.processes.count} processes" if self.processes.count > 1 else ""
@@ -137,8 +137,8 @@ class Run:
         """Evaluate the trained network on the test images and record the result.
 
         Raises:
-            Stopped: ``watch`` has a reason to.
-            TrainingError: the loss is not finite, or memory does not suffice.
+            Stopped: ``watch`` has a reason to stop.
+            TrainingError: the loss is not finite, or out of memory.
             CheckpointError: the checkpoint with the result cannot be written.
         """
 
@@ -187,7 +187,7 @@ class Run:
             ) from error
 
     def _compile(self, epochs: list[int], watch: Watch) -> None:
-        """Before the clock of the run starts; what it takes depends on what was compiled here before."""
+        """Compile before the run's clock starts: the time depends on what was compiled here before."""
         began, spent = time.monotonic(), 0.0
         with self.console.status("compiling the steps"):
             for epoch in epochs:
@@ -199,10 +199,10 @@ class Run:
         self.state.sessions[-1]["compile_seconds"] = round(time.monotonic() - began, 1)
 
     def _epoch(self, watch: Watch, progress: Progress) -> None:
-        """Train an epoch from the state's step on, then evaluate it on the ``val`` images."""
+        """Train an epoch from the state's step on, then evaluate the network on the ``val`` images."""
         state, learner = self.state, self.learner
         began, seconds_before, images = time.monotonic(), state.seconds, 0
-        first = self.processes.first  # whose tally goes on from the checkpoint's sums
+        first = self.processes.first  # only its tally goes on from the checkpoint's sums
         loss_sum = torch.tensor(
             state.loss_sum if first else 0.0, device=self.device, dtype=torch.float64
         )
@@ -246,7 +246,7 @@ class Run:
             progress.update(task, advance=1, speed=f"{images / (now - began):,.0f}")
 
         ended = state.epoch + 1 == self.recipe.epochs
-        # Several views would cost as many times the evaluation; the last epoch's are the result's.
+        # Several views take that many times as long, so they are for the last epoch, the result's, only.
         views = self.recipe.views if ended else "none"
         go_on(self._needed_to_evaluate(len(self.val_images), views))
         seen = sum(learner.selected(len(places)) for places in learner.order(state.epoch))
@@ -273,10 +273,10 @@ class Run:
     def _evaluate(
         self, part: str, images: Images, views: Views, go_on: Callable[[float], None]
     ) -> Evaluation:
-        """Evaluate the network that the run gives, each process on its share of the images.
+        """Evaluate the run's resulting network, each process on its share of the images.
 
-        ``part`` of the data set is what they are: its name in the error of a loss that is not finite.
-        ``go_on`` is asked whether there are so many seconds left before every few images.
+        ``part`` is their name in the error for a loss that is not finite. ``go_on`` is called before
+        every few images with the seconds that they need, and raises ``Stopped`` if those are not left.
         """
         recipe = self.recipe.model_copy(update={"views": views})
         together = at_once(views) * self.processes.count
@@ -311,26 +311,26 @@ class Run:
             ) from error
 
     def _needed(self, seconds: float) -> float:
-        """Seconds for what should take so many, and to write a checkpoint; rather too many."""
+        """Seconds to allow for work that should take ``seconds`` and a checkpoint; rather too many."""
         return 1.0 + 2 * seconds + 2 * self._save_seconds
 
     def _allowed(self, needed: float) -> float:
-        """Those that a part of an evaluation is not to exceed.
+        """The seconds that must be left for a part of an evaluation that needs ``needed``.
 
-        One that begins a session has no limit: nothing of it is in a checkpoint, so with too narrow a
-        limit each session would begin it anew.
+        An evaluation with which a session begins has no limit: nothing of it is in a checkpoint, so with
+        too tight a limit each session would begin it anew.
         """
         return needed if self._stepped else -math.inf
 
     def _needed_to_evaluate(self, images: int, *views: Views) -> float:
-        """Those to evaluate ``images`` by these views; before the first time, by training's pace."""
+        """Seconds to evaluate ``images`` images by these views; at first judged by training's pace."""
         passes = images * sum(len(SHARES[each]) for each in views)
         view_seconds = self._view_seconds / self.processes.count
         return self._needed(passes * (view_seconds or self._image_seconds))
 
     def _check_finite(self, name: str, loss: float) -> None:
         if not math.isfinite(loss):
-            epoch = self.state.epoch + (self.state.step > 0)  # the one under way, or the last
+            epoch = self.state.epoch + (self.state.step > 0)  # the epoch under way, or the last one
             raise TrainingError(
                 f"the {name} of epoch {epoch} is {loss}: the learning rate "
                 f"({self.learner.lr:g}) is probably too high for this network and batch size; start "
@@ -339,7 +339,7 @@ class Run:
             )
 
     def _save(self) -> None:
-        """Write the checkpoint and what belongs to it; a run whose loss is not finite keeps the old."""
+        """Write the checkpoint and the files beside it; keep the old ones if the loss is not finite."""
         self._check_finite("loss", self.state.loss_sum)
         began = time.monotonic()
         self.state.model = self.learner.model.state_dict()
@@ -356,7 +356,7 @@ class Run:
         self._save_seconds = self._saved - began
 
     def _report(self, metrics: dict[str, float]) -> None:
-        """Tell of an epoch, on the console and to TensorBoard."""
+        """Report an epoch's metrics on the console and to TensorBoard."""
         if not self.processes.first:
             return
         if self.events is not None:
@@ -374,7 +374,7 @@ class Run:
 
 
 def _several(values: list[str]) -> str:
-    """Distinct values of a run's sessions, in order."""
+    """The distinct values of a run's sessions in order, as one text."""
     return " + ".join(dict.fromkeys(values))
 
 

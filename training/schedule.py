@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from training import recipe
 
-EPS, THRESHOLD = 1e-8, 1e-4  # of ReduceLROnPlateau
+EPS, THRESHOLD = 1e-8, 1e-4  # defaults of torch's ReduceLROnPlateau
 
 
 def learning_rate(
@@ -21,9 +21,9 @@ def learning_rate(
         schedule: the recipe's schedule.
         base_lr: the optimizer's (or one parameter group's) rate in the recipe.
         epoch: epochs done, with the fraction of the current one (0.5: in the middle of the first).
-            Only ``linear`` looks at more than whole epochs.
-        epochs: of the whole run.
-        val_losses: of the epochs done, for ``plateau``.
+            Only ``linear`` uses the fraction.
+        epochs: number of epochs in the whole run.
+        val_losses: those of the epochs done, for ``plateau``.
     """
     whole = math.floor(epoch)
     match schedule:
@@ -46,7 +46,7 @@ def learning_rate(
             return base_lr * schedule.gamma**passed
         case recipe.Plateau():
             count = plateaus(val_losses, schedule.patience)
-            # A change so small torch does not make, nor those that would follow it.
+            # torch does not make a change this small, nor those that would follow it.
             while count and base_lr * schedule.factor ** (count - 1) * (1 - schedule.factor) <= EPS:
                 count -= 1
             return base_lr * schedule.factor**count
@@ -55,8 +55,8 @@ def learning_rate(
 def plateaus(losses: Sequence[float], patience: int) -> int:
     """How many plateaus torch's ReduceLROnPlateau (mode ``min``) would have found in these ``losses``.
 
-    An epoch is better when its loss is below the best by a relative 1e-4; more than
-    ``patience`` epochs in a row that are not better are a plateau, and the count begins again.
+    An epoch is better if its loss is below the best one by more than a relative 1e-4; more than
+    ``patience`` epochs in a row that are not better are a plateau, after which their count restarts.
     """
     best, waited, count = math.inf, 0, 0
     for loss in losses:

@@ -1,9 +1,10 @@
-"""Learning from the hardest images of each batch: a small network, trained beside, says which.
+"""Learning from the hardest images of each batch, chosen by a small network that is trained alongside.
 
 After airbench96_faster.py (K. Jordan, github.com/KellerJordan/cifar10-airbench), which trains the small
-network first and keeps its choices; here both make each step together, so a run has one past and nothing
-is computed twice. As there, the small network learns only from what it chooses: what it has not chosen
-for long, it forgets, and chooses again. There it learns in every fourth step only, here in each.
+network first and keeps its choices; here both networks take each step together, so a run has a single
+history and nothing is computed twice. As there, the small network learns only from the images that it
+chooses: those it has not chosen for long it forgets, and so chooses again. There it learns in every
+fourth step only, here in each.
 """
 
 from collections.abc import Callable
@@ -20,20 +21,20 @@ from training.recipe import Recipe, Selection
 
 
 class Selector:
-    """The small network of a recipe's selection and what it chooses.
+    """The small network of a recipe's selection, and its choices.
 
     Args:
-        recipe: whose ``selection`` this is; it gives label smoothing too.
-        config: that selection.
+        recipe: gives normalisation, image sizes and label smoothing.
+        config: its ``selection``.
         seed: of the network's weights.
-        images: the first of them whiten its stem.
-        processes: that share each batch.
-        device: where the batches lie.
-        as_stepped: gives a network as the steps run it, on inputs of a batch of so many images.
+        images: the training images; the first 5,000 set the whitening stem, if the network has one.
+        processes: those that share each batch.
+        device: that of the batches.
+        as_stepped: turns a network into a function of inputs and of the whole batch's image count.
 
     Attributes:
-        count: how many of a batch of so many are chosen.
-        network, optimizers: with their states, which a run saves and loads.
+        count: how many images of a batch are chosen, as a function of its size.
+        network, optimizers: a run saves and loads their states.
     """
 
     def __init__(
@@ -55,17 +56,17 @@ class Selector:
         self.optimizers = optimizer.build(config.optimizer, self.network)
 
     def select(self, inputs: Tensor, labels: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        """Choose from a batch, by the losses of the network as it trains.
+        """Choose the images of a batch on which the small network, in training, has the highest losses.
 
         Args:
             inputs: this process's share of the batch, float [N, 3, S, S].
-            labels: int64 [N], theirs.
-            images: of the whole batch.
+            labels: int64 [N], the labels of ``inputs``.
+            images: number of images in the whole batch.
 
         Returns:
-            The small network's loss, a scalar whose mean over the processes is that over all that are
-            chosen, and which of ``inputs`` are: int64, ascending; as many as ``count`` says in all
-            processes together.
+            The small network's loss, a scalar whose mean over the processes is the mean over all chosen
+            images; and the indices of the chosen ``inputs``, int64, ascending. All processes together
+            choose as many as ``count`` says.
         """
         logits = self._forward(inputs, images)
         losses = F.cross_entropy(
@@ -76,7 +77,7 @@ class Selector:
         return losses[chosen].sum() * (self._processes.count / count), chosen
 
     def _hardest(self, losses: Tensor, count: int, images: int) -> Tensor:
-        if self._processes.count == 1:  # as many whatever they are, so a GPU is not waited for
+        if self._processes.count == 1:  # always ``count`` of them, so nothing waits for a GPU
             return losses.topk(count).indices.sort().values
         own = self._processes.rows(images)
         everywhere = losses.new_zeros(images)

@@ -1,4 +1,4 @@
-"""The training job: a run's folder from a recipe, and a run from its folder, through any interruption.
+"""The training job: create a run's folder from a recipe, and train the run through any interruption.
 
 A run is created with a checkpoint of its initial state and then only ever continued from its last
 checkpoint, so a first start and a resumption are the same code.
@@ -44,20 +44,21 @@ def create(
 
     Args:
         folder: made here; it must not hold a run already.
-        recipe: the resolved recipe, and ``name``, that under which its result will be recorded.
+        recipe: the resolved recipe.
+        name: the recipe's name, under which the result will be recorded.
         seed: of the weights, the order of the images and the augmentation.
         dataset: its first training images set a whitening stem.
-        limit: train and validate on the first so many images only.
-        complete: the recipe is as its file has it. A run of a changed recipe, or of some of the
-            images, is a trial: the test images are not for it.
-        deterministic: a GPU gives the same weights for the same seed, however the run is cut up.
+        limit: train and validate only on the first ``limit`` images.
+        complete: whether the recipe is as its file has it. A run of a changed recipe, or on a part of
+            the images, is a trial, which is never evaluated on the test images.
+        deterministic: a GPU has to give the same weights for the same seed, even if interrupted.
 
     Raises:
         TrainingError: fewer images than a batch, or none held out for a schedule that watches them; or
-            the folder holds a run, or another process trains in it; or no teacher, or one that saw more
-            of the images than it may have.
-        RecipeError: parts of the recipe that do not fit each other.
-        CheckpointError: a teacher that cannot be used, or is not finished; or the checkpoint cannot be
+            the folder holds a run, or another process trains in it; or the teacher is missing, or not
+            one that this run may learn from.
+        RecipeError: parts of the recipe do not fit each other, or the network does not fit into memory.
+        CheckpointError: the teacher cannot be used or is not finished; or the checkpoint cannot be
             written.
     """
     train_images, val_images = data.split(dataset.train, recipe.data.validation)
@@ -118,20 +119,20 @@ def resume(
 ) -> Checkpoint:
     """Train a created run from its last checkpoint to its end, and evaluate it if it is complete.
 
-    The test images are used here and nowhere else, once, and for complete runs only; their row is
-    added to ``results.csv``, once, if they trained on CIFAR-10. A run that had ended stays as it is.
+    Only complete runs are evaluated on the test images, here and once; the row of one that trained on
+    CIFAR-10 is added to ``results.csv``, once. A run that has ended stays as it is.
 
     Returns:
         The state at the end, with its ``result`` if the run is complete.
 
     Raises:
         CheckpointError: no checkpoint that can be used, or one that cannot be written.
-        TrainingError: the loss is not finite, memory does not suffice, another process trains the run,
-            it was created for another data set, or the folder's recipe was changed since.
-        RecipeError: the checkpoint's recipe or the folder's is none of this program, or does not fit
-            into memory.
+        TrainingError: the loss is not finite, out of memory, another process trains the run, it was
+            created for another data set, or the folder's recipe was changed since.
+        RecipeError: the checkpoint's or the folder's recipe is not valid in this program, or its network
+            does not fit into memory.
         ResultsError: ``results.csv`` cannot be read.
-        Stopped: ``watch`` has a reason to; a checkpoint was written before.
+        Stopped: ``watch`` has a reason to stop; a checkpoint has been written.
     """
     with _alone_in(folder) if processes.first else nullcontext():
         state, warning = checkpoints.load_last(folder / checkpoints.FILE)
@@ -163,7 +164,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _check_unchanged(path: Path, state: Checkpoint) -> None:
-    """An edited recipe would change nothing of the run, and the folder would say that it did."""
+    """Raise TrainingError for an edited recipe: the folder would show it, but the run ignore it."""
     if path.exists() and load(path).digest() != state.parsed_recipe().digest():
         raise TrainingError(
             f"{path} was changed, and a run goes on as it began: take the change back (or the file "
@@ -177,14 +178,14 @@ def _read_teacher(recipe: Recipe, teacher: Path, student: RunFacts) -> bytes:
             f"no teacher at {teacher}: train one, or name its checkpoint with "
             "--set distillation.teacher=FILE"
         )
-    content = checkpoints.read(teacher)  # once: the run that writes it may be going on
+    content = checkpoints.read(teacher)  # read once: the run that writes it may be going on
     state = checkpoints.decode(content, teacher)
     state.check_finished(teacher)
     same_data = state.run["data"] == student["data"]
     if student["complete"] and not (state.run["complete"] and same_data):
         raise TrainingError(
             f"{teacher} is of a trial, or of other images: a run that is evaluated on the test images "
-            "learns from a complete run; with --set distillation.teacher=FILE it is a trial as well"
+            "must learn from a complete run; --set distillation.teacher=FILE makes this run a trial too"
         )
     held_out = state.parsed_recipe().data.validation
     if held_out < recipe.data.validation:

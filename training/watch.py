@@ -1,4 +1,4 @@
-"""When a run has to stop before its end: signals and a time limit."""
+"""Reasons for a run to stop before its end: signals and a time limit."""
 
 import signal
 import time
@@ -10,7 +10,7 @@ TIME_LIMIT = 75  # "try again" in sysexits.h, and no signal's number
 
 
 class Stopped(Exception):
-    """A run stopped early, after it had written its checkpoint.
+    """A run stopped early, after writing its checkpoint.
 
     Attributes:
         exit_code: 128 + N for signal N, 75 for the time limit.
@@ -23,11 +23,11 @@ class Stopped(Exception):
 
 
 class Watch:
-    """Collects what asks a run to stop.
+    """Collects reasons for a run to stop.
 
     Args:
-        max_seconds: in which the run has to have written its checkpoint; None: no limit.
-        started: from when on, by the monotonic clock; None: from now on.
+        max_seconds: time within which the run must have written its checkpoint; None: no limit.
+        started: the monotonic time from which it counts; None: now.
     """
 
     def __init__(self, max_seconds: float | None = None, started: float | None = None) -> None:
@@ -36,7 +36,7 @@ class Watch:
         self._deadline = None if max_seconds is None else began + max_seconds
 
     def reason(self, needed: float) -> int:
-        """Why to stop before what takes ``needed`` seconds: 0, a signal's number or TIME_LIMIT."""
+        """Why to stop before work of ``needed`` seconds: a signal's number, TIME_LIMIT, or 0."""
         if self._signals:
             return self._signals[0]
         late = self._deadline is not None and time.monotonic() + needed > self._deadline
@@ -44,7 +44,7 @@ class Watch:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as reasons to stop; a second one acts as it did before."""
+        """Take SIGINT and SIGTERM as reasons to stop; after the first, they act as they did before."""
         before = {int(n): signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
         def receive(number: int, frame: FrameType | None) -> None:

@@ -74,7 +74,7 @@ def test_blocks_have_the_parameters_of_their_papers(block: str, parameters: int)
 def test_widths_that_blocks_cannot_have() -> None:
     with pytest.raises(recipe.RecipeError, match="64 is not a multiple of"):
         recipe.load("B2", ["model.block={kind='bottleneck', reduction=4, groups=3}"])
-    with pytest.raises(recipe.RecipeError, match="squeeze_excitation 100 leaves none of 64"):
+    with pytest.raises(recipe.RecipeError, match="squeeze_excitation 100 exceeds width 64"):
         recipe.load("B2", ["model.squeeze_excitation=100"])
 
 

@@ -163,7 +163,7 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
         (
             "[schedule]",
             '[mixing]\nkind = "mixup"\nalpha = 1.0\np = 1.0\nepochs = [3, 3]\n\n[schedule]',
-            "key mixing: epochs: from 3 to before 3 are none",
+            "key mixing: epochs: there are none from 3 to before 3",
         ),
         ("epochs = 200", "epochs = 200\nepochs = 2", "not a TOML file"),
     ],

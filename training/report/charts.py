@@ -1,7 +1,7 @@
 """Charts as SVG elements for a page, whose style sheet gives them their colours.
 
-matplotlib knows no CSS: it draws in placeholder colours, which become ``var(--...)`` afterwards, so a
-chart follows the page into dark mode. Texts stay texts. The same values give the same bytes.
+matplotlib knows no CSS: it draws in placeholder colours, which then become ``var(--...)``, so a chart
+follows the page into dark mode. Text is kept as text. The same values give the same bytes.
 """
 
 import io
@@ -22,9 +22,9 @@ INK, MUTED, GRID, BAR = "#fe0100", "#fe0101", "#fe0102", "#fe0103"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", BAR: "bar"} | {
     f"#fe00{number:02x}": f"series-{number}" for number in range(COLOURS)
 }
-# Narrow enough that its texts are still read on a phone; sizes in points, 72 to the inch.
+# Inches: narrow enough that text is still legible on a phone. Font sizes are in points, 72 to the inch.
 WIDTH, HEIGHT = 5.6, 3.1
-LABEL = 0.19  # inches from one label beside a chart to the next
+LABEL = 0.19  # inches between the labels beside a chart
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": GRID,
@@ -53,7 +53,7 @@ STYLE = {
 class Series:
     """A line over epochs, or a single point, with the text at its end.
 
-    ``colour`` counts the page's colours and begins anew after the last; ``faint`` lines step back.
+    ``colour`` is a number among the page's colours, which repeat; ``faint`` lines are thin and dotted.
     """
 
     label: str
@@ -73,11 +73,11 @@ def lines(
     """Lines over epochs, each with its label at its end.
 
     Args:
-        title: for who cannot see the chart, and different for each chart of a page.
+        title: for those who cannot see the chart; different for each chart of a page.
         series: what to draw; those with an empty label are explained by the others.
-        percent: values are fractions, and shown in percent.
-        changes: epochs (the first is 1) with which something changes, and what to write there.
-        from_zero: the axis begins at 0.
+        percent: whether values are fractions, to be shown in percent.
+        changes: epochs (the first is 1) at which something changes, and the text to write there.
+        from_zero: whether the vertical axis begins at 0.
     """
 
     def draw(axes: Axes) -> None:
@@ -125,7 +125,7 @@ def lines(
 
 
 def steps(title: str, epochs: Sequence[int], values: Sequence[float]) -> Markup:
-    """A value of each epoch as the height of its step."""
+    """A chart with one step for each epoch, as high as its value."""
 
     def draw(axes: Axes) -> None:
         axes.stairs(values, [epoch - 0.5 for epoch in (*epochs, epochs[-1] + 1)], fill=True, color=BAR)
@@ -168,7 +168,7 @@ def _chart(name: str, description: str, height: float, draw: Callable[[Axes], No
     found = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', file.getvalue(), re.DOTALL)
     assert found is not None
     drawing = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", found[2], flags=re.DOTALL)
-    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # the charts of a page would share these
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # the charts of a page would share these ids
     drawing = re.sub(r' style="[^"]*"', _restyle, drawing)
     head = Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -213,7 +213,7 @@ def _label_ends(axes: Axes, series: Sequence[Series], height: float) -> None:
 
 
 def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """Places in the same order, near the given ones, ``gap`` or more apart and at most 1."""
+    """Places near the given ones and in the same order, at least ``gap`` apart and at most 1."""
     order = sorted(range(len(places)), key=places.__getitem__)
     spread = list(places)
     for below, above in itertools.pairwise(order):

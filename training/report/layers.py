@@ -1,6 +1,6 @@
 """A network's layers with their output shapes, parameters and memory.
 
-As the reports' summaries have them; torchinfo, which they used, has had no release since 2023.
+Like the summaries in the reports; torchinfo, which those used, has had no release since 2023.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ from training.model import parameter_count
 
 @dataclass(frozen=True)
 class Layer:
-    """A call of a module without parts: its ``name`` in the network and its class's, and the shape of
-    its output for one image.
+    """A call of a module that has no submodules.
+
+    ``name`` is its name in the network, ``kind`` its class, ``shape`` that of its output for one image.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Summary:
     """The layers in the order of their calls; sizes in bytes of float32.
 
     ``activation_bytes`` are those of the layers' outputs for one image and of their gradients. What a
-    network does outside of its modules, such as an activation called as a function, is not in there.
+    network does outside of its modules, such as an activation called as a function, is not counted.
     """
 
     layers: list[Layer]
@@ -41,7 +42,7 @@ class Summary:
 
 @torch.no_grad()
 def summarize(network: nn.Module) -> Summary:
-    """Pass one image of 32x32 pixels through ``network``, on the CPU, and note what its layers give."""
+    """Summarise ``network`` by passing one image of 32x32 pixels through it, on the CPU."""
     layers: list[Layer] = []
 
     def note(name: str, module: nn.Module, output: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Pages about runs, for people: one of each run, and one that compares several.
+"""Pages about runs, for people: one about each run, and one that compares several.
 
-A page is one file without scripts that refers to nothing outside of itself; the same runs give the same
-bytes. What it tells of the training comes from the checkpoint alone.
+A page is one file without scripts that loads nothing else; the same runs give the same bytes. What it
+says about the training comes from the checkpoint alone.
 """
 
 import os
@@ -35,26 +35,26 @@ COMPARISON = "comparison.html"
 TEMPLATES = Path(__file__).parent / "templates"
 
 MISTAKES = 24
-LEGEND_LENGTH = 16  # letters of a run in the legend of a comparison
+LEGEND_LENGTH = 16  # characters of a run's name in the legend of a comparison
 SAMPLES, TIMES = 6, 7  # training images shown, and augmented versions of each
 TRAIN, VAL, TEST, REPORTED = 0, 1, 2, 3  # colours in a run's charts
 
-# What the head of a page says in its own words, or better places of it do.
+# What a page's header says in its own words, or a better place on the page does.
 TOLD = {
     *("recipe", "accuracy", "single_view_accuracy", "val_accuracy", "views", "parameters", "seconds"),
     *("epoch", "step", "epochs", "sessions", "result"),
 }
-# What comes first among the facts below that; the others keep the checkpoint's order.
+# The facts that come first in the list below it; the others keep the checkpoint's order.
 FIRST = ("date", "started", "device", "precision", "seed", "train_images", "test_images")
 
 
 class ReportError(ExplainedError):
-    """Runs that cannot be told of, or not together; the message says why."""
+    """Runs cannot be reported on, or not together; the message says why."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A run to tell of, and the file of its page."""
+    """A run to report on, and the path of its page."""
 
     name: str
     page: Path
@@ -64,18 +64,18 @@ class Entry:
 
     @property
     def val_accuracy(self) -> float | None:
-        """That after the last epoch so far, where images are held out."""
+        """Accuracy on the held-out images after the last epoch so far; None if there are none."""
         return self.state.history[-1].get("val_accuracy") if self.state.history else None
 
     @property
     def test_accuracy(self) -> float | None:
-        """That of a run that was evaluated on the test images."""
+        """Accuracy on the test images; None if the run was not evaluated on them."""
         return self.state.result["accuracy"] if self.state.result else None
 
     def facts(self) -> dict[str, str]:
-        """All that the checkpoint says of its run, by the names there, as texts.
+        """All facts about the run in its checkpoint, as texts by name.
 
-        Where sessions differ there is the one value and the other.
+        If sessions differ in a value, the text has each of them.
         """
         values: dict[str, Any] = {}
         for session in self.state.sessions:
@@ -86,22 +86,22 @@ class Entry:
 
 
 def write(folders: Sequence[Path], out: Path | None, console: Console) -> Iterator[Path]:
-    """Write a page for each run, and one that compares them where there are several.
+    """Write a page for each run, and one that compares them if there are several.
 
     Args:
-        folders: of the runs.
+        folders: those of the runs.
         out: the folder for all pages. Without it a run's page is ``report.html`` in its own folder,
             and the comparison lies in the folder that the runs' folders have in common.
-        console: for a warning where a run's last checkpoint cannot be used, and the page is of the
+        console: for a warning if a run's last checkpoint cannot be used, so that the page is about the
             previous one.
 
     Yields:
         The path of each page once it is written.
 
     Raises:
-        CheckpointError, RecipeError: a run without a checkpoint that can be used.
+        CheckpointError, RecipeError: a run has no checkpoint that can be used.
         DataError: the data set is missing or damaged.
-        ReportError: a run of another data set, or two pages of one name.
+        ReportError: a run is of another data set, or two pages would have the same path.
     """
     entries = [_read(folder, out, console) for folder in folders]
     parent = os.path.commonpath([folder.absolute().parent for folder in folders])
@@ -153,7 +153,7 @@ def run_page(entry: Entry, dataset: DataSet) -> str:
 
 
 def comparison_page(entries: Sequence[Entry], folder: Path) -> str:
-    """The page that compares runs, with links from ``folder`` to theirs."""
+    """The page in ``folder`` that compares runs, with links to theirs."""
     rows = [
         {
             "entry": entry,
@@ -178,7 +178,7 @@ def _read(folder: Path, out: Path | None, console: Console) -> Entry:
     state, warning = checkpoint.load_last(folder / checkpoint.FILE)
     if warning:
         console.print(warning, style="yellow")
-    state.optimizers.clear()  # of no use here, and as large as the network or larger
+    state.optimizers.clear()  # not needed here, and as large as the network or larger
     name = folder.resolve().name
     page = folder / PAGE if out is None else out / f"{name}.html"
     return Entry(name, page, state, state.parsed_recipe(), state.network())
@@ -215,7 +215,7 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _curves(entry: Entry) -> dict[str, Markup]:
-    """Charts of what each epoch gave, by their titles; none before the first has ended."""
+    """Charts of the metrics over epochs, by title; none before the first epoch has ended."""
     history = entry.state.history
     if not history:
         return {}
@@ -252,13 +252,13 @@ def _curves(entry: Entry) -> dict[str, Markup]:
 
 
 def _series(history: Sequence[dict[str, Any]], key: str, colour: int) -> charts.Series:
-    """A metric's line without a label, empty where the run has no such metric."""
+    """A metric's line without a label, empty if the run has no such metric."""
     lines = [line for line in history if key in line]
     return charts.Series("", [line["epoch"] for line in lines], [line[key] for line in lines], colour)
 
 
 def _durations(history: Sequence[dict[str, Any]]) -> list[float]:
-    """The seconds of each epoch; a history counts them from the run's start."""
+    """The seconds that each epoch took; a history counts them from the run's start."""
     ends = [line["seconds"] for line in history]
     return [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
 
@@ -275,7 +275,7 @@ def _class_bars(classes: Sequence[str], predictions: Predictions) -> Markup:
 
 
 def _samples(entry: Entry, train: Images) -> tuple[Images, list[pictures.Augmented]]:
-    """Training images, the first of some classes, and what the recipe makes of them."""
+    """The first training image of each of some classes, and what the recipe makes of them."""
     firsts = {label: place for place, label in reversed(list(enumerate(train.labels.tolist())))}
     places = torch.tensor(sorted(firsts.values())[:SAMPLES])
     originals = Images(train.pixels[places], train.labels[places])
@@ -309,7 +309,7 @@ def _compared_curves(entries: Sequence[Entry]) -> dict[str, Markup]:
 
 
 def _loss(recipe: Recipe) -> tuple[object, ...]:
-    """What decides which loss a recipe's train figures are of, and of which images."""
+    """The settings that decide which loss, over which images, a recipe's train figures show."""
     return recipe.label_smoothing, recipe.mixing, recipe.selection, recipe.distillation
 
 
@@ -349,5 +349,5 @@ def _model(config: Model) -> str:
 
 
 def _moment(text: str) -> str:
-    """A time in ISO 8601 as UTC to the minute."""
+    """Format a time in ISO 8601 as UTC, to the minute."""
     return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")

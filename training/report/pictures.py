@@ -1,4 +1,4 @@
-"""Images as a page shows them: as PNG in the page itself, and as a recipe trains on them."""
+"""Images for a page: embedded in it as PNG, and augmented as a recipe trains on them."""
 
 import base64
 import io
@@ -19,31 +19,31 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Augmented:
-    """Images, uint8 [N, S, S, 3], as they are trained on in ``epoch``, the first being 0."""
+    """Images, uint8 [N, S, S, 3], as they are trained on in ``epoch`` (0 is the first)."""
 
     epoch: int
     pixels: Tensor
 
 
 def data_uri(pixels: Tensor) -> str:
-    """An image, uint8 [H, W, 3] RGB on the CPU, as a PNG in a ``data:`` address."""
+    """An image, uint8 [H, W, 3] RGB on the CPU, as a PNG in a ``data:`` URI."""
     file = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def augmented(recipe: Recipe, seed: int, images: Images, indices: Tensor, times: int) -> list[Augmented]:
-    """Training images as a recipe trains on them in epochs from its first to its last.
+    """Training images as a recipe trains on them, in ``times`` epochs from its first to its last.
 
     The operations, image sizes and mixing are the recipe's own; the random numbers are not those of
     the run, but always the same.
 
     Args:
-        recipe: with the number of epochs.
-        seed: of the run.
+        recipe: that of the run.
+        seed: that of the run.
         images: all its training images.
-        indices: int64 [N], the places of those to show.
-        times: how many epochs.
+        indices: int64 [N], which of them to show.
+        times: in how many epochs to show them.
     """
     augmenter = Augmenter(recipe, len(images), seed, CPU)
     # A teacher changes what is learnt of an image, not the image.

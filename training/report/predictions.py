@@ -1,4 +1,4 @@
-"""What a trained network predicts of labelled images, and where it is wrong."""
+"""What a trained network predicts for labelled images, and where it is wrong."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong prediction: the image's place among those predicted, and classes by their index."""
+    """A wrong prediction: the image's index among those predicted, and the classes' indices."""
 
     place: int
     label: int
@@ -22,7 +22,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Predictions:
-    """``images`` on the CPU and the network's ``probabilities`` of them, float32 [N, classes]."""
+    """``images`` on the CPU and the network's ``probabilities`` for them, float32 [N, classes]."""
 
     images: Images
     probabilities: Tensor
@@ -39,7 +39,7 @@ class Predictions:
         return torch.bincount(cells, minlength=classes**2).view(classes, classes)
 
     def most_confused(self) -> int:
-        """The most images of one class that are taken for one other."""
+        """The largest number of images of one class that are taken for one other class."""
         confusion = self.confusion()
         return int((confusion - confusion.diag().diag()).max())
 
@@ -67,7 +67,7 @@ class Predictions:
 
 
 def predict(network: nn.Module, recipe: Recipe, images: Images) -> Predictions:
-    """What ``network`` predicts under a recipe's views, on the training device, in float32."""
+    """What ``network`` predicts with a recipe's views, on the training device, in float32."""
     place = device.choose()
     network = network.to(place).to(memory_format=torch.channels_last)
     predicted = evaluate.predict(network, recipe, images.pixels.to(place))
