@@ -297,7 +297,8 @@ def _submit(file: Path, model_file: Path) -> float:
 def markdown(figures: Figures) -> str:
     """The figures as Markdown tables, with a note on what they show and where they were measured."""
     compared = any((rates.engine, rates.precision) == REFERENCE for rates in figures.rates)
-    ratios = ", and in brackets as multiples of plain ONNX Runtime in the same round" * compared
+    lower = " (the lower of two)" * (figures.n == 2)
+    ratios = f", and in brackets as multiples of plain ONNX Runtime in the same round{lower}" * compared
     measured = [pace for rates in figures.rates for pace in rates.rates.values()]
     spread = median(max(pace) / min(pace) for pace in measured)
     repeated = f" (the highest is {spread:.2f} times the lowest, in the median)" * (figures.n > 1)

@@ -238,6 +238,10 @@ def _apart(loop: Loop, recipe: Recipe, seconds: float) -> float:
             return pool.submit(measure, loop, recipe, seconds).result()
         except BrokenProcessPool as error:
             raise BenchmarkError("a measurement was killed, perhaps for want of memory") from error
+        except BaseException:  # such as SIGTERM: the pool would wait for the measurement
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def compare(name: str, chosen: Recipe, dataset: data.DataSet, seconds: float, rounds: int) -> Rates:
@@ -290,9 +294,10 @@ def markdown(figures: Figures) -> str:
                 *(f"{median(rates.job_without_augmentation):,.0f}", f"{100 * rates.kept:.0f} %"),
             ]
         )
-    begins = {rates.recipe: recipe.load(rates.recipe).resolution for rates in figures.rates}
+    known = [rates.recipe for rates in figures.rates if rates.recipe in recipe.names()]
+    begins = {name: recipe.load(name).resolution for name in known}
     sizes = "".join(
-        f" {name} begins with images of {stages[0].size} pixels, and is measured with these."
+        f" {name} is measured with the images of {stages[0].size} pixels that it begins with."
         for name, stages in begins.items()
         if stages
     )

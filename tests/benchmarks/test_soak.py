@@ -106,12 +106,16 @@ def test_only_shedding_may_come_instead_of_an_answer() -> None:
     assert tally.unexpected == {"GET /": {"500": 2, "404": 1}}
 
 
-@pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--clients", "0"]])
-def test_arguments_that_measure_nothing(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "ten"])
+def test_seconds_that_measure_nothing(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        soak.main([f"--seconds={seconds}"])
+    assert f"'{seconds}' is not a number of seconds above 0" in capsys.readouterr().err
+
+
+def test_arguments_that_measure_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = str(tmp_path / "soak.json")
-    assert soak.main([*arguments, "--figures", figures]) == 1
+    assert soak.main(["--clients", "0", "--figures", figures]) == 1
     assert "has to be at least 1" in capsys.readouterr().err
     assert soak.main(["--markdown", "--figures", figures]) == 1
     assert f"no figures at {figures}: run python -m benchmarks.soak" in capsys.readouterr().err

@@ -1,15 +1,20 @@
 """The benchmark of the training job runs; what it measures depends on the machine."""
 
+import contextlib
 import json
 import re
+import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torchvision import transforms
 
 from benchmarks import training as benchmark
+from benchmarks.server import ROOT, family
 from benchmarks.stored import read
 from training import data, recipe
 
@@ -26,10 +31,16 @@ def test_figures_stay_where_a_later_recipe_fails(
 ) -> None:
     path = tmp_path / "training.json"
     arguments = ["--recipes", "A1", "A3", "--seconds", "0.05", "--rounds", "1", "--figures", str(path)]
+    path.write_text("of a complete run")
     assert benchmark.main(arguments) == 1
-    assert "error: 500 images are fewer than a batch of 512" in capsys.readouterr().err
+    partial = path.with_name("training.json.partial")
+    said = capsys.readouterr()
+    assert "error: 500 images are fewer than a batch of 512" in said.err
+    assert f"what was measured before is in {partial}" in said.err
+    assert said.out.startswith("| recipe |")
+    assert path.read_text() == "of a complete run"
 
-    written = json.loads(path.read_text())
+    written = json.loads(partial.read_text())
     assert (written["n"], written["seconds"]) == (1, 0.05)
     assert written["packages"]["torch"] == version("torch")
     assert written["device"]
@@ -40,7 +51,24 @@ def test_figures_stay_where_a_later_recipe_fails(
     for loop in ("job", "plain", "job_without_augmentation"):
         assert len(rates[loop]) == 1
         assert all(rate > 0 for rate in rates[loop])
-    assert [path.name for path in tmp_path.iterdir()] == ["training.json"]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, partial.name}
+
+
+def test_a_stop_ends_all_processes(tmp_path: Path) -> None:
+    arguments = ["--recipes", "A1", "--seconds", "60", "--figures", str(tmp_path / "training.json")]
+    with psutil.Popen([sys.executable, "-m", "benchmarks.training", *arguments], cwd=ROOT) as process:
+        while not any(map(_measures, members := family(process)[1:])):
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert not psutil.wait_procs(members, timeout=30)[1]
+
+
+def _measures(member: psutil.Process) -> bool:
+    """Whether it is the pool's worker, which has torch's threads."""
+    with contextlib.suppress(psutil.Error):
+        return bool(member.cpu_times().user > 1 and "forkserver" in " ".join(member.cmdline()))
+    return False
 
 
 def test_figures_become_a_table_without_a_plain_loop_for_a_recipe_of_ours(
@@ -82,7 +110,7 @@ def test_table_has_medians_and_their_ratios() -> None:
     )
     table = benchmark.markdown(figures)
     assert "| A2 | 128 | bfloat16 (float32) | 1,000 | 400 | 2.50 | 1,250 | 80 % |" in table
-    assert "medians of n=3 measurements of 10 s" in table
+    assert "medians of n=3 interleaved measurements of 10 s" in table
     assert "commit 0123456789ab, 2026-01-02" in table
 
 
