@@ -276,7 +276,7 @@ def test_unfinished_run_without_held_out_images_shows_no_predictions(
     history = [checkpoint.load(uninterrupted / "checkpoint.pt").history[0] | {"seconds": 150.0}]
     done = {"epoch": 1, "step": 4, "history": history, "seconds": 190.4, "result": None}
     page = report(edited(uninterrupted, tmp_path / "half", **done), tmp_path)
-    assert "3 min 10 s for 1 epoch" in text(page)
+    assert "2 min 30 s for 1 epoch" in text(page)  # without the steps of the next
     chart = page.findall(".//figure/svg")[-1]
     assert chart.attrib["aria-label"] == "Time of an epoch, minutes; the median is 2.5"
     notice = text(page.find(".//p[@class='notice']"))
@@ -388,6 +388,34 @@ def test_comparison_has_a_row_and_curves_for_each_run(
     assert [chart.attrib["aria-label"].partition(";")[0] for chart in drawn] == ["Accuracy", "Loss"]
     for chart in drawn:
         assert {"1 first", "2 second"} <= {text(part) for part in chart.iter("text")}
+
+
+def diamonds(chart: Element) -> int:
+    """The kinds of markers that have corners."""
+    shapes = [path.attrib["d"] for path in chart.findall(".//defs/path")]
+    return sum("C" not in shape and shape.rstrip().endswith("z") for shape in shapes)
+
+
+def test_only_the_test_accuracy_is_a_diamond(uninterrupted: Path, trial: Path, tmp_path: Path) -> None:
+    history = checkpoint.load(trial / "checkpoint.pt").history[:1]
+    short = edited(trial, tmp_path / "short", epoch=1, history=history)
+    for run, expected in ((uninterrupted, [1, 0]), (trial, [0, 0])):
+        assert main(["report", str(run), str(short), "--out", str(tmp_path)]) == 0
+        drawn = read(tmp_path / "comparison.html").iter("svg")
+        assert [diamonds(chart) for chart in drawn] == expected
+
+
+def test_of_many_sessions_the_first_and_the_last_start_are_shown(
+    uninterrupted: Path, trial: Path, tmp_path: Path
+) -> None:
+    (session,) = checkpoint.load(trial / "checkpoint.pt").sessions
+    starts = [{**session, "started": f"2026-01-{day:02}T03:04:05+00:00"} for day in range(1, 26)]
+    often = edited(trial, tmp_path / "often", sessions=starts)
+    page = report(often, tmp_path)
+    assert facts(page)["started"] == "2026-01-01 03:04 UTC to 2026-01-25 03:04 UTC, 25 sessions"
+    assert main(["report", str(uninterrupted), str(often), "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "comparison.html").findall(".//tbody/tr")
+    assert text(rows[1].findall("td")[1]) == "2026-01-01 03:04 UTC"
 
 
 def test_the_best_accuracies_of_a_comparison_are_bold(uninterrupted: Path, tmp_path: Path) -> None:

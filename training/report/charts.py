@@ -7,6 +7,7 @@ follows the page into dark mode. Text is kept as text. The same values give the 
 import io
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", BAR: "bar"} | {
 # Inches: narrow enough that text is still legible on a phone. Font sizes are in points, 72 to the inch.
 WIDTH, HEIGHT = 5.6, 3.1
 LABEL = 0.19  # inches between the labels beside a chart
+FRAME = 0.6  # inches above and below the axes
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": GRID,
@@ -53,7 +55,8 @@ STYLE = {
 class Series:
     """A line over epochs, or a single point, with the text at its end.
 
-    ``colour`` is a number among the page's colours, which repeat; ``faint`` lines are thin and dotted.
+    ``colour`` is a number among the page's colours, which repeat; ``faint`` lines are thin and dotted;
+    a ``diamond`` is what was measured once, unlike a line of one epoch.
     """
 
     label: str
@@ -61,6 +64,7 @@ class Series:
     values: Sequence[float]
     colour: int
     faint: bool = False
+    diamond: bool = False
 
 
 def lines(
@@ -91,7 +95,7 @@ def lines(
             colour = _colour(part.colour)
             width, dots = (1.2, (0, (1, 1.5))) if part.faint else (2.0, "-")
             axes.plot(part.epochs, part.values, color=colour, linewidth=width, linestyle=dots)
-            marker = "D" if len(part.values) == 1 and last > 1 else "o"
+            marker = "D" if part.diamond else "o"
             axes.plot(
                 part.epochs[-1], part.values[-1], marker, color=colour, markersize=5, clip_on=False
             )
@@ -113,13 +117,14 @@ def lines(
         _label_ends(axes, [part for part in series if part.label], height)
         _label_ticks(axes)
 
-    height = max(HEIGHT, LABEL * len(series))
+    height = max(HEIGHT, LABEL * sum(bool(part.label) for part in series) + FRAME)
     ends = [
-        f"{part.label}, from {_number(part.values[0], percent)} to {_number(part.values[-1], percent)}"
+        f"{part.label or title}, from {_number(part.values[0], percent)} to "
+        f"{_number(part.values[-1], percent)}"
         if len(set(part.values)) > 1
-        else part.label
+        else part.label or f"{_number(part.values[0], percent)} in each epoch"
         for part in series
-        if part.label
+        if part.label or len(series) == 1
     ]
     return _chart(title, "; ".join([title, *ends]), height, draw)
 
@@ -159,7 +164,9 @@ def bars(title: str, labels: Sequence[str], fractions: Sequence[float], mean: fl
 
 def _chart(name: str, description: str, height: float, draw: Callable[[Axes], None]) -> Markup:
     # Without the reset a user's own matplotlib settings would change the pages.
-    with style.context(STYLE | {"svg.hashsalt": name}, after_reset=True):
+    with style.context(STYLE | {"svg.hashsalt": name}, after_reset=True), warnings.catch_warnings():
+        # Of a run's name in Chinese, say: the text is for the browser's fonts, not for matplotlib's.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         figure = Figure(figsize=(WIDTH, height))
         draw(figure.subplots())
         file = io.StringIO()
@@ -192,7 +199,7 @@ def _label_ends(axes: Axes, series: Sequence[Series], height: float) -> None:
     """Write labels right of the axes, beside the ends of their lines but not over each other."""
     low, high = axes.get_ylim()
     ends = [(part.values[-1] - low) / (high - low) for part in series]
-    for part, place in zip(series, _spread(ends, LABEL / (height - 0.6)), strict=True):
+    for part, place in zip(series, _spread(ends, LABEL / (height - FRAME)), strict=True):
         axes.annotate(
             part.label,
             (part.epochs[-1], part.values[-1]),

@@ -72,17 +72,32 @@ class Entry:
         """Accuracy on the test images; None if the run was not evaluated on them."""
         return self.state.result["accuracy"] if self.state.result else None
 
+    @property
+    def seconds(self) -> float:
+        """The training time of the epochs that are done."""
+        return self.state.history[-1]["seconds"] if self.state.step else self.state.seconds
+
+    @property
+    def timestamp(self) -> str:
+        """When the run was evaluated on the test images, else when it was started."""
+        times = [session["started"] for session in self.state.sessions]
+        return _moment(self.state.result["date"] if self.state.result else times[0]) if times else ""
+
     def facts(self) -> dict[str, str]:
         """All facts about the run in its checkpoint, as texts by name.
 
-        If sessions differ in a value, the text has each of them.
+        If sessions differ in a value, the text has each of them; of more than two starts, the first and
+        the last.
         """
         values: dict[str, Any] = {}
         for session in self.state.sessions:
             for name, value in session.items():
                 values.setdefault(name, []).append(value)
         values |= self.state.facts() | {"commit": self.state.commit} | (self.state.result or {})
-        return {name: _text(name, value) for name, value in values.items() if value is not None}
+        texts = {name: _text(name, value) for name, value in values.items() if value is not None}
+        if len(starts := values.get("started", [])) > 2:
+            texts["started"] = f"{_moment(starts[0])} to {_moment(starts[-1])}, {len(starts)} sessions"
+        return texts
 
 
 def write(folders: Sequence[Path], out: Path | None, console: Console) -> Iterator[Path]:
@@ -181,7 +196,11 @@ def _read(folder: Path, out: Path | None, console: Console) -> Entry:
     state.optimizers.clear()  # not needed here, and as large as the network or larger
     name = folder.resolve().name
     page = folder / PAGE if out is None else out / f"{name}.html"
-    return Entry(name, page, state, state.parsed_recipe(), state.network())
+    network = state.network()
+    for weights in (state.model, state.average, state.selector):  # which many runs would hold twice
+        if weights is not None:
+            weights.clear()
+    return Entry(name, page, state, state.parsed_recipe(), network)
 
 
 def _save(page: Path, text: str) -> Path:
@@ -226,10 +245,10 @@ def _curves(entry: Entry) -> dict[str, Markup]:
         loss = _series(history, f"{name}_loss", colour)
         if accuracy.values:
             accuracies.append(replace(accuracy, label=f"{name} {percent(accuracy.values[-1])}"))
-            losses.append(replace(loss, label=f"{name} {loss.values[-1]:.3f}"))
+            losses.append(replace(loss, label=f"{name} {loss.values[-1]:.4g}"))
     if (value := entry.test_accuracy) is not None:
         label = f"test {percent(value)}"
-        accuracies.append(charts.Series(label, [history[-1]["epoch"]], [value], TEST))
+        accuracies.append(charts.Series(label, [history[-1]["epoch"]], [value], TEST, diamond=True))
     if (claim := entry.recipe.report) is not None:
         label = f"reported {percent(claim.accuracy)}"
         ends = [history[0]["epoch"], history[-1]["epoch"]]
@@ -301,7 +320,8 @@ def _compared_curves(entries: Sequence[Entry]) -> dict[str, Markup]:
             curves.append(replace(train, faint=held_out, label="" if val.values else label))
             curves.append(replace(val, label=label))
         if (value := entry.test_accuracy) is not None:
-            accuracies.append(charts.Series("", [history[-1]["epoch"]], [value], number))
+            point = charts.Series("", [history[-1]["epoch"]], [value], number, diamond=True)
+            accuracies.append(point)
     return {
         "Accuracy": charts.lines("Accuracy", [s for s in accuracies if s.values], percent=True),
         "Loss": charts.lines("Loss", [s for s in losses if s.values]),
