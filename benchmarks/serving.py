@@ -361,9 +361,6 @@ def _measure(options: argparse.Namespace) -> Iterator[Figures]:
                     skipped[server.label] = "it did not start"
                     measured.leave_out(server.label)
             chosen = [server for server in chosen if server.label not in skipped]
-            raw.parent.mkdir(exist_ok=True)
-            with replacing(raw) as file:
-                file.writelines(f"{json.dumps(line)}\n".encode() for line in measured.raw)
             yield Figures(
                 **begun,
                 network=options.network,
@@ -375,6 +372,9 @@ def _measure(options: argparse.Namespace) -> Iterator[Figures]:
                 engine=measured.engine,
                 skipped=skipped,
             )
+    raw.parent.mkdir(exist_ok=True)
+    with replacing(raw) as file:
+        file.writelines(f"{json.dumps(line)}\n".encode() for line in measured.raw)
 
 
 def _parser() -> argparse.ArgumentParser:
