@@ -54,6 +54,16 @@ def test_figures_stay_where_a_later_recipe_fails(
     assert {file.name for file in tmp_path.iterdir()} == {path.name, partial.name}
 
 
+def test_ctrl_c_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "compare", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    arguments = ["--recipes", "A1", "--figures", str(tmp_path / "training.json")]
+    assert benchmark.main(arguments) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_stop_ends_all_processes(tmp_path: Path) -> None:
     arguments = ["--recipes", "A1", "--seconds", "60", "--figures", str(tmp_path / "training.json")]
     with psutil.Popen([sys.executable, "-m", "benchmarks.training", *arguments], cwd=ROOT) as process:

@@ -73,16 +73,6 @@ def test_accuracy_on_the_sample_is_that_of_its_own_images(
     assert main(["verify", str(out)]) == 0
 
 
-def test_accuracy_of_images_that_are_not_here(
-    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    few = comparison.TestImages(data.load_sample().test.first(50), "cifar10")
-    monkeypatch.setattr(comparison.TestImages, "load", lambda: few)
-    assert main(["verify", str(files["fp32"])]) == 1
-    error = capsys.readouterr().err
-    assert "accuracy is of the test images of sample, and here are only those of cifar10" in error
-
-
 def test_logits_that_are_no_numbers(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
