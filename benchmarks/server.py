@@ -38,16 +38,6 @@ def service_environment(folder: Path, **settings: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def ended_in_order() -> Iterator[None]:
-    """Let SIGTERM end this process as Ctrl-C does, with what it started and its temporary files."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
 def running(
     name: str,
     command: Sequence[str],

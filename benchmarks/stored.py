@@ -2,16 +2,17 @@
 
 import math
 import platform
+import signal
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from benchmarks.server import ended_in_order
 from serving.errors import ProviderError
 from training import device, provenance
 from training.errors import ExplainedError, first_of
@@ -146,7 +147,7 @@ def main(
             figures = read(kind, options.figures)
         else:
             make_place(options.figures)
-            with ended_in_order():
+            with _ended_in_order():
                 for figures in measure(options):
                     with replacing(partial) as file:
                         file.write(f"{figures.model_dump_json(indent=2)}\n".encode())
@@ -164,3 +165,13 @@ def main(
         print(f"error: {complaint}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl-C does, with what it started and its temporary files."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,16 +1,12 @@
 """The soak runs, and its figures become a table."""
 
-import contextlib
-import signal
-import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from benchmarks import soak
-from benchmarks.server import ROOT, family
 from benchmarks.stored import read
+from tests.benchmarks.stopping import assert_ends_with_all_it_started
 
 
 def test_seconds_of_it_with_an_answer_that_is_wrong(
@@ -37,19 +33,10 @@ def test_seconds_of_it_with_an_answer_that_is_wrong(
 
 
 def test_the_server_ends_with_a_soak_that_is_stopped(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.soak", "--seconds", "600"]
-    with psutil.Popen([*command, "--figures", str(tmp_path / "soak.json")], cwd=ROOT) as process:
-        while not any(map(_serves, members := family(process)[1:])):
-            assert process.poll() is None
-        process.terminate()
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
-        assert not psutil.wait_procs(members, timeout=30)[1]
-
-
-def _serves(member: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):  # it may have just ended, as git does
-        return "bentoml" in " ".join(member.cmdline())
-    return False
+    assert_ends_with_all_it_started(
+        *("benchmarks.soak", "--seconds", "600", "--figures", str(tmp_path / "soak.json")),
+        begun=lambda member: "bentoml" in " ".join(member.cmdline()),
+    )
 
 
 FINE = soak.Figures(

@@ -1,10 +1,8 @@
 """The benchmark of the training job runs; what it measures depends on the machine."""
 
-import contextlib
 import json
 import re
 import signal
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,8 +12,8 @@ import torch
 from torchvision import transforms
 
 from benchmarks import training as benchmark
-from benchmarks.server import ROOT, family
 from benchmarks.stored import read
+from tests.benchmarks.stopping import assert_ends_with_all_it_started
 from training import data, recipe
 
 REPORTS = [name for name in recipe.names() if recipe.load(name).report is not None]
@@ -65,20 +63,16 @@ def test_ctrl_c_is_no_traceback(
 
 
 def test_a_stop_ends_all_processes(tmp_path: Path) -> None:
-    arguments = ["--recipes", "A1", "--seconds", "60", "--figures", str(tmp_path / "training.json")]
-    with psutil.Popen([sys.executable, "-m", "benchmarks.training", *arguments], cwd=ROOT) as process:
-        while not any(map(_measures, members := family(process)[1:])):
-            assert process.poll() is None
-        process.terminate()
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
-        assert not psutil.wait_procs(members, timeout=30)[1]
+    figures = str(tmp_path / "training.json")
+    assert_ends_with_all_it_started(
+        *("benchmarks.training", "--recipes", "A1", "--seconds", "60", "--figures", figures),
+        begun=_measures,
+    )
 
 
 def _measures(member: psutil.Process) -> bool:
     """Whether it is the pool's worker, which has torch's threads."""
-    with contextlib.suppress(psutil.Error):
-        return bool(member.cpu_times().user > 1 and "forkserver" in " ".join(member.cmdline()))
-    return False
+    return bool(member.cpu_times().user > 1 and "forkserver" in " ".join(member.cmdline()))
 
 
 def test_figures_become_a_table_without_a_plain_loop_for_a_recipe_of_ours(

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,10 @@ from export import metadata
 from export.__main__ import main
 from export.graph import GraphError
 from export.verify import read
+from tests.cifar10 import ROOT, needs_cifar10
 from tests.export.conftest import BUNDLED, Bundled, Train
 from training import data
 from training.model import CLASSES
-
-ROOT = os.environ.get(data.ROOT_VARIABLE, "")
 
 
 def saved(model: ModelProto, path: Path) -> str:
@@ -73,7 +71,7 @@ def test_a_good_file_and_what_it_is(
     assert "is good" in shown
 
 
-@pytest.mark.skipif(not ROOT, reason="CIFAR10_ROOT is not set to a folder")
+@needs_cifar10
 def test_a_file_of_the_samples_accuracy_where_the_data_set_is(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

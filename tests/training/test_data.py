@@ -14,16 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cifar10 import ROOT, needs_cifar10
 from tests.listener import listening
 from training import data
 from training.files import locked
 from training.model import CLASSES
-
-ROOT = os.environ.get(data.ROOT_VARIABLE, "")
-needs_cifar10 = pytest.mark.skipif(
-    not (Path(ROOT) / data.FOLDER).is_dir() or not ROOT,
-    reason="CIFAR10_ROOT is not set to a folder",
-)
 
 
 def test_sample_has_real_images_of_all_classes() -> None:
