@@ -81,14 +81,13 @@ class Engine:
             with self._count:
                 self._running -= 1
 
-    def warm_up(self, max_batch_size: int) -> None:
+    def warm_up(self, batch_size: int) -> None:
         """Run the batch sizes that will occur, so that no request waits for what a first run prepares.
 
         On a GPU these are the powers of two that batches are padded to, the largest first, so that the
-        others reuse its memory. On a CPU a new batch size costs little, and only the largest is run, so
-        that its memory is allocated.
+        others reuse its memory. On a CPU only the given size is run, as a new one costs milliseconds.
         """
-        largest = _bucket(max_batch_size) if self._pads else max_batch_size
+        largest = _bucket(batch_size) if self._pads else batch_size
         sizes = [largest >> shift for shift in range(largest.bit_length())] if self._pads else [largest]
         for size in sizes:
             for session in dict.fromkeys((self._alone, self._beside)):

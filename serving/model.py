@@ -52,7 +52,7 @@ class Model:
         Args:
             path: the file.
             provider: as for `serving.engine.Engine`, like `threads` and `runs`.
-            max_batch_size: most images that will be in the engine at a time; it is warmed up for these.
+            max_batch_size: most images that will be in the engine at a time.
 
         Raises:
             ModelError: the file is missing, is not ONNX, does not keep the contract or is damaged.
@@ -77,7 +77,7 @@ class Model:
             self.runs = self._engine.runs
             self.chunk_size = max(1, max_batch_size // self.runs)
             self.batch_size = min(self.chunk_size, self._engine.enough or self.chunk_size)
-            self._engine.warm_up(self.chunk_size)
+            self._engine.warm_up(self.batch_size)
         except StartError:
             raise
         except Exception as error:  # whatever damage raises: text that is not UTF-8, JSON too deep

@@ -16,6 +16,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from serving import engine as engines
 from serving.engine import Engine
 from serving.errors import ProviderError
+from serving.model import Model
 from serving.providers import CPU, CUDA, OPENVINO, TENSORRT, obstacle
 from serving.settings import BUNDLED_MODEL, ProviderName
 
@@ -147,9 +148,12 @@ def test_a_gpus_batches_are_padded_to_few_sizes(
     assert set(sizes) == {1, 2, 4, 8, 16, 32}
 
 
-def test_on_a_cpu_the_largest_batch_is_run_at_start(model_file: ModelFile, sizes: list[int]) -> None:
-    Engine(model_file(), "cpu", 1).warm_up(24)
-    assert sizes == [24]
+def test_on_a_cpu_each_session_runs_one_batch_of_single_images_at_start(
+    model_file: ModelFile, sizes: list[int]
+) -> None:
+    model = Model(model_file(), "cpu", 2, runs=2, max_batch_size=64)
+    assert (model.chunk_size, model.batch_size) == (32, 8)
+    assert sizes == [8, 8]
 
 
 @pytest.mark.parametrize("provider", ["cpu", pytest.param("openvino", marks=needs_openvino)])
