@@ -10,13 +10,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from training import STARTED, checkpoint, data, device, plots, range_test, recipe, results, train
+from training import STARTED, checkpoint, data, device, recipe, results, train
 from training.checkpoint import Checkpoint
 from training.errors import ExplainedError
 from training.files import make_place
 from training.learner import Learner, TrainingError
 from training.processes import Processes
-from training.report import pages
 from training.tables import markdown_table, percent, table_rows
 from training.watch import Stopped, Watch
 
@@ -45,6 +44,8 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
             _find_rate(options, console)
             return 0
         if options.command == "report":
+            from training.report import pages  # matplotlib takes a second to import
+
             with console.status("writing pages"):
                 for page in pages.write(options.runs, options.out, console):
                     console.print(page)
@@ -98,6 +99,8 @@ def _train(
 
 
 def _find_rate(options: argparse.Namespace, console: Console) -> None:
+    from training import plots, range_test  # matplotlib takes a second to import
+
     chosen = recipe.load(options.recipe, options.set)
     tried = range_test.rates(options.low, options.high, options.steps)
     name = _name(options.recipe)
