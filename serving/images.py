@@ -212,7 +212,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         # Pillow's own conversion differs between versions: some clip at 255.
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         grey[grey == image.info.get("transparency", -1)] = 65535
-        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
