@@ -23,15 +23,23 @@ from tests.serving.server import ROOT
 HERE = ["the service", "BentoML"]
 
 
-def test_figures_are_written_and_become_a_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+BROKEN = Server("Broken", "json", ("-c", "raise SystemExit('no model')"), "fp32", "plain")
+
+
+def test_figures_are_written_and_become_a_table_without_a_peer_that_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(benchmark, "SERVERS", [BROKEN, *benchmark.SERVERS])
     figures_file, results = tmp_path / "serving.json", tmp_path / "results" / "serving.jsonl"
-    small = ["--network", "A1", "--connections", "1", "3", "--seconds", "1", "--rounds", "1"]
-    assert benchmark.main(["--servers", *HERE, *small, "--figures", str(figures_file)]) == 0
-    printed = capsys.readouterr().out
+    small = ["--network", "A1", "--connections", "1", "3", "--seconds", "0.5", "--rounds", "1"]
+    chosen = ["--servers", BROKEN.name, *HERE]
+    assert benchmark.main([*chosen, *small, "--figures", str(figures_file)]) == 0
+    said = capsys.readouterr()
+    printed = said.out
+    assert f"{BROKEN.label} is left out: " in said.err
 
     figures = read(benchmark.Figures, figures_file)
+    assert figures.skipped == {BROKEN.label: "it did not start"}
     assert list(figures.servers) == [
         *("the service, int8", "the service, fp32"),
         *("BentoML, as documented, fp32", "BentoML, with our engine, int8"),
@@ -133,26 +141,10 @@ def test_a_peer_without_its_packages_is_left_out(
     assert "error: none of the servers is installed" in said
 
 
-def test_a_peer_that_does_not_start_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken = Server("Broken", "json", ("-c", "raise SystemExit('no model')"), "fp32", "plain")
-    (peer,) = [each for each in benchmark.SERVERS if (each.name, each.engine) == ("BentoML", "plain")]
-    monkeypatch.setattr(benchmark, "SERVERS", [broken, peer])
-    path = tmp_path / "serving.json"
-    small = ["--network", "A1", "--connections", "1", "--seconds", "0.5", "--rounds", "1"]
-    assert benchmark.main([*small, "--figures", str(path)]) == 0
-    assert "Broken, as documented, fp32 is left out: " in capsys.readouterr().err
-    figures = read(benchmark.Figures, path)
-    assert list(figures.servers) == [peer.label]
-    assert figures.skipped == {broken.label: "it did not start"}
-
-
 def test_a_server_that_ends_is_an_error_with_its_last_words(tmp_path: Path) -> None:
-    broken = Server("Broken", "json", ("-c", "raise SystemExit('no model')"), "fp32", "plain")
     with (
         pytest.raises(ServerError, match=r"Broken.* does not answer: no model"),
-        benchmark.running(broken, tmp_path / "model.onnx"),
+        benchmark.running(BROKEN, tmp_path / "model.onnx"),
     ):
         pass
 
