@@ -25,7 +25,7 @@ def test_from_recipe_to_submission(tmp_path: Path) -> None:
     # With 500 images our recipe has too few steps to learn something, so this one has a few more.
     settings = ["batch_size=50", "epochs=10", "optimizer.bias_lr=2.65", "optimizer.head_lr=33.5",
                 "optimizer.lr=0.05", "resolution=[{from_epoch = 0, size = 16}]",
-                "model.widths=[32,64,128]"]  # fmt: skip
+                "model.widths=[16,32,64]"]  # fmt: skip
     (tmp_path / "small.toml").write_text(recipe.load("fast", settings).to_toml())
     command("training", "run", str(tmp_path / "small.toml"), "--out", str(run))
     command("export", "write", str(run / "checkpoint.pt"), str(model_file))

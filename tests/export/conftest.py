@@ -26,6 +26,7 @@ from training.__main__ import main
 from training.checkpoint import Checkpoint
 
 TRAIN, TEST = 500, 100
+WIDTHS = {"D1": [8, 16, 16, 32], "fast": [16, 16, 16]}  # narrow networks, which export sooner
 BUNDLED = ROOT / "models" / "default.onnx"
 
 Train = Callable[..., Path]
@@ -109,10 +110,11 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
     def checkpoint(name: str, seed: int = 0) -> Path:
         if (name, seed) not in made:
             out = tmp_path_factory.mktemp(name)
-            arguments = [name, "--epochs", "1", "--limit", "40", "--set", "batch_size=20"]
+            narrow = [f"model.widths={WIDTHS[name]}"] if name in WIDTHS else []
+            arguments = [name, "--epochs", "1", "--limit", "40", "--set", "batch_size=20", *narrow]
             if name == "fast":
                 path = out / "fast.toml"
-                path.write_text(recipe.load("fast", ["epochs=1", "batch_size=250"]).to_toml())
+                path.write_text(recipe.load("fast", ["epochs=1", "batch_size=250", *narrow]).to_toml())
                 arguments = [str(path)]
             assert main(["run", *arguments, "--seed", str(seed), "--out", str(out)]) == 0
             made[name, seed] = out / "checkpoint.pt"
