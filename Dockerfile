@@ -1,5 +1,6 @@
 # docker build -t cifar10 .                     docker run -p 3000:3000 cifar10
 # docker build -t cifar10 --build-arg GPU=1 .   docker run -p 3000:3000 --gpus all cifar10
+# With GPU=1 the image has libraries of NVIDIA's, under its licence.
 FROM python:3.12-slim
 
 ARG GPU=0
@@ -22,7 +23,7 @@ RUN mkdir -p training/report export serving && touch README.md LICENSE \
 
 WORKDIR /app
 
-COPY bentofile.yaml ./
+COPY bentofile.yaml LICENSE ./
 COPY models/default.onnx models/
 COPY serving serving/
 

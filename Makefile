@@ -1,16 +1,17 @@
-# Everything runs in .venv. Each target installs what it needs there, once.
-PYTHON ?= python3
-HOST ?= 0.0.0.0
-PORT ?= 3000
-RECIPE ?= accurate
-RUN ?= runs/$(notdir $(RECIPE:%.toml=%))-seed0
-OUT ?= models/default.onnx
-PRECISION ?= int8
-TTA ?=
-TRIAL ?=
-GPU ?= 0
-SECONDS ?= 120
-FIGURES ?= runs/figures
+# Everything runs in .venv. Each target installs what it needs there, once. These can be set as in
+# `make serve PORT=8080`, but not in the environment, where conda, for one, has another HOST.
+PYTHON = python3
+HOST = 0.0.0.0
+PORT = 3000
+RECIPE = accurate
+RUN = runs/$(notdir $(RECIPE:%.toml=%))-seed0
+OUT = models/default.onnx
+PRECISION = int8
+TTA =
+TRIAL =
+GPU = 0
+SECONDS = 120
+FIGURES = runs/figures
 
 # Otherwise BentoML reports each start to its makers.
 export BENTOML_DO_NOT_TRACK := True

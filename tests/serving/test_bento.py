@@ -79,7 +79,7 @@ def test_a_built_bento_serves_from_another_folder(
     (source,) = (tmp_path / "bentoml" / "bentos" / "cifar10").glob("*/src")
     packed = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     modules = {f"serving/{path.name}" for path in (ROOT / "serving").glob("*.py")}
-    assert packed == modules | {"models/default.onnx", "bentofile.yaml"}
+    assert packed == modules | {"models/default.onnx", "bentofile.yaml", "LICENSE"}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     with serving(tmp_path, "cifar10:latest", cwd=elsewhere) as url:
