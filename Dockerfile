@@ -1,5 +1,5 @@
-# docker build -t cifar10 .                     docker run -p 3000:3000 cifar10
-# docker build -t cifar10 --build-arg GPU=1 .   docker run -p 3000:3000 --gpus all cifar10
+# docker build -t cifar10 .                     docker run --init -p 3000:3000 cifar10
+# docker build -t cifar10 --build-arg GPU=1 .   docker run --init -p 3000:3000 --gpus all cifar10
 # With GPU=1 the image has libraries of NVIDIA's, under its licence.
 FROM python:3.12-slim
 

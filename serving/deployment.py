@@ -28,12 +28,15 @@ LOOK_SECONDS = 1.0  # between two checks of the model file
 
 @dataclass(frozen=True)
 class FileState:
-    """Properties of a file that change when it is replaced or written to."""
+    """Properties of a file that change when it is replaced or written to, or who may read it changes."""
 
     device: int
     inode: int
     size: int
     modified_ns: int
+    mode: int
+    owner: int
+    group: int
 
     @classmethod
     def of(cls, path: Path) -> "FileState | None":
@@ -42,7 +45,15 @@ class FileState:
             found = path.stat()
         except OSError:
             return None
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(
+            found.st_dev,
+            found.st_ino,
+            found.st_size,
+            found.st_mtime_ns,
+            found.st_mode,
+            found.st_uid,
+            found.st_gid,
+        )
 
 
 class Deployment:
@@ -119,7 +130,7 @@ def deploy(settings: Settings, metrics: Any) -> Deployment:
         try:
             _keep(settings.model, Path(os.environ[KEPT_MODEL]), deployment.file)
         except OSError as error:
-            logger.warning("no copy of the model file is kept: %s", error)
+            logger.warning("the model file is not copied for workers that start later: %s", error)
     return deployment
 
 

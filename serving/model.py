@@ -58,13 +58,8 @@ class Model:
             ModelError: the file is missing, is not ONNX, does not keep the contract or is damaged.
             ProviderError: `provider` is a provider's name and it cannot be used here.
         """
-        if not path.is_file():
-            raise ModelError(
-                f"There is no model file at {path}; right would be an ONNX file "
-                "that `python -m export write` has written."
-            )
         try:
-            opened = _opened(path)
+            opened = _opened(path, _read(path))
             _check_operators(path, opened)
             self.metadata = _metadata(path, opened)
             self.name: str = self.metadata["name"]
@@ -80,6 +75,8 @@ class Model:
             self._engine.warm_up(self.batch_size)
         except StartError:
             raise
+        except OSError as error:  # such as that of a folder that may not be entered
+            raise ModelError(f"{path} cannot be read: {error}") from error
         except Exception as error:  # whatever damage raises: text that is not UTF-8, JSON too deep
             raise ModelError(f"{path} cannot be used: {error}") from error
 
@@ -102,7 +99,16 @@ class Model:
         return logits
 
 
-def _opened(path: Path) -> ort.InferenceSession:
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise ModelError(
+            f"There is no model file at {path}; right would be an ONNX file "
+            "that `python -m export write` has written."
+        )
+    return path.read_bytes()
+
+
+def _opened(path: Path, content: bytes) -> ort.InferenceSession:
     """Open the file for checks, without optimisation, so that its own operators are listed.
 
     It is opened from its bytes, so that it has to be complete in itself: a copy of it would lack weights
@@ -113,7 +119,7 @@ def _opened(path: Path) -> ort.InferenceSession:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        return ort.InferenceSession(path.read_bytes(), options, providers=[CPU])
+        return ort.InferenceSession(content, options, providers=[CPU])
     except Exception as error:
         raise ModelError(
             f"{path} is not an ONNX model that can be loaded (`python -m export write` makes one of a "

@@ -9,8 +9,10 @@ import functools
 import gc
 import logging
 import os
+import tempfile
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import bentoml
@@ -61,7 +63,7 @@ from serving.requests import (
     read_images,
 )
 from serving.responses import Answers, Classification, Csv, answer_response, error_body, error_response
-from serving.settings import Settings
+from serving.settings import METRICS_FOLDER, Settings
 from serving.submission import read_submission
 from serving.uvicorn_server import (
     ConnectionLimits,
@@ -81,6 +83,11 @@ try:
 except SettingsError as error:
     raise BentoMLConfigException(str(error)) from None
 
+if METRICS_FOLDER in os.environ:  # in a worker
+    # What it leaves goes with the server's folder. Not by TMPDIR: Python would try to write there first,
+    # and no worker could start while the disk is full.
+    tempfile.tempdir = str(Path(os.environ[METRICS_FOLDER]).parent)
+
 # OpenTelemetry's own variables say where the spans go.
 TRACING = {
     "exporter_type": "otlp",
@@ -90,6 +97,7 @@ TRACING = {
 }
 NO_TRACING = {"excluded_urls": ".*"}  # BentoML makes spans even if they are sent nowhere
 
+PROPAGATORS = "OTEL_PROPAGATORS"  # OpenTelemetry's variable that says which headers pass traces on
 SPANS_SECONDS = 5  # for a collector to take the last spans of a worker that ends
 
 # Large submissions in memory at a time: one that the engine works on, and one that is read meanwhile.
@@ -315,10 +323,11 @@ class Classifier:
 
         try:
             check_address()
+            _check_propagators()
             # Only the workers measure which provider "auto" means.
             provider = "cpu" if SETTINGS.provider == "auto" else SETTINGS.provider
             Model(SETTINGS.model, provider, SETTINGS.threads)
-            supervisor.prepare()
+            supervisor.prepare(SETTINGS.stop_timeout)
         except StartError as error:
             raise BentoMLConfigException(str(error)) from None
         # A Bento's workers start in the Bento's folder, not in the one that the path is relative to.
@@ -424,6 +433,20 @@ class Classifier:
 
 async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return np.concatenate([logits async for logits in deployment.batcher.many(images)])
+
+
+def _check_propagators() -> None:
+    """Import what passes traces on, as workers do, which would otherwise fail for ever.
+
+    Raises:
+        StartError: OpenTelemetry's variable names something that is not installed.
+    """
+    if not SETTINGS.tracing:
+        os.environ.pop(PROPAGATORS, None)  # the workers do without, but BentoML imports it all the same
+    try:
+        import opentelemetry.propagate  # noqa: F401
+    except ValueError as error:
+        raise StartError(f"{PROPAGATORS}={os.environ[PROPAGATORS]}: {error}") from None
 
 
 def _send_spans() -> None:

@@ -26,13 +26,17 @@ logger = logging.getLogger("serving")
 
 PREFIX = "cifar10-server-"
 LOCK = "supervisor.lock"
+ENDING_SECONDS = 10.0  # that a worker needs at most to end, besides the time that its requests have
 BUSY_SECONDS = 0.1  # between two attempts to stop circus
 YOUNG_SECONDS = 60.0  # within which a starting server has locked its folder
 SOCKET_PATH_BYTES = 103  # most in the path of a Unix socket, on macOS; on Linux four more
 
 
-def prepare() -> None:
+def prepare(stop_timeout: float) -> None:
     """Set up circus, and the server's own folder that the workers share, before they start.
+
+    Args:
+        stop_timeout: seconds that a worker's requests have to finish when it is stopped.
 
     Raises:
         StartError: there is no place for the folder, or its path is too long.
@@ -43,7 +47,7 @@ def prepare() -> None:
         figures.mkdir()
     except OSError as error:
         raise StartError(f"There is no place for the server's own files: {error}") from None
-    _instruct_circus(folder)
+    _instruct_circus(folder, stop_timeout + ENDING_SECONDS)
     _heed_every_stop()
     os.environ[SUPERVISOR] = str(os.getpid())
     os.environ[METRICS_FOLDER] = str(figures)
@@ -74,10 +78,11 @@ def _remove_left() -> None:
             continue
 
 
-def _instruct_circus(folder: Path) -> None:
-    """Make circus report workers that end, and take commands from this user only.
+def _instruct_circus(folder: Path, patience: float) -> None:
+    """Make circus report workers that end, kill stuck ones, and take commands from this user only.
 
-    A command can start any program, and by default circus listens on loopback ports, open to all users.
+    A worker that is told to stop has `patience` seconds to end; BentoML would give it a day. A command
+    can start any program, and by default circus listens on loopback ports, open to all users.
 
     Raises:
         StartError: the folder's path is too long for sockets in it.
@@ -96,6 +101,7 @@ def _instruct_circus(folder: Path) -> None:
     ) -> None:
         for watcher in watchers:
             watcher.hooks["after_reap"] = _tell_of_the_end
+            watcher.graceful_timeout = patience
         begin(self, watchers, f"ipc://{control}", f"ipc://{events}", **options)
 
     Arbiter.__init__ = within
@@ -104,9 +110,12 @@ def _instruct_circus(folder: Path) -> None:
 def _tell_of_the_end(
     watcher: Watcher, arbiter: Arbiter, hook_name: str, process_pid: int, exit_code: int, **_: Any
 ) -> None:
-    """Log the end of a worker that was not asked to end; circus replaces it without logging anything."""
+    """Log the end of a worker that was not asked to end, or was asked in vain; circus logs nothing."""
     asked = exit_code in (0, -signal.SIGTERM, -signal.SIGINT)
-    if not asked and not watcher.is_stopping():
+    if watcher.is_stopping():
+        if exit_code == -signal.SIGKILL:
+            logger.error("worker %d did not end in time, and was killed", process_pid)
+    elif not asked:
         how = f"status {exit_code}" if exit_code > 0 else signal.Signals(-exit_code).name
         logger.error("worker %d ended by %s; another one starts", process_pid, how)
 

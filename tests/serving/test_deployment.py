@@ -19,7 +19,7 @@ from serving.errors import ModelError
 from serving.model import Model
 from serving.settings import Settings
 
-A, B, C = (FileState(1, 1, size, size) for size in (1, 2, 3))
+A, B, C = (FileState(1, 1, size, size, 0o600, 0, 0) for size in (1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,9 @@ def test_any_other_file_has_another_state(tmp_path: Path) -> None:
     file.write_bytes(b"seven")
     os.utime(file, ns=(0, before.modified_ns + 1))
     assert FileState.of(file) != written
+    unreadable = FileState.of(file)
+    file.chmod(0o600)
+    assert FileState.of(file) != unreadable, "with other permissions"
     file.unlink()
     assert FileState.of(file) is None
 

@@ -86,6 +86,15 @@ def test_as_many_logits_as_images(tmp_path: Path, images: npt.NDArray[np.uint8])
         model.logits(images[:5])
 
 
+def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"a+ cannot be read: .*File name too long"):
+        Model(tmp_path / ("a" * 300), "cpu", 1)
+    link = tmp_path / "model.onnx"
+    link.symlink_to("/proc/self/mem")  # whose first bytes nobody can read
+    with pytest.raises(ModelError, match=r"model\.onnx cannot be read: .*Input/output error"):
+        Model(link, "cpu", 1)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no model file at .*none\.onnx; right would be an ONNX file"):
         load(tmp_path / "none.onnx")

@@ -102,6 +102,15 @@ def test_a_stop_does_not_wait_for_ever(tmp_path: Path) -> None:
         assert server.process.wait(START_SECONDS) == 0
 
 
+def test_a_stop_does_not_wait_for_a_worker_that_is_stuck(tmp_path: Path) -> None:
+    with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="0.5") as server:
+        (worker,) = server.workers()
+        os.kill(worker, signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(START_SECONDS) == 0
+        assert f"worker {worker} did not end in time, and was killed" in server.log.read_text()
+
+
 def test_workers_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
     with running(tmp_path, SERVING_PROVIDER="cpu", exit_code=-signal.SIGKILL) as server:
         (worker,) = map(psutil.Process, server.workers())

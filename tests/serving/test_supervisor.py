@@ -114,6 +114,10 @@ def test_a_full_disk_kills_no_worker(tmp_path: Path, tmp_path_factory: pytest.Te
             wait_for_workers(server, 1, without=worker)
             wait_until(lambda: reached(server.url, is_ready), server)
             assert "this worker's figures are not in /metrics" in server.log.read_text()
+            # A worker's temporary files are in the server's folder, whether or not the disk is full.
+            (folder,) = disk.glob(f"{PREFIX}*")
+            assert list(folder.glob("bentoml-client-*"))
+            assert not list(disk.glob("bentoml-client-*"))
             assert httpx.get(f"{server.url}/metrics").status_code == 200
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from benchmarks.server import ServerError
 from tests.listener import listening
 from tests.serving.samples import encoded
 from tests.serving.server import running, serving, wait_until
@@ -124,11 +125,19 @@ def test_a_collector_that_is_not_there_is_a_line_in_the_log(tmp_path: Path) -> N
         assert answer.status_code == 200
 
 
+def test_a_propagator_that_is_not_installed_is_named_at_start(tmp_path: Path) -> None:
+    settings = {"SERVING_TRACING": "0.5", "OTEL_PROPAGATORS": "tracecontext,b3"}
+    said = "OTEL_PROPAGATORS=tracecontext,b3: Propagator b3 not found"
+    with pytest.raises(ServerError, match=said), running(tmp_path, **settings):
+        pytest.fail("it runs")
+
+
 def test_without_it_there_are_none(tmp_path: Path, spans: tuple[str, Spans]) -> None:
     collector, got = spans
     with serving(
         tmp_path,
         SERVING_PROVIDER="cpu",
+        OTEL_PROPAGATORS="none_that_is_installed",
         OTEL_EXPORTER_OTLP_ENDPOINT=collector,
         OTEL_BSP_SCHEDULE_DELAY="1",
     ) as url:
