@@ -110,9 +110,7 @@ def test_full_service_says_so_and_counts_whom_it_refuses(
     assert more("cifar10_shed_requests_total") == 3
 
 
-def test_requests_of_each_kind_count_as_waiting(
-    narrow_url: str, images: npt.NDArray[np.uint8]
-) -> None:
+def test_requests_of_each_kind_count_as_waiting(narrow_url: str, images: npt.NDArray[np.uint8]) -> None:
     tensor = {"name": "images", "shape": [20, *images.shape[1:]], "datatype": "UINT8"}
     kinds: dict[str, dict[str, Any]] = {
         "/classify": {"files": {"image": encoded(images[0])}},

@@ -212,11 +212,6 @@ def test_bentomls_own_client(
         assert len(csv.splitlines()) == 10
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/livez", "/readyz", "/metrics", "/"])
-def test_pages_of_bentoml(client: httpx.Client, path: str) -> None:
-    assert client.get(path).status_code == 200
-
-
 PNG = encoded(np.zeros((4, 4, 3), np.uint8))
 NOISE = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
