@@ -25,7 +25,7 @@ def test_images_that_nobody_waits_for_are_not_decoded(monkeypatch: pytest.Monkey
         threads = Readers(1, 10**6)
         picture = encoded(np.zeros((32, 32, 3), np.uint8))
         batch = asyncio.create_task(threads.images([picture] * (READ_AT_ONCE + 1)))
-        await asyncio.to_thread(begun.wait)
+        assert await asyncio.to_thread(begun.wait, 60)
         batch.cancel()
         await asyncio.wait([batch])
         permission.set()
