@@ -166,7 +166,7 @@ def test_make_targets_that_are_named_exist() -> None:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_classify_answers_as_shown(client: Client, url: str) -> None:
+def test_classify_answers_as_shown(client: Client) -> None:
     found = re.search(r"^curl -F image=@(\S+) -F top_k=(\d+) localhost:3000/classify\n```", README, re.M)
     assert found
     shown = json.loads(README[found.end() :].split("```json\n")[1].split("```")[0])

@@ -17,6 +17,7 @@ PLAIN = "of-the-attic"  # looks the same in every encoding and escaping
 KEY = f"clé {PLAIN}"
 PICTURE = {"image": ("a.png", encoded(np.zeros((32, 32, 3), np.uint8)))}
 WATCHED = ("/healthz", "/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
+PROXY, BEHIND_IT = "127.0.0.2", "203.0.113.7"
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
@@ -24,7 +25,11 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("access")
     with running(
-        folder, SERVING_PROVIDER="cpu", SERVING_API_KEY=f"{KEY}\n", SERVING_ACCESS_LOG="true"
+        folder,
+        SERVING_PROVIDER="cpu",
+        SERVING_API_KEY=f"{KEY}\n",
+        SERVING_ACCESS_LOG="true",
+        FORWARDED_ALLOW_IPS=PROXY,
     ) as server:
         yield server
 
@@ -157,17 +162,21 @@ def test_each_request_is_a_line_of_json(server: Server) -> None:
             b"X-API-Key": KEY.encode(),
             b"X-Request-Id": b"mine",
             b"Content-Type": b"image/png",
+            b"X-Forwarded-For": BEHIND_IT.encode(),  # believed from the proxy only
             b"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01".encode(),
         },
     )
     assert answer.status_code == 200
     httpx.get(f"{server.url}/no%0athing%22", headers={"X-Request-Id": "yours"})
+    proxied = {"X-Request-Id": "proxied", "X-Forwarded-For": BEHIND_IT}
+    with httpx.Client(transport=httpx.HTTPTransport(local_address=PROXY)) as proxy:
+        proxy.get(f"{server.url}/{'a' * 300}", headers=proxied)
     httpx.head(f"{server.url}/healthz", headers={"X-Request-Id": "last"})
     while '"last"' not in (log := server.log.read_text()):  # it is logged after its answer
         pass
     lines = [json.loads(line) for line in log.splitlines() if line[:1] == "{"]
     found = {line["request_id"]: line for line in lines}
-    mine, yours = found["mine"], found["yours"]
+    mine, yours, others = found["mine"], found["yours"], found["proxied"]
     assert datetime.fromisoformat(mine.pop("time")).utcoffset() is not None
     assert mine.pop("seconds") > 0
     assert mine == {
@@ -184,3 +193,4 @@ def test_each_request_is_a_line_of_json(server: Server) -> None:
     assert found["last"]["bytes_out"] == 0
     assert (yours["route"], yours["path"], yours["status"]) == ("other", '/no\nthing"', 401)
     assert "trace_id" not in yours
+    assert (others["client"], others["path"]) == (BEHIND_IT, f"/{'a' * 199}")

@@ -36,9 +36,7 @@ def bento(folder: Path, *arguments: str, **settings: str) -> "subprocess.Complet
     ("name", "value", "message"),
     [
         ("SERVING_MODEL", "none.onnx", "no model file at none.onnx"),
-        ("SERVING_MODEL", "bentofile.yaml", "bentofile.yaml is not an ONNX model"),
         ("SERVING_MODLE", "a.onnx", "SERVING_MODLE is not a setting"),
-        ("SERVING_PROVIDER", "gpu", "SERVING_PROVIDER='gpu'"),
         pytest.param(
             *("SERVING_PROVIDER", "cuda", "pip install 'onnxruntime-gpu[cuda,cudnn]'"),
             marks=pytest.mark.skipif(obstacle("cuda") is None, reason="CUDA may work here"),

@@ -4,7 +4,6 @@ import contextlib
 import select
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -13,10 +12,11 @@ import pytest
 
 from serving.errors import OverloadedError
 from serving.limits import Budget
-from serving.uvicorn_server import MAX_PIPELINED
 from tests.serving.raw import PATIENCE, connected, post
 from tests.serving.samples import encoded
 from tests.serving.server import serving
+
+MAX_PIPELINED = 100  # as the README says
 
 
 def test_what_is_not_there_is_refused_and_nothing_taken() -> None:
@@ -50,6 +50,9 @@ def test_requests_that_wait_for_an_answer_before_theirs_are_bounded(url: str) ->
         answers = b""
         while answers.count(line) <= MAX_PIPELINED:
             answers += connection.recv(65536)
+    with connected(url) as connection:  # small enough to be read at once, before the first is answered
+        connection.sendall(request * (2 + MAX_PIPELINED))
+        assert connection.makefile("rb").read().count(line) == 1 + MAX_PIPELINED
     answers = b""
     with connected(url) as connection:
         with contextlib.suppress(ConnectionError):  # the server may hang up before it has all of them
@@ -61,11 +64,13 @@ def test_requests_that_wait_for_an_answer_before_theirs_are_bounded(url: str) ->
     assert httpx.get(f"{url}/healthz").status_code == 200
 
 
-@pytest.fixture
-def narrow_url(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def narrow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with serving(
-        tmp_path,
+        tmp_path_factory.mktemp("narrow"),
         SERVING_PROVIDER="cpu",
+        SERVING_HEAD_TIMEOUT="3",
+        SERVING_BODY_TIMEOUT="600",
         SERVING_MAX_BODY_BYTES="1000000",
         SERVING_MAX_UPLOAD_BYTES="1000000",
     ) as url:
@@ -98,3 +103,18 @@ def test_bodies_that_are_many_bytes_together(narrow_url: str, images: npt.NDArra
         stack.close()
         while send_large().status_code != 400:
             pass
+
+
+def test_a_head_has_less_time_than_a_body(narrow_url: str) -> None:
+    with connected(narrow_url) as connection:
+        connection.sendall(b"GET ")
+        assert connection.recv(65536) == b""
+
+
+def test_an_idle_connection_is_kept_longer_than_uvicorn_would(narrow_url: str) -> None:
+    with connected(narrow_url) as connection:
+        connection.sendall(b"HEAD /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection.settimeout(7)  # seconds; uvicorn's own limit is 5
+        with pytest.raises(TimeoutError):
+            connection.recv(65536)

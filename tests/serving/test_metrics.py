@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,40 +72,45 @@ def test_unknown_paths_are_one_series(client: httpx.Client) -> None:
     assert "wp-admin" not in client.get("/metrics").text
 
 
+@pytest.fixture(scope="module")
+def narrow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service in which one request waits at a time."""
+    with serving_slowly(tmp_path_factory.mktemp("narrow"), SERVING_MAX_WAITING="1") as url:
+        yield url
+
+
 def test_full_service_says_so_and_counts_whom_it_refuses(
-    tmp_path: Path, images: npt.NDArray[np.uint8]
+    narrow_url: str, images: npt.NDArray[np.uint8]
 ) -> None:
     picture = {"image": ("a.png", encoded(images[0]))}
     bulk = {"file": ("a.pkl", pickled({"data": images[:500]}))}
-    with (
-        serving_slowly(
-            tmp_path,
-            SERVING_MAX_WAITING="1",
-        ) as url,
-        httpx.Client(base_url=url, timeout=60) as client,
-        ThreadPoolExecutor(1) as pool,
-    ):
+    with httpx.Client(base_url=narrow_url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
+        before = read(client)
         assert client.get("/v2/health/ready").status_code == 200
-        submission = pool.submit(httpx.post, f"{url}/submission", files=bulk, timeout=60)
+        submission = pool.submit(httpx.post, f"{narrow_url}/submission", files=bulk, timeout=60)
         while client.get("/v2/health/ready").status_code == 200:
             assert not submission.done()
         answer = client.post("/classify", files=picture)
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
-        with connected(url) as begun:  # the body never comes
+        with connected(narrow_url) as begun:  # the body never comes
             begun.sendall(post("/classify", 100_000))
             assert begun.recv(65536).startswith(b"HTTP/1.1 503 ")
-        assert_as_shown("overloaded", url)
-        assert_as_shown("not_ready", url)
+        assert_as_shown("overloaded", narrow_url)
+        assert_as_shown("not_ready", narrow_url)
         assert client.get("/readyz").headers["retry-after"] == "1"
         assert submission.result().status_code == 200
         assert client.get("/v2/health/ready").status_code == 200
-        samples = read(client)
-    assert value(samples, "cifar10_requests_total", route="/classify", status="503") == 3
-    assert value(samples, "cifar10_shed_requests_total") == 3
+        after = read(client)
+
+    def more(name: str, /, **labels: str) -> float:
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    assert more("cifar10_requests_total", route="/classify", status="503") == 3
+    assert more("cifar10_shed_requests_total") == 3
 
 
-def test_requests_of_each_kind_count_as_waiting(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
+def test_requests_of_each_kind_count_as_waiting(narrow_url: str, images: npt.NDArray[np.uint8]) -> None:
     tensor = {"name": "images", "shape": [20, *images.shape[1:]], "datatype": "UINT8"}
     kinds: dict[str, dict[str, Any]] = {
         "/classify": {"files": {"image": encoded(images[0])}},
@@ -113,17 +118,11 @@ def test_requests_of_each_kind_count_as_waiting(tmp_path: Path, images: npt.NDAr
         "/v2/models/tiny/infer": {"json": {"inputs": [{**tensor, "data": images[:20].tolist()}]}},
         "/submission": {"files": {"file": pickled({"data": images[:20]})}},
     }
-    with (
-        serving_slowly(
-            tmp_path,
-            SERVING_MAX_WAITING="1",
-        ) as url,
-        ThreadPoolExecutor(8) as pool,
-    ):
 
-        def ask(path: str) -> int:
-            return httpx.post(f"{url}{path}", timeout=60, **kinds[path]).status_code
+    def ask(path: str) -> int:
+        return httpx.post(f"{narrow_url}{path}", timeout=60, **kinds[path]).status_code
 
+    with ThreadPoolExecutor(8) as pool:
         found = {path: set(pool.map(ask, [path] * 24)) for path in kinds}
     assert found == {path: {200, 503} for path in kinds}
 

@@ -208,6 +208,13 @@ def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
         wait_until(lambda: not psutil.pid_exists(old), server)
         with httpx.Client(base_url=server.url) as client:
             assert under_way(client) == 0, "without the request that has died with its worker"
+        (idle,) = server.workers()
+        server.process.send_signal(signal.SIGHUP)
+        wait_for_workers(server, 1, without=idle)
+        wait_until(lambda: not psutil.pid_exists(idle), server)
+        wait_until(lambda: reached(server.url, is_ready), server)
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert "cifar10_killed_workers_total 1.0" in metrics, "without the one that ended by itself"
 
 
 def test_a_stop_while_workers_start_anew_is_heeded(tmp_path: Path) -> None:
