@@ -29,10 +29,7 @@ resource.setrlimit(resource.RLIMIT_AS, (size + 1_600_000_000,) * 2)
 # The stem's output for many images does not fit; the layers after it are small, so a run is soon done.
 NARROW = ["model.widths=[64,8,8]", "model.block={kind='bottleneck', reduction=8, groups=1}"]
 
-
-@pytest.fixture(autouse=True)
-def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+pytestmark = pytest.mark.usefixtures("sample")
 
 
 def assert_same_run(actual: Path, expected: Path) -> None:
