@@ -28,6 +28,16 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(MOST_WORKERS, CORES)
 
 
+@pytest.fixture(scope="module")
+def sample() -> Iterator[None]:
+    """Make the bundled sample the data set."""
+    from training import data  # imports torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+        yield
+
+
 @pytest.fixture(scope="session")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a service with the bundled model and limits that tests can reach.

@@ -1,8 +1,9 @@
-"""An HTTP server inside a test, which sees what it is asked for."""
+"""An HTTP server inside a test, which sees what it is asked for, and an address without one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socket import socket
 from threading import Thread
 
 
@@ -15,3 +16,11 @@ def listening(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
+
+
+@contextmanager
+def refusing() -> Iterator[str]:
+    """Take a port that refuses every connection; yields its address."""
+    with socket() as bound:  # does not listen
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"

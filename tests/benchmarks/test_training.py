@@ -20,9 +20,7 @@ from training import data, recipe
 REPORTS = [name for name in recipe.names() if recipe.load(name).report is not None]
 
 
-@pytest.fixture(autouse=True)
-def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+pytestmark = pytest.mark.usefixtures("sample")
 
 
 def test_figures_stay_where_a_later_recipe_fails(

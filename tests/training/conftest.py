@@ -10,13 +10,19 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
-from training import checkpoint, data, recipe, train
+from training import checkpoint, data, recipe, results, train
 from training.__main__ import main
 from training.checkpoint import Checkpoint
 from training.processes import Processes
 from training.watch import Stopped, Watch
 
 SGD = "optimizer={kind='sgd', lr=0.05, momentum=0.9, nesterov=false, weight_decay=0.0}"
+
+
+ONE_BLOCK = (
+    "{kind='resnet', block={kind='basic'}, blocks=[1], widths=[8], squeeze_excitation=0, "
+    "activation='relu', dropout=0.0, init='default'}"
+)
 
 
 def selection(model: str, share: float) -> str:
@@ -26,16 +32,20 @@ def selection(model: str, share: float) -> str:
 
 
 class Limited(Watch):
-    """A watch that finds a reason to stop, like a signal, once it was asked so many ``times``."""
+    """A watch that finds a reason to stop, like a signal, once it was asked so many ``times``.
+
+    ``needed`` has the seconds of the work that it was asked about.
+    """
 
     def __init__(self, times: int) -> None:
         super().__init__()
-        self.left = times
+        self.times = times
+        self.needed: list[float] = []
 
     @override
     def reason(self, needed: float) -> int:
-        self.left -= 1
-        return 15 * (self.left < 0)
+        self.needed.append(needed)
+        return 15 * (len(self.needed) > self.times)
 
 
 def interrupted_and_whole(
@@ -70,7 +80,7 @@ def assert_same(weights: dict[str, Tensor] | None, others: dict[str, Tensor] | N
     assert all(torch.equal(weights[key], value) for key, value in others.items())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with A1's network and augmentation that learns in three epochs of eight steps of SGD."""
     path = tmp_path_factory.mktemp("recipe") / "short.toml"
@@ -78,11 +88,15 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def uninterrupted(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of ``short`` with seed 7."""
+    """The folder of a finished run of ``short`` with seed 7, to be read or copied.
+
+    Its row, if it had one, would be in ``results.csv`` beside it.
+    """
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+        patch.setattr(results.record, "__defaults__", (folder.with_name("results.csv"),))
         assert main(["run", str(short), "--out", str(folder), "--seed", "7"]) == 0
     return folder

@@ -19,6 +19,10 @@ THEIR_NAMES = {
 }
 
 
+def source(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def difference(ours: Tensor, theirs: Callable[[int, Tensor], Any], pixels: Tensor = PIXELS) -> Tensor:
     """Levels between ``ours``, uint8 [N, H, W, 3], and ``theirs(index, image)``, uint8 [3, H, W]."""
     images = pixels[: len(ours)].permute(0, 3, 1, 2)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from tests.training.parity import PIXELS, torchvisions_operation
+from tests.training.parity import PIXELS, source, torchvisions_operation
 from training import augment, autoaugment, recipe
 from training.augment import Augmenter
 from training.batch import Parameters
@@ -33,10 +33,6 @@ EVERY_OPERATION = [
 
 def with_operations(*operations: str) -> recipe.Recipe:
     return recipe.load("A1", [f"augment=[{', '.join(operations)}]"])
-
-
-def source(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def plain(loaded: recipe.Recipe, pixels: Tensor) -> Tensor:
@@ -184,8 +180,9 @@ def test_alternating_flip_shows_both_sides_in_two_epochs() -> None:
 
 
 def test_what_hides_comes_last_and_in_its_order() -> None:
-    with pytest.raises(recipe.RecipeError, match="work on normalised pixels and come last"):
-        with_operations(CUTOUT, FLIP)
+    for part in (CUTOUT, ERASING):
+        with pytest.raises(recipe.RecipeError, match="random_erasing and cutout work on normalised"):
+            with_operations(part, FLIP)
     for hiding in ([CUTOUT, ERASING], [ERASING, CUTOUT]):
         loaded = with_operations(FLIP, *hiding)
         step = Augmenter(loaded, 200, 0, CPU)

@@ -106,6 +106,14 @@ def test_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path / "checkpoint.pt")
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that fails to be read")
+def test_checkpoint_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.symlink_to("/proc/self/mem")  # an error even for root
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: cannot be read: .*Input/output error"):
+        checkpoint.load(path)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "place"),
     [

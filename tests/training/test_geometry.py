@@ -15,14 +15,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from tests.training.parity import PIXELS, difference
+from tests.training.parity import PIXELS, difference, source
 from training import geometry, recipe
 
 COUNT = 6000
-
-
-def source() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def test_mirror() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.training.conftest import ONE_BLOCK
 from training import checkpoint, data, recipe, train
 from training.__main__ import main
 from training.augment import Normalize
@@ -143,10 +144,8 @@ def test_a_teacher_that_does_not_fit_is_an_error_before_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
-    network = "{kind='resnet', block={kind='basic'}, blocks=[1], widths=[8], squeeze_excitation=0, "
-    network += "activation='relu', dropout=0.0, init='default'}"
     settings = [f"distillation={{teacher='{teacher}', temperature=2.0, weight=1.0}}", setting]
-    arguments = ["A1", "--out", str(tmp_path), "--set", *settings, f"model={network}"]
+    arguments = ["A1", "--out", str(tmp_path), "--set", *settings, f"model={ONE_BLOCK}"]
     assert main(["run", *arguments]) == 1
     error = capsys.readouterr().err
     assert str(teacher) in error

@@ -5,14 +5,10 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from tests.training.parity import PIXELS
+from tests.training.parity import PIXELS, source
 from training import occlusion, recipe
 
 COUNT = 6000
-
-
-def source() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def erasing(**values: object) -> recipe.RandomErasing:

@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.serving.server import ROOT
 from tests.training.conftest import SGD, selection
-from training import checkpoint, data
+from training import checkpoint
 from training.__main__ import main
 from training.learner import TrainingError
 from training.processes import Processes
@@ -33,9 +33,20 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+# Runs that go on one after another, as starting the processes takes longer than any of them.
+RESUME_ALL = """
+import sys
+from contextlib import nullcontext
+from training.__main__ import main
+from training.processes import Processes
+
+with Processes().joined():
+    Processes.joined = lambda self: nullcontext()
+    for out in sys.argv[1:]:
+        if code := main(["resume", out]):
+            sys.exit(code)
+"""
+pytestmark = pytest.mark.usefixtures("sample")
 
 
 def torchrun(
@@ -51,23 +62,32 @@ def torchrun(
     )
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_two_processes_agree_with_one(setting: str, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    name, settings = SETTINGS[setting]
-    limit = ["--limit", "75"] if setting != "plain" else []
-    # Both go on from one beginning: the one second is kept for a checkpoint, so no step is made.
-    arguments = ["run", name, "--out", str(one), "--max-seconds", "1", *limit, "--set"]
-    arguments += [*settings, "epochs=2", "data.validation=0.2"]
-    assert main(arguments) == 75
-    shutil.copytree(one, two)
-    initial = checkpoint.load(one / "checkpoint.pt")
-    assert main(["resume", str(one)]) == 0
-    process = torchrun(2, "resume", str(two))
+@pytest.fixture(scope="module")
+def runs(sample: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each setting: the beginning of a run, and how two processes went on with it."""
+    folder = tmp_path_factory.mktemp("runs")
+    program = folder / "program.py"
+    program.write_text(RESUME_ALL)
+    for setting, (name, settings) in SETTINGS.items():
+        begun, limit = folder / setting / "begun", ["--limit", "75"] if setting != "plain" else []
+        # The one second is kept for a checkpoint, so no step is made.
+        arguments = ["run", name, "--out", str(begun), "--max-seconds", "1", *limit, "--set"]
+        assert main([*arguments, *settings, "epochs=2", "data.validation=0.2"]) == 75
+        shutil.copytree(begun, folder / setting / "two")
+    shared = [str(folder / setting / "two") for setting in SETTINGS]
+    process = torchrun(2, *shared, program=[str(program)])
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("epoch 1") == 1, "only the first process talks"
+    assert process.stdout.count("epoch 1") == len(SETTINGS), "only the first process talks"
+    return folder
 
-    alone, shared = (checkpoint.load(folder / "checkpoint.pt") for folder in (one, two))
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_two_processes_agree_with_one(setting: str, runs: Path, tmp_path: Path) -> None:
+    begun, one = runs / setting / "begun", tmp_path / "one"
+    shutil.copytree(begun, one)
+    assert main(["resume", str(one)]) == 0
+    folders = (begun, one, runs / setting / "two")
+    initial, alone, shared = (checkpoint.load(folder / "checkpoint.pt") for folder in folders)
     assert shared.sessions[-1]["processes"] == 2
     for key, value in alone.model.items():
         torch.testing.assert_close(shared.model[key], value, atol=1e-4, rtol=1e-3)

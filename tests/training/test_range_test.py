@@ -14,10 +14,7 @@ from training.learner import Learner, TrainingError
 from training.processes import Processes
 from training.range_test import Measurement
 
-
-@pytest.fixture(autouse=True)
-def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+pytestmark = pytest.mark.usefixtures("sample")
 
 
 def test_the_reports_rate_is_on_the_grid() -> None:

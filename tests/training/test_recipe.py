@@ -176,14 +176,6 @@ def test_wrong_recipe_names_file_and_key(tmp_path: Path, old: str, new: str, mes
     assert message in str(caught.value)
 
 
-def test_erasing_before_another_operation_is_refused(tmp_path: Path) -> None:
-    path = edited(tmp_path, 'op = "random_crop"\npadding = 4\nborder = "black"',
-                  'op = "random_erasing"\np = 0.5\n'
-                  "scale = [0.1, 0.2]\nratio = [0.3, 3.3]\nvalue = 0.0")  # fmt: skip
-    with pytest.raises(RecipeError, match="random_erasing and cutout work on normalised pixels"):
-        recipe.load(path)
-
-
 def test_digest_changes_with_what_a_run_does_only(tmp_path: Path) -> None:
     a3 = recipe.load("A3")
     assert recipe.load(edited(tmp_path, 'title = "', 'title = "Another ')).digest() == a3.digest()
@@ -246,6 +238,18 @@ def test_overrides_are_typed_and_validated() -> None:
         ("optimizer.weight_decay=1e39", "key optimizer.weight_decay: Input should be less than"),
         ("augment.2.value=-1e39", "key augment.2.value: Input should be greater than"),
         ("augment.2.ratio=[3.3,0.3]", "augment.2: ratio: from 3.3 to 0.3 is no range"),
+        (
+            "optimizer={kind='sgd', lr=0.1, momentum=0.0, nesterov=true, weight_decay=0.0}",
+            "optimizer: nesterov needs a momentum above 0",
+        ),
+        (
+            "schedule={kind='plateau', factor=0.1, patience=5}",
+            "schedule: plateau needs held-out images: data.validation above 0",
+        ),
+        (
+            "model={kind='whitened_resnet', depths=[1, 1], widths=[8]}",
+            "key model: 2 stages in depths but 1 in widths",
+        ),
         (f"optimizer={MUON}", "optimizer: the rates of muon are defined for a whitened_resnet only"),
         (
             f"selection={{share = 0.5, model = {{kind = 'basic_cnn'}}, optimizer = {MUON}}}",

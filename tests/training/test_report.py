@@ -27,22 +27,16 @@ from training.model import CLASSES
 from training.report import charts, layers, pages, pictures
 
 NONE = "\N{EN DASH}"
-
-
-@pytest.fixture(autouse=True)
-def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+pytestmark = pytest.mark.usefixtures("sample")
 
 
 @pytest.fixture(scope="module")
-def trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trial(sample: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a trial of ``fast`` with held-out images, views, image sizes, fixed parameters."""
     folder = tmp_path_factory.mktemp("trial") / "trial"
     settings = ["batch_size=25", "data.validation=0.2", "resolution.1.from_epoch=1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
-        arguments = ["run", "fast", "--out", str(folder), "--epochs", "2", "--limit", "50"]
-        assert main([*arguments, "--set", *settings]) == 0
+    arguments = ["run", "fast", "--out", str(folder), "--epochs", "2", "--limit", "50"]
+    assert main([*arguments, "--set", *settings]) == 0
     return folder
 
 

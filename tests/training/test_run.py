@@ -5,14 +5,14 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.training.command import start
+from tests.training.conftest import assert_same
 from training import checkpoint, data, results
 from training.__main__ import main
 from training.results import Result
@@ -29,29 +29,13 @@ resource.setrlimit(resource.RLIMIT_AS, (size + 1_600_000_000,) * 2)
 # The stem's output for many images does not fit; the layers after it are small, so a run is soon done.
 NARROW = ["model.widths=[64,8,8]", "model.block={kind='bottleneck', reduction=8, groups=1}"]
 
-
-@pytest.fixture(autouse=True)
-def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
-
-
-def start(*arguments: str, before: str = "") -> subprocess.Popen[str]:
-    """Start the command line in a process of its own, which first runs the Python code ``before``."""
-    program = f"import sys\n{before}\nfrom training.__main__ import main\nsys.exit(main({arguments!r}))"
-    return subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
+pytestmark = pytest.mark.usefixtures("sample")
 
 
 def assert_same_run(actual: Path, expected: Path) -> None:
     """Check that weights and optimizer are the same bit for bit, and that the history is the same."""
     ours, theirs = (checkpoint.load(folder / "checkpoint.pt") for folder in (actual, expected))
-    assert ours.model.keys() == theirs.model.keys()
-    assert all(torch.equal(ours.model[key], theirs.model[key]) for key in theirs.model)
+    assert_same(ours.model, theirs.model)
     for part, other in zip(ours.optimizers, theirs.optimizers, strict=True):
         for index, values in other["state"].items():
             assert part["state"][index].keys() == values.keys()
@@ -68,12 +52,12 @@ def test_signal_leaves_a_checkpoint_that_resumes(
     short: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals, code: int
 ) -> None:
     out = tmp_path / "run"
-    process = start("run", str(short), "--out", str(out), "--seed", "7")
-    assert process.stdout is not None
-    assert any(line.startswith("epoch 1") for line in process.stdout)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == code
+    command = start("run", str(short), "--out", str(out), "--seed", "7")
+    assert any(line.startswith("epoch 1") for line in command.stdout)
+    assert command.process.pid is not None
+    os.kill(command.process.pid, signum)
+    ended, errors = command.end()
+    assert ended == code
     assert f"stopped by {signum.name}; go on with: python -m training resume {out}" in errors
     state = checkpoint.load(out / "checkpoint.pt")
     assert state.result is None
@@ -92,30 +76,37 @@ def test_signal_leaves_a_checkpoint_that_resumes(
 
 
 def test_killed_at_random_moments(short: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """SIGKILL soon after each start: in a step, an evaluation, a write, a rename.
+    """SIGKILL soon after a start, or after some steps: in a step, an evaluation, a write, a rename.
 
     With a checkpoint before every step most kills hit a write. Each moment is a wait for the process to
     exit, which it may or may not do in that time: the test does not depend on which.
     """
     out, moments = tmp_path / "run", random.Random(1)
     saving = "import training.run; training.run.SAVE_SECONDS = -1.0"
-    process = start("run", str(short), "--out", str(out), "--seed", "7", before=saving)
-    kills = 0
-    for _ in range(6):
-        assert process.stdout is not None
-        for line in process.stdout:  # skips the imports, which take about the same time in each run
-            if line.startswith("short seed 7"):
-                break
-        try:
-            process.wait(moments.uniform(0, 0.25))
+
+    def steps() -> int:
+        state, _ = checkpoint.load_last(out / "checkpoint.pt")
+        return 8 * state.epoch + state.step
+
+    command = start("run", str(short), "--out", str(out), "--seed", "7", before=saving)
+    found: set[int] = set()
+    kept: list[int] = []
+    for least in (0, 3, 9, 14, 20, 24):
+        any(line.startswith("short seed 7") for line in command.stdout)  # skips the beginning
+        while command.process.is_alive() and (reached := steps()) < least:
+            found.add(reached)
+        command.process.join(moments.uniform(0, 0.1))
+        if command.process.exitcode is not None:
             break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-        process = start("resume", str(out), before=saving)
-    process.communicate(timeout=120)
-    assert kills > 0
+        command.process.kill()
+        command.end()
+        kept.append(steps())
+        command = start("resume", str(out), before=saving)
+    code, errors = command.end()
+    assert code == 0, errors
+    assert len(kept) > 0
+    assert kept == sorted(kept), "no kill takes back what a checkpoint had"
+    assert any(step % 8 for step in found.union(kept)), "there are checkpoints within an epoch"
     assert main(["resume", str(out)]) == 0
     assert_same_run(out, uninterrupted)
 
@@ -136,11 +127,7 @@ def test_time_limit_stops_before_it_and_goes_on_later(
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
 def test_previous_checkpoint_replaces_a_damaged_one(
-    damage: str,
-    short: Path,
-    uninterrupted: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    damage: str, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
@@ -176,9 +163,9 @@ def test_full_disk_keeps_the_last_checkpoint(short: Path, uninterrupted: Path, t
     out = tmp_path / "run"
     # Files cannot grow beyond 300 kB: enough for the initial checkpoint, but not for one with momentum.
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
-    process = start("run", str(short), "--out", str(out), "--seed", "7", before=full)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
+    command = start("run", str(short), "--out", str(out), "--seed", "7", before=full)
+    code, errors = command.end()
+    assert code == 1
     assert "could not write" in errors
     assert "the checkpoint before it is untouched, make room and resume" in errors
     assert "Traceback" not in errors
@@ -193,9 +180,9 @@ def test_full_disk_keeps_the_last_checkpoint(short: Path, uninterrupted: Path, t
 def test_full_disk_at_the_begin_leaves_nothing_to_resume(short: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))"
-    process = start("run", str(short), "--out", str(out), before=full)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
+    command = start("run", str(short), "--out", str(out), before=full)
+    code, errors = command.end()
+    assert code == 1
     assert f"error: could not write {out / 'checkpoint.pt'}: " in errors
     assert "resume" not in errors
 
@@ -223,12 +210,11 @@ def test_signal_ends_the_test_too(short: Path, tmp_path: Path, monkeypatch: pyte
     recipe.write_text(short.read_text().replace("epochs = 3", "epochs = 1"))
     # Evaluated one by one, the images take long enough for a signal to arrive between two of them.
     slowly = "import training.evaluate; training.evaluate.AT_ONCE = 1"
-    process = start("run", str(recipe), "--out", str(out), before=slowly)
-    assert process.stdout is not None
-    assert any(line.startswith("epoch 1") for line in process.stdout)
-    process.terminate()
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143
+    command = start("run", str(recipe), "--out", str(out), before=slowly)
+    assert any(line.startswith("epoch 1") for line in command.stdout)
+    command.process.terminate()
+    code, errors = command.end()
+    assert code == 143
     assert "stopped by SIGTERM; go on with" in errors
     state = checkpoint.load(out / "checkpoint.pt")
     assert state.finished
@@ -245,13 +231,13 @@ def test_out_of_memory_in_the_evaluation_is_named(
     monkeypatch.setenv(data.ROOT_VARIABLE, str(many))
     scarce = f"{SCARCE}\nimport training.evaluate; training.evaluate.AT_ONCE = 10**6"
     settings = ["data.validation=0.98", "augment=[]", "batch_size=20", *NARROW]
-    process = start(
+    command = start(
         *("run", "B2", "--epochs", "1", "--limit", "8000", "--out", str(tmp_path / "run")),
         *("--set", *settings),
         before=scarce,
     )
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
+    code, errors = command.end()
+    assert code == 1
     assert "error: out of memory in the evaluation of 8000 images on cpu: make room, and" in errors
     assert main(["resume", str(tmp_path / "run")]) == 0
 
@@ -274,15 +260,15 @@ def test_out_of_memory_names_a_batch_that_fits(
     monkeypatch.setenv(data.ROOT_VARIABLE, str(many))
     settings = ["data.validation=0.002", "augment=[]", *NARROW]
     arguments = ["run", "B2", "--epochs", "1", "--set", *settings]
-    process = start(*arguments, "batch_size=19960", "--out", str(out), before=SCARCE)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
+    command = start(*arguments, "batch_size=19960", "--out", str(out), before=SCARCE)
+    code, errors = command.end()
+    assert code == 1
     assert "error: out of memory with a batch of 19960 on cpu: " in errors
     assert checkpoint.load(out / "checkpoint.pt").epoch == 0
     size = int(errors.partition("batch_size=")[2].partition(",")[0])
     assert 1 <= size < 19960
     one = [f"batch_size={size}", "--limit", str(size)]  # an epoch of one step
-    process = start(*arguments, *one, "--out", str(again), before=SCARCE)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    command = start(*arguments, *one, "--out", str(again), before=SCARCE)
+    code, errors = command.end()
+    assert code == 0, errors
     assert checkpoint.load(again / "checkpoint.pt").history[0]["train_loss"] > 0

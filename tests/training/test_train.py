@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -14,28 +15,23 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.compiler import needs_a_compiler
-from tests.training.conftest import SGD, Limited
-from training import checkpoint, data, recipe, results, train
+from tests.training.conftest import ONE_BLOCK, SGD, Limited
+from training import checkpoint, data, recipe, train
 from training.__main__ import main
 from training.checkpoint import Checkpoint
-from training.evaluate import evaluate
+from training.evaluate import AT_ONCE, evaluate, predict
 from training.files import held
 from training.model import CLASSES, build
 from training.processes import Processes
 from training.watch import Stopped, Watch
 
 SMALL = ["--epochs", "1", "--limit", "12", "--set", "batch_size=4"]
-
-
-@pytest.fixture(autouse=True)
-def _sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+pytestmark = pytest.mark.usefixtures("sample")
 
 
 @pytest.mark.parametrize("name", recipe.names())
 def test_every_recipe_trains_a_few_steps(name: str, tmp_path: Path, uninterrupted: Path) -> None:
     out = tmp_path / "run"
-    before = results.RESULTS.read_bytes() if results.RESULTS.exists() else None
     settings = ["epochs=1", "batch_size=4"]
     if recipe.load(name).distillation is not None:
         settings.append(f"distillation.teacher={uninterrupted / 'checkpoint.pt'}")
@@ -54,9 +50,6 @@ def test_every_recipe_trains_a_few_steps(name: str, tmp_path: Path, uninterrupte
     torch.manual_seed(0)  # the run's seed, for its network before the first step
     initial = build(resolved.model).named_parameters()
     assert all(not torch.equal(p, state.model[key]) for key, p in initial if p.requires_grad)
-    # A trial leaves no row.
-    after = results.RESULTS.read_bytes() if results.RESULTS.exists() else None
-    assert after == before
 
 
 @needs_a_compiler
@@ -111,6 +104,11 @@ def test_no_compile_holds_where_compiled_steps_are_the_rule(
 def test_training_learns(uninterrupted: Path) -> None:
     history = checkpoint.load(uninterrupted / "checkpoint.pt").history
     assert history[-1]["train_loss"] < history[0]["train_loss"] < 2.31
+
+
+def test_a_run_on_the_sample_leaves_no_row(uninterrupted: Path) -> None:
+    assert checkpoint.load(uninterrupted / "checkpoint.pt").result is not None
+    assert not uninterrupted.with_name("results.csv").exists()
 
 
 # One recipe for each optimizer and kind of augmentation.
@@ -191,6 +189,25 @@ def test_nothing_held_out_for_a_schedule_that_watches_it_is_an_error(
     assert not (tmp_path / "run").exists()
 
 
+def test_time_limit_allows_for_the_seconds_of_a_step(tmp_path: Path) -> None:
+    dataset, watch = data.load_sample(), Limited(3)
+    train.create(tmp_path, recipe.load("A1", ["batch_size=16"]), "A1", 0, dataset, limit=64)
+    with pytest.raises(Stopped):
+        train.resume(tmp_path, dataset, Console(quiet=True), watch, Processes())
+    first, *others = watch.needed  # nothing is known before the first step
+    assert first == 1.0 < min(others)
+
+
+def test_ctrl_c_before_training_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data, "load", lambda: signal.raise_signal(signal.SIGINT))
+    kept = "; what was finished before is in the run's last checkpoint"
+    for command, told in (("run", f"interrupted{kept}\n"), ("lr-find", "interrupted\n")):
+        assert main([command, "A1", "--out", str(tmp_path / "out.png")]) == 130
+        assert capsys.readouterr().err == told
+
+
 def test_an_evaluation_that_begins_a_session_comes_to_its_end(tmp_path: Path) -> None:
     chosen = recipe.load("A1", ["epochs=1", "batch_size=16", "data.validation=0.5"])
     dataset = data.load_sample()
@@ -242,6 +259,15 @@ def test_views_are_averaged_on_held_out_images_after_the_last_epoch_only(tmp_pat
         assert losses[epochs]["none"] != pytest.approx(losses[epochs]["flip_shift"], rel=1e-5)
         assert state.history[-1]["val_loss"] == pytest.approx(losses[epochs]["flip_shift"])
     assert state.history[0]["val_loss"] == pytest.approx(losses[1]["none"])
+
+
+def test_several_views_are_no_more_images_at_once() -> None:
+    pixels, chosen = data.load_sample().test.pixels, recipe.load("A1", ["views=flip_shift"])
+    network, sizes = build(chosen.model), list[int]()
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    predict(network, chosen, pixels)
+    assert sum(sizes) == 6 * len(pixels)
+    assert max(sizes) <= AT_ONCE
 
 
 def test_trial_is_judged_on_held_out_images_only(
@@ -364,10 +390,6 @@ def test_wrong_arguments_are_one_clear_line(
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert list(tmp_path.iterdir()) == []
-
-
-ONE_BLOCK = "{kind='resnet', block={kind='basic'}, blocks=[1], widths=[8], squeeze_excitation=0, "
-ONE_BLOCK += "activation='relu', dropout=0.0, init='default'}"
 
 
 @pytest.mark.parametrize(
