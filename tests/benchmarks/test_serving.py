@@ -16,7 +16,7 @@ from benchmarks.load import requests
 from benchmarks.server import ServerError
 from benchmarks.serving import Load, Server
 from benchmarks.stored import read
-from tests.listener import listening
+from tests.listener import listening, refusing
 from tests.serving.server import ROOT
 
 # The servers whose packages `make test` installs.
@@ -179,10 +179,9 @@ def test_answers_that_come_when_the_time_is_over_count_as_slow_ones() -> None:
 
 
 def test_a_server_that_is_not_there_is_errors_only() -> None:
-    command = [sys.executable, "-m", "benchmarks.load", "http://127.0.0.1:9/classify"]
-    done = subprocess.run(
-        [*command, "--seconds", "0.3"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    with refusing() as address:
+        command = [sys.executable, "-m", "benchmarks.load", f"{address}/classify", "--seconds", "0.3"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["answers"] == 0
     assert found["errors"] >= 1

@@ -13,7 +13,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from benchmarks.server import ServerError
-from tests.listener import listening
+from tests.listener import listening, refusing
 from tests.serving.samples import encoded
 from tests.serving.server import running, serving, wait_until
 
@@ -98,17 +98,21 @@ def test_a_share_of_the_requests_has_spans_the_last_sent_as_the_service_stops(
 
 
 def test_a_collector_that_is_not_there_is_a_line_in_the_log(tmp_path: Path) -> None:
-    with running(
-        tmp_path,
-        SERVING_PROVIDER="cpu",
-        SERVING_TRACING="0.5",
-        OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
-        OTEL_BSP_SCHEDULE_DELAY="100",
-    ) as server:
+    with (
+        refusing() as collector,
+        running(
+            tmp_path,
+            SERVING_PROVIDER="cpu",
+            SERVING_TRACING="0.5",
+            OTEL_EXPORTER_OTLP_ENDPOINT=collector,
+            OTEL_BSP_SCHEDULE_DELAY="100",
+        ) as server,
+    ):
         traced = parent("4" * 32, recorded=True)
         answer = httpx.post(f"{server.url}/classify", files=PICTURE, headers=traced)
         assert answer.status_code == 200
-        told = re.compile(r"\[WARNING\] .*host='127\.0\.0\.1', port=9\b.* while exporting spans")
+        port = collector.rpartition(":")[2]
+        told = re.compile(rf"\[WARNING\] .*host='127\.0\.0\.1', port={port}\b.* while exporting spans")
         wait_until(lambda: told.search(server.log.read_text()) is not None, server)
         answer = httpx.post(f"{server.url}/classify", files=PICTURE, headers=traced)
         assert answer.status_code == 200
