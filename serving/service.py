@@ -442,7 +442,8 @@ def _check_propagators() -> None:
         StartError: OpenTelemetry's variable names something that is not installed.
     """
     if not SETTINGS.tracing:
-        os.environ.pop(PROPAGATORS, None)  # the workers do without, but BentoML imports it all the same
+        os.environ.pop(PROPAGATORS, None)  # BentoML's workers would import them all the same
+        return
     try:
         import opentelemetry.propagate  # noqa: F401
     except ValueError as error:

@@ -107,7 +107,7 @@ def test_a_bento_installs_what_serving_imports() -> None:
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
     assert {f"{name}=={version}" for name, version in pins} <= set(constraints)
     packages = [name for name, _ in pins]
-    named = {"bentoml"} | {name.removesuffix("-gpu") for name in packages}
+    named = {"bentoml"} | {re.sub("-(gpu|api)$", "", name) for name in packages}
     imported: set[str] = set()
     for path in (ROOT / "serving").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
