@@ -31,10 +31,10 @@ def requests(url: str, field: str, images: int) -> list[bytes]:
     """HTTP requests as bytes, each with ``images`` PNG files in form fields named ``field``."""
     with np.load(SAMPLE, allow_pickle=False) as sample:
         pixels = sample["test_images"][:IMAGES]
-    files = cycle(_png(image) for image in pixels)
+    files = cycle(png(image) for image in pixels)
     made = []
     for _ in range(IMAGES if images == 1 else 8):
-        parts = [(field, ("image.png", png, "image/png")) for png in islice(files, images)]
+        parts = [(field, ("image.png", content, "image/png")) for content in islice(files, images)]
         request = httpx.Request("POST", url, files=parts)
         head = [f"POST {request.url.raw_path.decode()} HTTP/1.1".encode()]
         head += [name + b": " + value for name, value in request.headers.raw]
@@ -42,7 +42,8 @@ def requests(url: str, field: str, images: int) -> list[bytes]:
     return made
 
 
-def _png(pixels: NDArray[np.uint8]) -> bytes:
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """An image file of ``pixels``, uint8 [height, width, 3]."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()

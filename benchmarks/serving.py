@@ -35,12 +35,13 @@ from rich.progress import track
 from benchmarks import stored
 from benchmarks.engines import Variant
 from benchmarks.inference import apart, built
-from benchmarks.load import requests
+from benchmarks.load import png
 from benchmarks.peers.model import ENGINE, MODEL
 from benchmarks.program import output
 from benchmarks.server import ServerError, family, memory
 from benchmarks.server import running as started
 from benchmarks.stored import BenchmarkError
+from training import data
 from training.files import replacing
 from training.tables import markdown_table
 
@@ -154,12 +155,10 @@ def running(server: Server, file: Path) -> Iterator[tuple[str, psutil.Process, f
     Raises:
         ServerError: the server ended, or did not answer in time.
     """
-    head, _, body = requests("http://127.0.0.1/classify", "image", 1)[0].partition(b"\r\n\r\n")
-    headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
-    del headers["Host"]
+    image = ("image.png", png(data.load_sample().test.pixels[0].numpy()), "image/png")
 
     def answers(url: str) -> bool:
-        found = httpx.post(f"{url}/classify", content=body, headers=headers, timeout=30)
+        found = httpx.post(f"{url}/classify", files={"image": image}, timeout=30)
         return found.status_code == 200
 
     settings = {MODEL: str(file), ENGINE: server.engine, "SERVING_MODEL": str(file)}

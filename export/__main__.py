@@ -128,7 +128,7 @@ def _write(options: argparse.Namespace, console: Console) -> None:
         if fitted.val_images:
             curves = {"temperature 1": before, f"temperature {fitted.value:g}": after}
         reliability.plot(curves, f"{written[0].path.name} on the test images", options.plot)
-        console.print(f"wrote {options.plot}", markup=False)
+        console.print(f"wrote {options.plot}")
 
 
 def _files(out: Path, precision: Precision | Literal["all"]) -> dict[Precision, Path]:

@@ -105,7 +105,6 @@ def write(
         sample_accuracy: the accuracy on the test images of the bundled sample.
         test_reliability: the reliability on the test images, without and with the temperature.
     """
-    del model.metadata_props[:]
     before, after = test_reliability
     values: dict[str, object] = {
         "contract": CONTRACT,

@@ -65,7 +65,6 @@ def int8(model: ModelProto) -> ModelProto:
             calibrate_method=CalibrationMethod.MinMax,
         )
         quantized = onnx.load(int8_file)
-    del quantized.metadata_props[:]  # the quantiser leaves a note
     quantized.ir_version = IR_VERSION
     quantized.producer_name, quantized.producer_version = model.producer_name, model.producer_version
     quantized = onnx.shape_inference.infer_shapes(quantized, strict_mode=True)

@@ -50,7 +50,7 @@ class Verification:
             raise ParityError(f"the model file does not compute what it should: {', '.join(failed)}")
 
 
-def verify(path: Path, checkpoints: Sequence[Path] = ()) -> Verification:
+def verify(path: Path, checkpoints: Sequence[Path]) -> Verification:
     """Check a model file's graph and metadata, and run it on the test images by every provider here.
 
     On the CPU its accuracy and calibration errors are compared with those in its metadata, perhaps of

@@ -48,8 +48,8 @@ class Written:
 def write(
     checkpoints: Sequence[Path],
     files: Mapping[Precision, Path],
-    views: Views | None = None,
-    temperature_from: Sequence[Path] = (),
+    views: Views | None,
+    temperature_from: Sequence[Path],
 ) -> list[Written]:
     """Write the model files of a checkpoint, or of an ensemble of several.
 

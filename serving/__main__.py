@@ -18,9 +18,9 @@ from serving.settings import Settings
 from serving.submission import Submission, read_submission
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Run a command; return the exit status: 0, 1 after one line on what went wrong, 130 on Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args()
     try:
         submit(options.pickle, options.csv, options.model)
     except StartError as error:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +26,18 @@ logger = logging.getLogger("serving")
 LOOK_SECONDS = 1.0  # between two checks of the model file
 
 
-@dataclass(frozen=True)
-class FileState:
-    """Properties of a file that change when it is replaced or written to, or who may read it changes."""
+# What changes when a file is replaced or written to, or who may read it changes.
+FileState = tuple[int, ...]
+_STATE = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_mode", "st_uid", "st_gid")
 
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-    mode: int
-    owner: int
-    group: int
 
-    @classmethod
-    def of(cls, path: Path) -> "FileState | None":
-        """Return the state of a file, following links, or None if there is no file."""
-        try:
-            found = path.stat()
-        except OSError:
-            return None
-        return cls(
-            found.st_dev,
-            found.st_ino,
-            found.st_size,
-            found.st_mtime_ns,
-            found.st_mode,
-            found.st_uid,
-            found.st_gid,
-        )
+def file_state(path: Path) -> FileState | None:
+    """Return the state of a file, following links, or None if there is no file."""
+    try:
+        state: FileState = _STATE(path.stat())
+    except OSError:
+        return None
+    return state
 
 
 class Deployment:
@@ -79,7 +63,7 @@ class Deployment:
         Raises:
             StartError: the file or the provider cannot be used.
         """
-        self.file = FileState.of(path)
+        self.file = file_state(path)
         self.model = Model(
             path,
             settings.provider,
@@ -89,7 +73,7 @@ class Deployment:
         )
         model = self.model
         logger.info("%s on %s: %s", self, model.provider, model.provider_reason)
-        if FileState.of(path) != self.file:
+        if file_state(path) != self.file:
             raise ModelError(f"{path} changed while it was loaded.")
         self._metrics = metrics
         # Not a bound method: in a reference cycle, a replaced model would stay in memory until a full
@@ -165,7 +149,7 @@ def _keep(path: Path, kept: Path, state: FileState | None) -> None:
     """
     with path.open("rb") as file, replacing(kept) as copy:
         shutil.copyfileobj(file, copy)
-        if FileState.of(path) != state:
+        if file_state(path) != state:
             raise OSError(f"{path} changed while it was copied")
 
 
@@ -177,7 +161,7 @@ async def replacements(path: Path, known: FileState | None) -> AsyncIterator[Non
     before = known
     while True:
         await asyncio.sleep(LOOK_SECONDS)
-        now = await asyncio.to_thread(FileState.of, path)
+        now = await asyncio.to_thread(file_state, path)
         if now is not None and now == before and now != known:
             known = now
             yield

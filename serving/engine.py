@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from serving.errors import ProviderError
+from serving.errors import NoProviderError, ProviderError
 from serving.providers import CUDA, FULL_NAMES, SHORT_NAMES, TENSORRT, obstacle, open_session
 from serving.settings import Provider, ProviderName
 
@@ -125,11 +125,10 @@ def _best(path: Path, threads: int) -> tuple[ort.InferenceSession, str]:
         except ProviderError as error:
             logger.warning("%s Going on without it.", error)
     sessions: dict[ProviderName, ort.InferenceSession] = {"cpu": open_session(path, "cpu", threads)}
-    lack = obstacle("openvino")
-    if lack:
-        return sessions["cpu"], f"there is no other. {lack}."
     try:
         sessions["openvino"] = open_session(path, "openvino", threads)
+    except NoProviderError as lack:
+        return sessions["cpu"], f"there is no other. {lack}"
     except ProviderError as error:
         logger.warning("%s Going on without it.", error)
         return sessions["cpu"], "there is no other that starts"

@@ -1,17 +1,14 @@
 """Files that are replaced as a whole or not at all, and locks on files and folders."""
 
+import fcntl
 import glob
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import EACCES, EEXIST
 from pathlib import Path
 from typing import IO
-
-if sys.platform != "win32":
-    import fcntl
 
 LEFTOVER_SECONDS = 3600.0  # no file takes this long to write
 
@@ -62,12 +59,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def locked(path: Path) -> Iterator[None]:
     """Lock a file for this process, once no other holds it; a missing file is created.
 
-    Inside, ``path`` may be replaced. Nothing is locked if the system (Windows) or the file system has
-    no ``flock``.
+    Inside, ``path`` may be replaced. Nothing is locked if the file system has no ``flock``.
     """
-    if sys.platform == "win32":
-        yield
-        return
     while True:
         with path.open("ab") as file:
             with suppress(OSError):  # no locks here: better to go on without one than to fail
@@ -82,11 +75,8 @@ def locked(path: Path) -> Iterator[None]:
 def held(folder: Path) -> Iterator[bool]:
     """Lock a folder for this process; yields False if another process holds it, else True.
 
-    Nothing is locked if the system (Windows) or the file system has no ``flock``.
+    Nothing is locked if the file system has no ``flock``.
     """
-    if sys.platform == "win32":
-        yield True
-        return
     descriptor, free = os.open(folder, os.O_RDONLY), True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,6 @@
 """Optimizers of the recipes; each parameter group keeps the recipe's rate as ``base_lr``."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, assert_never
 
@@ -28,10 +28,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; ``closure`` is not supported."""
-        if closure is not None:
-            raise ValueError("Muon takes no closure")
         for group in self.param_groups:
             # Filters of one shape are updated together: on a GPU, one alone would cost as much.
             alike: dict[torch.Size, list[Tensor]] = {}

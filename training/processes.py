@@ -87,11 +87,13 @@ class Processes:
     def parallel(self, network: nn.Module) -> nn.Module:
         """``network`` as a module whose backward pass averages the gradients over the processes.
 
-        Its BatchNorm layers are replaced in place by ones that see the whole batch.
+        Its BatchNorm layers become ones that see the whole batch.
         """
         if self.count == 1:
             return network
-        _synchronise(network)
+        for module in network.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SynchronisedBatchNorm
         # Statistics need no broadcast: they are computed from the same sums everywhere.
         return nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
 
@@ -136,15 +138,3 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
         normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
         out: Tensor = normalised * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
-
-
-def _synchronise(network: nn.Module) -> None:
-    for name, child in network.named_children():
-        if type(child) is nn.BatchNorm2d:
-            norm = SynchronisedBatchNorm(child.num_features, child.eps, child.momentum)
-            norm.weight, norm.bias = child.weight, child.bias
-            norm.running_mean, norm.running_var = child.running_mean, child.running_var
-            norm.num_batches_tracked = child.num_batches_tracked
-            setattr(network, name, norm)
-        else:
-            _synchronise(child)

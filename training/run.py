@@ -357,8 +357,6 @@ class Run:
 
     def _report(self, metrics: dict[str, float]) -> None:
         """Report an epoch's metrics on the console and to TensorBoard."""
-        if not self.processes.first:
-            return
         if self.events is not None:
             for key in metrics.keys() - {"epoch"}:
                 self.events.add_scalar(key, metrics[key], metrics["epoch"])

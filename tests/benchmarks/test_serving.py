@@ -169,9 +169,6 @@ def test_answers_that_come_when_the_time_is_over_count_as_slow_ones() -> None:
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def log_message(self, form: str, *values: object) -> None:
-            pass
-
     with listening(Handler) as address:
         found = benchmark.load(f"{address}/classify", 2, 0.3)
     assert (found["answers"], found["in_time"], found["errors"]) == (2, 0, 0)

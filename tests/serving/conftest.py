@@ -41,7 +41,7 @@ def model_file(tmp_path: Path) -> Callable[..., Path]:
     """Writes a small linear model that keeps the contract, except for what the caller changes."""
 
     def write(
-        metadata: dict[str, str] | None = None,
+        metadata: dict[str, str] = METADATA,
         *,
         input_name: str = "images",
         input_type: int = TensorProto.UINT8,
@@ -63,7 +63,7 @@ def model_file(tmp_path: Path) -> Callable[..., Path]:
             tmp_path / name,
             nodes,
             {"weights": weights},
-            metadata=METADATA if metadata is None else metadata,
+            metadata=metadata,
             input_name=input_name,
             input_type=input_type,
             input_shape=input_shape,

@@ -24,7 +24,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = Path(__file__).parent / "corpus"
 FOUND = ROOT / "fuzzing"
-READERS = ("pickles", "images", "inference")
 INSTRUMENTED = ("serving.", "pickletools", "PIL.")
 MODULES = (
     *("serving.submission", "serving.images", "serving.inference_protocol"),
@@ -150,7 +149,7 @@ def _inference_seeds(pixels: Any) -> dict[str, bytes]:
     }
 
 
-def search(reader: str, seconds: int, folder: Path = FOUND) -> int:
+def search(reader: str, seconds: int, folder: Path) -> int:
     """Search in a process of its own; returns its exit code, 0 if nothing was found."""
     place = folder / reader
     begin, found = place / "begin", place / "reached"
@@ -190,17 +189,17 @@ def _fuzz(reader: str, seconds: int, folder: Path) -> None:
     atheris.Fuzz()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Run the command line; returns the exit code, 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.serving.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="of each reader (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=FOUND, help="default: fuzzing/")
-    parser.add_argument("--only", choices=READERS, metavar="READER", help=", ".join(READERS))
+    parser.add_argument("--only", choices=TARGETS, metavar="READER", help=", ".join(TARGETS))
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if options.here:
         _fuzz(options.only, options.seconds, options.folder)
-    readers = [options.only] if options.only else READERS
+    readers = [options.only] if options.only else TARGETS
     failed = [reader for reader in readers if search(reader, options.seconds, options.folder)]
     for reader in failed:
         print(f"found: see {options.folder / reader}", file=sys.stderr)

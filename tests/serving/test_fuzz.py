@@ -19,14 +19,14 @@ from hypothesis.extra import numpy as st_numpy
 from serving.errors import PickleError, RequestError
 from serving.inference_protocol import read
 from serving.pickles import SYMBOLS, read_pickle
-from tests.serving.fuzz import READERS, ROOT, TARGETS, nothing_run, seeds
+from tests.serving.fuzz import ROOT, TARGETS, nothing_run, seeds
 from tests.serving.samples import pickled
 from tests.serving.test_pickles import same
 
 SEARCH_SECONDS = 3
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", TARGETS)
 def test_search(reader: str, tmp_path: Path) -> None:
     pytest.importorskip("atheris")
     command = [sys.executable, "-m", "tests.serving.fuzz", "--seconds", str(SEARCH_SECONDS)]
@@ -89,7 +89,7 @@ class NamesOfNumPy(pickle.Unpickler):
 
 SEEDS = {
     reader: {name: content for name, content in seeds(reader).items() if len(content) < 2**14}
-    for reader in READERS
+    for reader in TARGETS
 }
 
 
@@ -139,7 +139,7 @@ def damaged(content: bytes, data: st.DataObject) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", TARGETS)
 @settings(deadline=None)
 @given(data=st.data())
 def test_damaged_files_only_raise_what_a_client_may_see(reader: str, data: st.DataObject) -> None:

@@ -23,8 +23,8 @@ def triton(url: str) -> Any:
         yield client
 
 
-def sent(images: Pixels, *, binary: bool = True, datatype: str = "UINT8") -> Any:
-    tensor = InferInput("images", list(images.shape), datatype)
+def sent(images: Pixels, *, binary: bool = True) -> Any:
+    tensor = InferInput("images", list(images.shape), "UINT8")
     tensor.set_data_from_numpy(images, binary_data=binary)
     return tensor
 

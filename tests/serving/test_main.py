@@ -43,7 +43,7 @@ def test_pickle(tmp_path: Path, images: npt.NDArray[np.uint8]) -> Path:
 @pytest.fixture
 def tiny(model_file: Callable[..., Path]) -> Path:
     """A model file that labels the images in no time."""
-    return model_file(METADATA)
+    return model_file()
 
 
 def test_same_bytes_as_the_endpoint(client: httpx.Client, test_pickle: Path, tmp_path: Path) -> None:

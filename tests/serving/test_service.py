@@ -385,9 +385,6 @@ def test_a_url_is_never_fetched(client: httpx.Client) -> None:
             self.end_headers()
             self.wfile.write(PNG)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
     with listening(Counter) as server:
         address = f"{server}/a.png"
         for path, name in [

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from benchmarks.server import is_ready, reached
-from serving.deployment import FileState, replacements
+from serving.deployment import file_state, replacements
 from serving.model import Model
 from tests.serving.figures import read, value
 from tests.serving.models import METADATA
@@ -178,7 +178,7 @@ def test_who_does_not_watch_keeps_the_model(tmp_path: Path, contents: tuple[byte
 
 async def found(file: Path, content: bytes) -> None:
     """Replace a file, and wait until who watches it has found the new one."""
-    known = FileState.of(file)
+    known = file_state(file)
     replace(file, content)
     await anext(replacements(file, known))
 

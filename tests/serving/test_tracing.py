@@ -41,9 +41,6 @@ def spans() -> Iterator[tuple[str, Spans]]:
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *arguments: object) -> None:
-            pass
-
     with listening(Collector) as address:
         yield address, got
 

@@ -28,8 +28,8 @@ C1 = ["batch_size=25", "model.widths=[16,16,32]", "optimizer.lr=1e-4"]
 SETTINGS = {
     "plain": ("A1", ["batch_size=125", SGD]),
     "BatchNorm": ("C1", C1),
-    "selection": ("C1", [*C1, selection("A1", 0.6)]),
-    "selection of one": ("A1", ["batch_size=4", SGD, selection("A1", 0.25)]),
+    "selection": ("C1", [*C1, selection(0.6)]),
+    "selection of one": ("A1", ["batch_size=4", SGD, selection(0.25)]),
 }
 
 

@@ -86,7 +86,7 @@ def test_only_training_images_count(
 
 
 def test_losses_are_means_over_the_images_that_a_step_learns_from() -> None:
-    chosen = recipe.load("A1", ["batch_size=20", selection("A1", 0.25)])
+    chosen = recipe.load("A1", ["batch_size=20", selection(0.25)])
     images = data.load_sample().train
     learner = Learner(chosen, 0, images, Processes())
     (first,) = range_test.measure(learner, [1e-5])

@@ -14,7 +14,7 @@ from training.processes import Processes
 from training.recipe import RecipeError
 from training.watch import Watch
 
-SELECTING = [SGD, "epochs=2", "batch_size=64", "label_smoothing=0.1", selection("A1", 0.25)]
+SELECTING = [SGD, "epochs=2", "batch_size=64", "label_smoothing=0.1", selection(0.25)]
 
 
 def learner(settings: list[str]) -> Learner:
@@ -86,11 +86,11 @@ def test_a_selector_that_diverges_stops_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ([selection("A1", 1.0)], "key selection.share: Input should be less than 1"),
+        ([selection(1.0)], "key selection.share: Input should be less than 1"),
         (
             [
                 "schedule={kind='shifted_warmup_cosine', warmup_epochs=1, min_lr=0.0}",
-                selection("A1", 0.5),
+                selection(0.5),
             ],
             "shifted_warmup_cosine is defined for one learning rate",
         ),

@@ -32,7 +32,6 @@ from training.tables import percent
 
 PAGE = "report.html"
 COMPARISON = "comparison.html"
-TEMPLATES = Path(__file__).parent / "templates"
 
 MISTAKES = 24
 LEGEND_LENGTH = 16  # characters of a run's name in the legend of a comparison
@@ -211,7 +210,7 @@ def _save(page: Path, text: str) -> Path:
 
 def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.PackageLoader("training.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -346,10 +345,8 @@ def _text(name: str, value: Any) -> str:
             return "yes" if value else "no"
         case int():
             return str(value) if name == "seed" else f"{value:,}"
-        case list() | tuple():
+        case list():
             return " + ".join(dict.fromkeys(_text(name, item) for item in value))
-        case dict():
-            return ", ".join(f"{key} {_text(key, item)}" for key, item in value.items())
     return _moment(value) if name in ("date", "started") else str(value)
 
 
