@@ -7,6 +7,7 @@ import errno
 import socket
 
 import click
+from bentoml._internal.configuration.containers import BentoMLContainer
 
 from serving.errors import StartError
 
@@ -18,16 +19,17 @@ REASONS = {
 
 
 def check_address() -> None:
-    """Raise `StartError` unless the service can listen on the address that the command line gives.
+    """Raise `StartError` unless the service can listen on the address of `bentoml serve`.
 
     Raises:
         StartError: it cannot; the message says why.
     """
     context = click.get_current_context(silent=True)  # of `bentoml serve`, with its environment
-    options = context.params if context else {}
-    host, port = options.get("host"), options.get("port")
-    if host is None or port is None:
-        return  # BentoML takes it from its configuration
+    if context is None:
+        return
+    defaults = BentoMLContainer.http
+    host = context.params.get("host") or defaults.host.get()
+    port = context.params.get("port") or defaults.port.get()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()

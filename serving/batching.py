@@ -1,7 +1,7 @@
 """Let concurrent requests share runs of the engine.
 
 BentoML's own `batchable=True` is not used: it polls instead of waking up, its queue has no bound,
-it counts requests rather than images, takes one argument only, and one bad item fails its batch.
+it takes one argument only, and one bad item fails its batch.
 Here a run takes whatever waits at that moment, so an idle service answers at once and a busy one
 fills its batches, with no delay to tune. The engine's threads fetch the next batch themselves, so a
 run never waits for the event loop, which may be busy reading requests.

@@ -32,8 +32,8 @@ DRAFT_SIDE = 4 * SIDE
 REDUCING_GAP = 3
 BAND_PIXELS = 2**20
 
-# An image with more pixels in memory counts as large. A camera's JPEG never does, as it is decoded row
-# by row, at the draft's size.
+# An image with more pixels in memory counts as large. A camera's JPEG hardly ever does, as it is decoded
+# row by row, at the draft's size.
 LARGE_PIXELS = 4_000_000
 MAX_SIDE = 65_535  # for each row Pillow keeps a pointer and makes a call; only PNG and BMP can have more
 WEBP_COPIES = 4  # of the pixels that Pillow's WebP decoder has in memory
@@ -143,7 +143,7 @@ def decode(content: bytes, max_pixels: int, in_memory: int | None = None) -> npt
             # Of a draft at half size, say, an odd side ends half a pixel before the decoded pixels do.
             size = drawn[1][2:] if drawn else image.size
             return np.array(_upright(_square(image, size), image), dtype=np.uint8)
-    except (ImageError, TooLargeError, LargeImageError):
+    except (ImageError, TooLargeError, LargeImageError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise ImageError(

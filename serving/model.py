@@ -1,6 +1,7 @@
 """The model file: one ONNX graph with its metadata, checked and loaded into an engine."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,10 @@ class Model:
             self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
             _check_signature(path, opened, len(self.classes))
             _check_runs(path, opened, len(self.classes))
-            self._engine = Engine(path, provider, threads, runs)
+            self._engine = Engine(path, provider, threads, min(runs, max_batch_size))
             self.provider, self.provider_reason = self._engine.provider, self._engine.reason
             self.runs = self._engine.runs
-            self.chunk_size = max(1, max_batch_size // self.runs)
+            self.chunk_size = max_batch_size // self.runs
             self.batch_size = min(self.chunk_size, self._engine.enough or self.chunk_size)
             self._engine.warm_up(self.batch_size)
         except StartError:
@@ -118,6 +119,8 @@ def _opened(path: Path, content: bytes) -> ort.InferenceSession:
     options.intra_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # Otherwise weights would be looked for in the working directory.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
         return ort.InferenceSession(content, options, providers=[CPU])
     except Exception as error:

@@ -97,11 +97,12 @@ TRACING = {
 }
 NO_TRACING = {"excluded_urls": ".*"}  # BentoML makes spans even if they are sent nowhere
 
-PROPAGATORS = "OTEL_PROPAGATORS"  # OpenTelemetry's variable that says which headers pass traces on
-SPANS_SECONDS = 5  # for a collector to take the last spans of a worker that ends
+SPANS_SECONDS = 2  # for a collector to take the last spans of a worker that ends
 
 # Large submissions in memory at a time: one that the engine works on, and one that is read meanwhile.
 LARGE_FILES = 2
+
+REPORTS = 8  # of the metrics that wait at a time: each takes milliseconds, and anyone may ask for one
 
 drain = Drain(SETTINGS.stop_timeout)
 waiting = Budget(
@@ -111,6 +112,7 @@ uploads = Budget(
     SETTINGS.max_upload_bytes,
     f"The uploads under way reach their limit of {SETTINGS.max_upload_bytes} bytes; try again shortly.",
 )
+reports = Budget(REPORTS, "Too many ask for the metrics at once; try again shortly.")
 
 
 def endpoint(
@@ -161,9 +163,10 @@ async def get_openapi(classifier: "Classifier", request: Request) -> Response:
 @endpoint
 async def get_metrics(classifier: "Classifier", request: Request) -> Response:
     """The metrics, in Prometheus' text format."""
-    return await asyncio.get_running_loop().run_in_executor(
-        classifier.reporter, classifier.metrics.exposition
-    )
+    with reports.share():
+        return await asyncio.get_running_loop().run_in_executor(
+            classifier.reporter, classifier.metrics.exposition
+        )
 
 
 @endpoint
@@ -323,7 +326,7 @@ class Classifier:
 
         try:
             check_address()
-            _check_propagators()
+            _check_tracing()
             # Only the workers measure which provider "auto" means.
             provider = "cpu" if SETTINGS.provider == "auto" else SETTINGS.provider
             Model(SETTINGS.model, provider, SETTINGS.threads)
@@ -346,10 +349,13 @@ class Classifier:
             drain.listen(server)
             keep_idle_connections(server)
             separate_requests(server)
+            connections = connections_that_fit(
+                SETTINGS.max_connections, SETTINGS.max_upload_bytes // SPOOLED_BYTES
+            )
+            # If all of them could wait for answers, health checks would find none that may be closed.
+            waiting.take(max(0, SETTINGS.max_waiting - connections + 1))
             limits = ConnectionLimits(
-                connections_that_fit(
-                    SETTINGS.max_connections, SETTINGS.max_upload_bytes // SPOOLED_BYTES
-                ),
+                connections,
                 SETTINGS.head_timeout,
                 SETTINGS.body_timeout,
                 self.metrics.evicted.inc,
@@ -369,7 +375,7 @@ class Classifier:
         self.metrics.leave()
         if SETTINGS.tracing:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.to_thread(_send_spans), SPANS_SECONDS)
+                await asyncio.wait_for(asyncio.to_thread(_tracer_provider().force_flush), SPANS_SECONDS)
 
     @property
     def model(self) -> Model:
@@ -435,25 +441,30 @@ async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.ND
     return np.concatenate([logits async for logits in deployment.batcher.many(images)])
 
 
-def _check_propagators() -> None:
-    """Import what passes traces on, as workers do, which would otherwise fail for ever.
+def _check_tracing() -> None:
+    """Set up tracing as workers do, which would otherwise fail for ever.
 
     Raises:
-        StartError: OpenTelemetry's variable names something that is not installed.
+        StartError: OpenTelemetry's variables cannot be used.
     """
+    variables = [name for name in os.environ if name.startswith("OTEL_")]
     if not SETTINGS.tracing:
-        os.environ.pop(PROPAGATORS, None)  # BentoML's workers would import them all the same
+        for name in variables:  # BentoML's workers would read them all the same
+            del os.environ[name]
         return
     try:
         import opentelemetry.propagate  # noqa: F401
-    except ValueError as error:
-        raise StartError(f"{PROPAGATORS}={os.environ[PROPAGATORS]}: {error}") from None
+
+        _tracer_provider().shutdown()
+    except Exception as error:  # whatever OpenTelemetry and its plug-ins raise
+        given = ", ".join(variables) or "no variables of its own"
+        raise StartError(f"OpenTelemetry cannot be set up, with {given}: {error}") from error
 
 
-def _send_spans() -> None:
+def _tracer_provider() -> Any:
     from bentoml._internal.configuration.containers import BentoMLContainer  # there is no public way
 
-    BentoMLContainer.tracer_provider.get().force_flush()
+    return BentoMLContainer.tracer_provider.get()
 
 
 @functools.lru_cache(maxsize=1)  # it takes as long as ten classifications

@@ -121,7 +121,10 @@ def _tell_of_the_end(
 
 
 def _heed_every_stop() -> None:
-    """Make circus obey a stop signal that comes while it replaces workers, which it would drop."""
+    """Make circus obey a stop signal that comes while it replaces workers, which it would drop.
+
+    A second Ctrl-C goes on to the workers, which a terminal does not reach: each has its own session.
+    """
 
     def stop(controller: Controller) -> None:
         try:
@@ -129,7 +132,18 @@ def _heed_every_stop() -> None:
         except ConflictError:
             controller.loop.call_later(BUSY_SECONDS, stop, controller)
 
+    def hurry(controller: Controller) -> None:
+        for watcher in controller.arbiter.iter_watchers():
+            if watcher.is_stopping():
+                for process in watcher.processes.values():
+                    process.send_signal(signal.SIGINT)
+
     def quit(self: SysHandler) -> None:
         self.controller.loop.add_callback_from_signal(stop, self.controller)
 
+    def interrupt(self: SysHandler) -> None:
+        self.controller.loop.add_callback_from_signal(hurry, self.controller)
+        self.quit()
+
     SysHandler.quit = quit
+    SysHandler.handle_int = interrupt

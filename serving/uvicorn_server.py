@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Container, Sized
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import uvicorn
@@ -213,6 +214,7 @@ class _Connection(HttpToolsProtocol):
     _overdue: asyncio.TimerHandle | None = None  # while a head or the rest of a refused body is due
     _running: RequestResponseCycle | None = None  # the request that was started last
     _head_bytes = 0  # received since the last byte of a body, or the last request
+    _in_head = False  # whether a part of a head has come
     _data = _offer = b""  # what the parser reads, and what it is to read next
 
     def __init__(
@@ -247,11 +249,18 @@ class _Connection(HttpToolsProtocol):
         if self._head_bytes > MAX_HEAD_BYTES:
             self._give_up()
 
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
+        self._in_head = False
         self._cancel()
         self._unset_keepalive_if_required()
         if self.transport.is_closing():
             raise ValueError("The answer before said that the connection closes.")
+        if len(self.url) + sum(map(len, chain.from_iterable(self.headers))) > MAX_HEAD_BYTES:
+            raise ValueError("The head is too long.")  # and came in one piece
         if self.parser.get_http_version() == "1.0":
             self.expect_100_continue = False
         else:
@@ -295,6 +304,8 @@ class _Connection(HttpToolsProtocol):
             self._awaited[self] = None
             if self._has_refused_a_body():
                 self._await(self._limits.body_seconds)
+            elif self._in_head:  # which began to come before this answer
+                self._await(self._limits.head_seconds)
 
     def send_400_response(self, msg: str) -> None:
         if self.transport.is_closing() or self._has_refused_a_body():

@@ -53,16 +53,20 @@ def test_a_service_that_cannot_start_says_why_and_ends(
 
 
 @pytest.mark.parametrize(
-    ("host", "message"),
+    ("options", "host", "message"),
     [
-        ("127.0.0.1", "something else listens there"),
-        ("192.0.2.1", "this machine has no such address"),  # reserved for documentation, RFC 5737
+        (["--host", "127.0.0.1"], "127.0.0.1", "something else listens there"),
+        ([], "0.0.0.0", "something else listens there"),
+        # Reserved for documentation by RFC 5737.
+        (["--host", "192.0.2.1"], "192.0.2.1", "this machine has no such address"),
     ],
 )
-def test_an_address_that_cannot_be_had_is_told(tmp_path: Path, host: str, message: str) -> None:
+def test_an_address_that_cannot_be_had_is_told(
+    tmp_path: Path, options: list[str], host: str, message: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        result = bento(tmp_path, "serve", "--host", host, "--port", port)
+        result = bento(tmp_path, "serve", *options, "--port", port)
     assert result.returncode != 0
     assert f"cannot listen on {host}, port {port}: " in result.stderr
     assert message in result.stderr

@@ -2,6 +2,7 @@
 
 import json
 import re
+import selectors
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from benchmarks.server import LOG, is_ready, running
 from tests.serving.figures import Samples, read, under_way, value
 from tests.serving.models import write_slow_model
 from tests.serving.raw import PATIENCE, connected, last, post
@@ -78,6 +80,7 @@ def trickle(connection: socket.socket, piece: bytes) -> bytes:
         (b"", b"\r\n", b""),
         (b"POST /classify HTTP/1.1\r\n", b"X-A: b\r\n", b""),
         (b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n", b"\r\n", b"HTTP/1.1 200 OK"),
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\nGET /", b"", b"HTTP/1.1 200 OK"),
         (post("/classify", 100_000), b"x", b"HTTP/1.1 408 Request Timeout"),
         (
             post("/classify", None),
@@ -90,7 +93,10 @@ def trickle(connection: socket.socket, piece: bytes) -> bytes:
             b"HTTP/1.1 413 ",
         ),
     ],
-    ids=["nothing", "empty lines", "headers", "after an answer", "body", "chunks", "refused body"],
+    ids=[
+        *("nothing", "empty lines", "headers", "after an answer", "before an answer"),
+        *("body", "chunks", "refused body"),
+    ],
 )
 def test_tricklers_are_hung_up_on_and_hold_up_nobody(
     strict_url: str, images: npt.NDArray[np.uint8], begin: bytes, piece: bytes, said: bytes
@@ -277,6 +283,41 @@ def test_who_floods_with_connections_pushes_out_the_own_ones(
     assert len(flood) - 6 < evicted <= len(flood) + 2
 
 
+FEW_FILES = """
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+runpy.run_module("bentoml", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_where_few_files_may_be_open_fewer_requests_wait_than_there_are_connections(
+    tmp_path: Path,
+) -> None:
+    fitting = 100
+    picture = encoded(np.zeros((7000, 7000, 3), np.uint8))  # it takes long to decode
+    request = post("/classify", len(picture)) + picture
+    command = ("-c", FEW_FILES, "serve", "--host", "127.0.0.1", "--port", "{port}")
+    settings = {"SERVING_PROVIDER": "cpu"}
+    with (
+        running("the service", command, settings, is_ready, tmp_path) as (url, _),
+        ExitStack() as stack,
+        selectors.DefaultSelector() as answered,
+    ):
+        for _ in range(fitting):
+            connection = stack.enter_context(connected(url))
+            connection.sendall(request)
+            answered.register(connection, selectors.EVENT_READ, connection)
+        for _ in range(10):
+            ((key, _), *_) = answered.select(PATIENCE)
+            if key.data.recv(65536).startswith(b"HTTP/1.1 503 "):
+                break
+            key.data.sendall(request)
+        else:
+            pytest.fail("all of them wait")
+        assert httpx.get(f"{url}/healthz").status_code == 200
+    assert f"{fitting} connections at once, not 1024" in (tmp_path / LOG).read_text()
+
+
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAQ\r\n\r\n"
 
 
@@ -410,6 +451,13 @@ def test_large_headers_within_the_limit_pass(strict_url: str) -> None:
     headers = {f"X-{i}": "a" * 5000 for i in range(10)}
     with httpx.Client(base_url=strict_url, headers=headers) as client:
         assert [client.get("/healthz").status_code for _ in range(3)] == [200] * 3
+
+
+def test_headers_beyond_the_limit_do_not_pass_even_in_one_piece(strict_url: str) -> None:
+    with connected(strict_url) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 66_000 + b"\r\n\r\n")
+        said = connection.makefile("rb").read()
+    assert said.startswith(b"HTTP/1.1 400 ")
 
 
 @pytest.mark.parametrize("leaves", [True, False], ids=["client leaves", "timeout"])

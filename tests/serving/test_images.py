@@ -1,7 +1,10 @@
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +78,26 @@ def test_an_image_is_large_where_all_of_it_is_kept_in_memory(
         assert (decode(content, 10**7, None if large else LARGE_PIXELS) == [254, 0, 0]).all()
     elif not large:
         decode(content, 10**7, LARGE_PIXELS)
+
+
+def test_a_good_image_is_not_called_damaged_for_want_of_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    path.write_bytes(saved(plain((255, 0, 0), (5000, 5000)), "PNG"))
+    program = f"""
+import resource
+from pathlib import Path
+from serving.images import decode
+content = Path({str(path)!r}).read_bytes()
+decode(content, {5000**2})
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, used + 2**24))
+try:
+    decode(content, {5000**2})
+except MemoryError:
+    print("no memory")
+"""
+    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert run.stdout == "no memory\n"
 
 
 @pytest.mark.parametrize("place", [2**20 - 1, 2**20, 2**21 - 2])

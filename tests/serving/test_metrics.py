@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ from tests.transcripts import assert_as_shown
 
 DASHBOARD = json.loads((ROOT / "serving" / "grafana.json").read_text())
 ALERTS = ROOT / "serving" / "alerts.yml"
+
+
+def test_a_flood_of_reports_is_refused(url: str) -> None:
+    with ExitStack() as stack:
+        askers = [stack.enter_context(connected(url)) for _ in range(100)]
+        for asker in askers:
+            asker.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+        answers = {asker.recv(65536).partition(b"\r\n")[0] for asker in askers}
+    assert answers == {b"HTTP/1.1 200 OK", b"HTTP/1.1 503 Service Unavailable"}
 
 
 def test_requests_images_and_runs_are_counted(

@@ -36,6 +36,7 @@ def test_single_images_wait_for_fewer_others_than_a_chunk_has(model_file: ModelF
     for most, expected in {64: (8, 32), 16: (8, 8), 6: (3, 3), 1: (1, 1)}.items():
         model = Model(path, "cpu", 2, runs=2, max_batch_size=most)
         assert (model.batch_size, model.chunk_size) == expected
+        assert model.runs * model.chunk_size <= most
 
 
 def test_takes_views_in_any_strides(model_file: ModelFile, images: npt.NDArray[np.uint8]) -> None:
@@ -58,14 +59,18 @@ def test_metadata_that_json_cannot_tell_again_are_texts(model_file: ModelFile, t
     assert model.metadata["parity"] == text
 
 
-def test_weights_in_another_file_are_refused(model_file: ModelFile, tmp_path: Path) -> None:
+def test_weights_in_another_file_are_refused(
+    model_file: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The copy of the file that a replacement worker may need would lack them."""
     whole = onnx.load(model_file())
     path = tmp_path / "parts.onnx"
     onnx.save(whole, path, save_as_external_data=True, location="beside.bin", size_threshold=0)
     assert (tmp_path / "beside.bin").stat().st_size > 100_000
-    with pytest.raises(ModelError, match=r"parts\.onnx is not an ONNX model that can be loaded"):
-        load(path)
+    for folder in (Path.cwd(), tmp_path):
+        monkeypatch.chdir(folder)
+        with pytest.raises(ModelError, match=r"parts\.onnx is not an ONNX model that can be loaded"):
+            load(path)
 
 
 def test_as_many_logits_as_images(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:

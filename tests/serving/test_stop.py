@@ -133,26 +133,23 @@ def test_a_worker_that_is_not_up_yet_does_not_outlive_its_supervisor(tmp_path: P
 
 
 def test_ctrl_c_again_ends_what_waits(tmp_path: Path) -> None:
-    with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="600") as server:
-
-        def interrupt() -> None:
-            """Send SIGINT as a terminal does: to all of a program's processes at once."""
-            for process in (*server.workers(), server.process.pid):
-                os.kill(process, signal.SIGINT)
-
-        with connected(server.url) as slow, httpx.Client(base_url=server.url) as client:
-            slow.sendall(post("/classify", 100) + b"beginning")
-            while under_way(client) < 1:
-                pass
-            interrupt()
-            while client.get("/model").status_code == 200:
-                pass
-            assert client.get("/model").json()["error"]["code"] == "stopping"
-            interrupt()
-            answer = slow.makefile("rb").read()
-            assert answer.startswith(b"HTTP/1.1 503 ")
-            assert b'"code":"stopping"' in answer
-            assert server.process.wait(START_SECONDS) == 0
+    with (
+        running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="600") as server,
+        connected(server.url) as slow,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        slow.sendall(post("/classify", 100) + b"beginning")
+        while under_way(client) < 1:
+            pass
+        server.process.send_signal(signal.SIGINT)  # a terminal does not reach the workers
+        while client.get("/model").status_code == 200:
+            pass
+        assert client.get("/model").json()["error"]["code"] == "stopping"
+        server.process.send_signal(signal.SIGINT)
+        answer = slow.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"code":"stopping"' in answer
+        assert server.process.wait(START_SECONDS) == 0
 
 
 def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(

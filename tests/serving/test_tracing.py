@@ -115,10 +115,20 @@ def test_a_collector_that_is_not_there_is_a_line_in_the_log(tmp_path: Path) -> N
         assert answer.status_code == 200
 
 
-def test_a_propagator_that_is_not_installed_is_named_at_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("OTEL_PROPAGATORS", "tracecontext,b3", "Propagator b3 not found"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "100", "max_export_batch_size must be"),
+    ],
+)
+def test_what_opentelemetry_refuses_is_told_at_start(
+    tmp_path: Path, name: str, value: str, message: str
+) -> None:
+    settings: dict[str, Any] = {"SERVING_TRACING": "0.5", name: value}
     with (
-        pytest.raises(ServerError, match="OTEL_PROPAGATORS=tracecontext,b3: Propagator b3 not found"),
-        running(tmp_path, SERVING_TRACING="0.5", OTEL_PROPAGATORS="tracecontext,b3"),
+        pytest.raises(ServerError, match=f"cannot be set up, with {name}: {message}"),
+        running(tmp_path, **settings),
     ):
         pytest.fail("it runs")
 
@@ -129,6 +139,7 @@ def test_without_it_there_are_none(tmp_path: Path, spans: tuple[str, Spans]) -> 
         tmp_path,
         SERVING_PROVIDER="cpu",
         OTEL_PROPAGATORS="none_that_is_installed",
+        OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT="no number",
         OTEL_EXPORTER_OTLP_ENDPOINT=collector,
         OTEL_BSP_SCHEDULE_DELAY="1",
     ) as url:
