@@ -74,7 +74,7 @@ class Entry:
     @property
     def seconds(self) -> float:
         """The training time of the epochs that are done."""
-        return self.state.history[-1]["seconds"] if self.state.step else self.state.seconds
+        return self.state.history[-1]["seconds"] if self.state.history else 0.0
 
     @property
     def timestamp(self) -> str:
