@@ -19,7 +19,7 @@ EVALUATION = {"date", "accuracy", "single_view_accuracy", "device", "precision",
 
 
 class ResultsError(ExplainedError):
-    """A file of results that cannot be read; the message says which line, and why."""
+    """A file of results that cannot be read; the message says why, and of a line which."""
 
 
 class Result(BaseModel):
@@ -61,21 +61,21 @@ def read(path: Path = RESULTS) -> list[Result]:
     """Read all rows, oldest first; none if there is no file yet.
 
     Raises:
-        ResultsError: a line is not a row (in an unresolved merge, say).
+        ResultsError: a line is not a row (in an unresolved merge, say), or the file is not CSV in UTF-8.
     """
     if not path.exists():
         return []
-    rows = []
     with path.open(newline="", encoding="utf-8") as file:
         lines = csv.DictReader(file, restkey="more")
-        for line in lines:
-            try:
-                rows.append(Result.model_validate({key: value or None for key, value in line.items()}))
-            except ValidationError as error:
-                raise ResultsError(
-                    f"{path}, line {lines.line_num}: not a row: {first_of(error)}"
-                ) from error
-    return rows
+        try:
+            return [
+                Result.model_validate({key: value or None for key, value in line.items()})
+                for line in lines
+            ]
+        except ValidationError as error:
+            raise ResultsError(f"{path}, line {lines.line_num}: not a row: {first_of(error)}") from error
+        except (UnicodeDecodeError, csv.Error) as error:  # of bytes read ahead, on whatever line
+            raise ResultsError(f"{path}: not CSV in UTF-8: {error}") from error
 
 
 def record(result: Result, path: Path = RESULTS) -> None:
