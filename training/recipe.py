@@ -37,7 +37,10 @@ class RecipeError(ExplainedError):
 
 
 class Part(BaseModel):
-    """A table of a recipe, immutable and strict: no unknown keys, no conversions from other types."""
+    """A table of a recipe, immutable and strict: no unknown keys, and no value of another type.
+
+    But a whole number may stand for a float.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -518,7 +521,11 @@ def parse(data: Mapping[str, Any], source: str) -> Recipe:
     """
     try:
         # By way of JSON: pydantic's strict mode takes its arrays as tuples, but not Python's lists.
-        return Recipe.model_validate_json(json.dumps(data, default=str))
+        text = json.dumps(data, default=lambda date: [str(date)])  # which is right for no key
+    except (ValueError, RecursionError) as error:  # absurdly long or deep
+        raise RecipeError(f"{source}: {error}") from error
+    try:
+        return Recipe.model_validate_json(text)
     except ValidationError as error:
         lines = [f"{source}: {_describe(details, data)}" for details in error.errors()]
         raise RecipeError("\n".join(lines)) from error
