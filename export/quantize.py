@@ -73,6 +73,12 @@ def int8(model: ModelProto) -> ModelProto:
 
 
 def _first_convolutions(model: ModelProto) -> list[str]:
-    """The names of the convolutions whose filters have three input channels: red, green and blue."""
+    """The names of the ungrouped convolutions of three channels: red, green and blue."""
     colors = {tensor.name for tensor in model.graph.initializer if tensor.dims[1:2] == [COLORS]}
-    return [node.name for node in model.graph.node if node.op_type == "Conv" and node.input[1] in colors]
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "Conv"
+        and node.input[1] in colors
+        and onnx.helper.get_node_attr_value(node, "group") == 1
+    ]
