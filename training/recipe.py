@@ -493,6 +493,7 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: no such recipe, not TOML, or an unknown, missing or ill-typed key.
+        OSError: the file cannot be read.
     """
     path = Path(name_or_path)
     if path.suffix == ".toml":

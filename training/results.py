@@ -62,6 +62,7 @@ def read(path: Path = RESULTS) -> list[Result]:
 
     Raises:
         ResultsError: a line is not a row (in an unresolved merge, say), or the file is not CSV in UTF-8.
+        OSError: it cannot be read.
     """
     if not path.exists():
         return []
@@ -84,7 +85,8 @@ def record(result: Result, path: Path = RESULTS) -> None:
     Of runs that end at the same time, each waits for the one before it.
 
     Raises:
-        ResultsError: the present file cannot be read.
+        ResultsError: the present file is damaged.
+        OSError: it cannot be read or written.
     """
     if _has_row(result, read(path)):
         return  # without the lock, which needs a writable file
