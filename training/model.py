@@ -200,7 +200,8 @@ class WhitenedResNet(nn.Module):
     The stem is a fixed 2x2 convolution that whitens patches of the training images; each stage pools
     right after its first convolution and then adds a residual branch. Filters begin as the identity
     on their first input channels, BatchNorm has no scale, and the head's logits are divided by its
-    width. The global max-pool makes it work at any image size from 16 pixels on.
+    width. The global max-pool makes it work at any image size from 2**stages + 1 pixels on, which is 9
+    for three stages.
     """
 
     def __init__(self, config: recipe.WhitenedResNet) -> None:
