@@ -6,9 +6,10 @@ the programs of `benchmarks.peers` both as their documentation has them (the flo
 Runtime) and with the service's engine and int8 file, which tells engine and server apart.
 
 ``python -m benchmarks.serving`` measures, writes ``benchmarks/serving.json`` and each load's raw figures
-to ``results/serving.jsonl`` beside it; ``--markdown`` prints the former as a table. The committed files
-are of ``--seconds 3 --rounds 3``; ``serving-a1.json`` is also of ``--network A1``, whose engine takes so
-little time that it shows the servers themselves.
+to ``results/serving.jsonl`` beside it; ``--markdown`` prints the former as a table. The committed file
+is of ``--seconds 3 --rounds 3``, ``serving-a1.json`` of ``--network A1 --seconds 4``, as A1's engine
+takes so little time that it shows the servers themselves, and ``serving-avx2.json`` of
+``--servers 'the service' FastAPI LitServe --seconds 8``.
 """
 
 import argparse
@@ -106,7 +107,7 @@ class Figures(stored.Figures):
         start_seconds: from a server's start to its first answer, by its label.
         batches: images per second of requests with ``BATCH`` images to the service, by precision.
         engine: images per second of the service's engine alone in such batches, by precision.
-        skipped: the command that installs them, for servers that are not installed.
+        skipped: why servers were left out, by their name or label.
     """
 
     benchmark: ClassVar[str] = "serving"

@@ -52,7 +52,8 @@ class Parity:
     """How a model file compares with its reference.
 
     Attributes:
-        reference: ``PyTorch``, ``fp32`` (the fp32 file on the same provider) or a provider's name.
+        reference: ``PyTorch``, ``fp32`` (the fp32 file on the same provider; for ``PyTorch, rounded`` on
+            the CPU's) or a provider's name.
         images: the number of test images; ``source`` is ``cifar10`` or ``sample``.
         max_scaled_difference: the largest absolute difference from the reference's logits, divided by
             the largest absolute value of these.

@@ -51,6 +51,7 @@ def plot(curves: Mapping[str, Bins], title: str, path: Path) -> None:
 
     Raises:
         PlotError: the file name has another ending.
+        OSError: the file cannot be written.
     """
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")
     axes = figure.subplots()

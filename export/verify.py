@@ -69,6 +69,7 @@ def verify(path: Path, checkpoints: Sequence[Path]) -> Verification:
         DataError: a data set that is present, or that ``CIFAR10_ROOT`` names, cannot be read.
         ParityError: the logits are not finite; for figures outside a limit see ``Verification.check``.
         ProviderError: a provider cannot run the file.
+        OSError: the file cannot be read.
     """
     model = read(path)
     graph.check(model)
@@ -106,6 +107,7 @@ def read(path: Path) -> ModelProto:
 
     Raises:
         GraphError: the file is missing or not ONNX.
+        OSError: it cannot be read.
     """
     if not path.is_file():
         raise GraphError(f"no model file at {path}")

@@ -104,7 +104,7 @@ def read_pickle(file: IO[bytes]) -> Any:
         file: a seekable binary file.
 
     Returns:
-        None, bool, int, float, str, bytes, list, tuple, dict (keys str, bytes or int) and
+        None, bool, int, float, str, bytes, bytearray, list, tuple, dict (keys str, bytes or int) and
         `np.ndarray` of bool, integers or floats, nested as in the file. Python 2's str is bytes.
         Arrays are read-only views of the file's bytes.
 

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
         errors.print(f"error: {reason}")
         return 1
     except KeyboardInterrupt:
-        kept = "; what was finished before is in the run's last checkpoint"
+        kept = "; a run goes on from its last checkpoint, if it has one"
         errors.print("interrupted" + kept * (options.command in ("run", "resume")))
         return 130
 

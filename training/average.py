@@ -9,7 +9,8 @@ from torch import nn
 class Average:
     """A copy of ``network`` that averages its weights and statistics over the steps.
 
-    As in torch's swa_utils, but without reading a value from the device in every step.
+    As in torch's swa_utils, but for the shares of the first steps (see ``update``), and without reading
+    a value from the device in every step.
 
     Attributes:
         network: the average, in evaluation mode.

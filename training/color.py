@@ -1,7 +1,8 @@
 """Changes of colour and sharpness in uint8 images [N, H, W, 3], with parameters for each image.
 
-Results equal those of ``torchvision.transforms.v2`` on single uint8 images, pixel for pixel: the same
-float32 arithmetic, and the same rounding (mostly down) to a level after every step.
+After each change, results are those of ``torchvision.transforms.v2`` on single uint8 images but for a
+few values, a level apart: the same float32 arithmetic, except for the hue, and the same rounding
+(mostly down) to a level after every step.
 """
 
 import numpy as np

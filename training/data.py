@@ -149,10 +149,11 @@ def _cache_folder() -> Path:
 
 def _sample_part(arrays: "np.lib.npyio.NpzFile", part: str) -> Images:
     pixels, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != (32, 32, 3) or len(pixels) != len(labels):
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (32, 32, 3):
         raise ValueError(f"{part}_images is {pixels.dtype} {pixels.shape}, not uint8 [N, 32, 32, 3]")
     if not len(pixels):
         raise ValueError(f"{part}_images has no image")
-    if labels.dtype != np.int64 or labels.ndim != 1 or not ((labels >= 0) & (labels < 10)).all():
-        raise ValueError(f"{part}_labels is not int64 [N] in 0..9")
+    shape = pixels.shape[:1]
+    if labels.dtype != np.int64 or labels.shape != shape or not ((labels >= 0) & (labels < 10)).all():
+        raise ValueError(f"{part}_labels is not int64 [{len(pixels)}] in 0..9")
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels))

@@ -419,7 +419,7 @@ def _is_of_compiler(error: RuntimeError) -> bool:
 def seed_of(*numbers: int) -> int:
     """A seed from several numbers, none of them negative.
 
-    Combinations of equally many numbers have different seeds; but SeedSequence ignores zeros at the end,
-    so (3, 1) and (3, 1, 0) have the same one. All runs so far used these seeds.
+    Combinations of equally many numbers below 2**32 have different seeds; but SeedSequence ignores zeros
+    at the end, so (3, 1) and (3, 1, 0) have the same one. All runs so far used these seeds.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -23,7 +23,7 @@ def largest_fitting(batch: int, step: Callable[[int], None], place: torch.device
         try:
             torch.empty(needed, dtype=torch.uint8, device=place)
             device.release_memory(place)
-            needed = 3 * _kept_by(step, size)  # the next size is twice this one
+            needed = 3 * _kept_by(step, size)  # the next size is twice this one, or one more
         except RuntimeError as error:
             if not device.out_of_memory(error):
                 raise

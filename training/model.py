@@ -3,6 +3,8 @@
 Every network maps normalised images, float [N, 3, H, W], to logits, float [N, 10].
 """
 
+from typing import assert_never
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -144,7 +146,14 @@ class ResNet(nn.Module):
             activation(config.activation),
         )
         self.stages = nn.Sequential()
-        block_class = BasicBlock if config.block.kind == "basic" else Bottleneck
+        block_class: type[ResidualBlock]
+        match config.block:
+            case recipe.BasicBlock():
+                block_class = BasicBlock
+            case recipe.Bottleneck():
+                block_class = Bottleneck
+            case _:
+                assert_never(config.block)
         width_in = stem_width
         for index, (blocks, width) in enumerate(zip(config.blocks, config.widths, strict=True)):
             stage = nn.Sequential()
@@ -191,7 +200,8 @@ class WhitenedResNet(nn.Module):
     The stem is a fixed 2x2 convolution that whitens patches of the training images; each stage pools
     right after its first convolution and then adds a residual branch. Filters begin as the identity
     on their first input channels, BatchNorm has no scale, and the head's logits are divided by its
-    width. The global max-pool makes it work at any image size from 16 pixels on.
+    width. The global max-pool makes it work at any image size from 2**stages + 1 pixels on, which is 9
+    for three stages.
     """
 
     def __init__(self, config: recipe.WhitenedResNet) -> None:

@@ -61,7 +61,7 @@ def now() -> str:
 def commit() -> str:
     """The repository's commit, with ``-dirty`` if changes are uncommitted; ``unknown`` outside git.
 
-    Changes of results.csv do not count: they are the rows that runs add.
+    Only changes of tracked files count, and not those of results.csv: they are the rows that runs add.
     """
     try:
         head = _git("rev-parse", "HEAD")

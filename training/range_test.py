@@ -101,6 +101,7 @@ def plot(measured: list[Measurement], suggestion: float, own: float, title: str,
 
     Raises:
         PlotError: the file's ending is another one.
+        OSError: the file cannot be written.
     """
     tried = [point.rate for point in measured]
     figure = Figure(figsize=(8, 4.5), layout="constrained")

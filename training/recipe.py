@@ -37,7 +37,10 @@ class RecipeError(ExplainedError):
 
 
 class Part(BaseModel):
-    """A table of a recipe, immutable and strict: no unknown keys, no conversions from other types."""
+    """A table of a recipe, immutable and strict: no unknown keys, and no value of another type.
+
+    But a whole number may stand for a float.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -325,7 +328,10 @@ class MultiStep(Part):
 
 
 class Plateau(Part):
-    """Multiply by ``factor`` after more than ``patience`` epochs without a lower ``val`` loss."""
+    """Multiply by ``factor`` after more than ``patience`` epochs without a clearly lower ``val`` loss.
+
+    That is one lower than the best by more than 0.01 %.
+    """
 
     kind: Literal["plateau"]
     factor: Annotated[float, Field(gt=0, lt=1)]
@@ -385,7 +391,7 @@ Mixing = Annotated[MixUp | CutMix, Field(discriminator="kind")]
 class Averaging(Part):
     """Make an exponential moving average of weights and statistics over the steps the result.
 
-    A step's share in it is ``1 - decay``, and more in the first steps.
+    A step's share in it is ``1 - decay``, and more in the first steps (about ``9 / (1 - decay)``).
     """
 
     decay: Annotated[float, Field(gt=0, lt=1)]
@@ -490,6 +496,7 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: no such recipe, not TOML, or an unknown, missing or ill-typed key.
+        OSError: the file cannot be read.
     """
     path = Path(name_or_path)
     if path.suffix == ".toml":
@@ -518,7 +525,11 @@ def parse(data: Mapping[str, Any], source: str) -> Recipe:
     """
     try:
         # By way of JSON: pydantic's strict mode takes its arrays as tuples, but not Python's lists.
-        return Recipe.model_validate_json(json.dumps(data, default=str))
+        text = json.dumps(data, default=lambda date: [str(date)])  # which is right for no key
+    except (ValueError, RecursionError) as error:  # absurdly long or deep
+        raise RecipeError(f"{source}: {error}") from error
+    try:
+        return Recipe.model_validate_json(text)
     except ValidationError as error:
         lines = [f"{source}: {_describe(details, data)}" for details in error.errors()]
         raise RecipeError("\n".join(lines)) from error

@@ -19,7 +19,7 @@ EVALUATION = {"date", "accuracy", "single_view_accuracy", "device", "precision",
 
 
 class ResultsError(ExplainedError):
-    """A file of results that cannot be read; the message says which line, and why."""
+    """A file of results that cannot be read; the message says why, and of a line which."""
 
 
 class Result(BaseModel):
@@ -61,21 +61,22 @@ def read(path: Path = RESULTS) -> list[Result]:
     """Read all rows, oldest first; none if there is no file yet.
 
     Raises:
-        ResultsError: a line is not a row (in an unresolved merge, say).
+        ResultsError: a line is not a row (in an unresolved merge, say), or the file is not CSV in UTF-8.
+        OSError: it cannot be read.
     """
     if not path.exists():
         return []
-    rows = []
     with path.open(newline="", encoding="utf-8") as file:
         lines = csv.DictReader(file, restkey="more")
-        for line in lines:
-            try:
-                rows.append(Result.model_validate({key: value or None for key, value in line.items()}))
-            except ValidationError as error:
-                raise ResultsError(
-                    f"{path}, line {lines.line_num}: not a row: {first_of(error)}"
-                ) from error
-    return rows
+        try:
+            return [
+                Result.model_validate({key: value or None for key, value in line.items()})
+                for line in lines
+            ]
+        except ValidationError as error:
+            raise ResultsError(f"{path}, line {lines.line_num}: not a row: {first_of(error)}") from error
+        except (UnicodeDecodeError, csv.Error) as error:  # of bytes read ahead, on whatever line
+            raise ResultsError(f"{path}: not CSV in UTF-8: {error}") from error
 
 
 def record(result: Result, path: Path = RESULTS) -> None:
@@ -84,7 +85,8 @@ def record(result: Result, path: Path = RESULTS) -> None:
     Of runs that end at the same time, each waits for the one before it.
 
     Raises:
-        ResultsError: the present file cannot be read.
+        ResultsError: the present file is damaged.
+        OSError: it cannot be read or written.
     """
     if _has_row(result, read(path)):
         return  # without the lock, which needs a writable file

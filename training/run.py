@@ -111,6 +111,7 @@ class Run:
             Stopped: ``watch`` has a reason to stop; the checkpoint is written.
             TrainingError: the loss is not finite, out of memory, or the steps cannot be compiled.
             CheckpointError: a checkpoint cannot be written.
+            OSError: a file beside it cannot be written.
         """
         shared = f", {self.processes.count} processes" if self.processes.count > 1 else ""
         self.console.print(
@@ -140,6 +141,7 @@ class Run:
             Stopped: ``watch`` has a reason to stop.
             TrainingError: the loss is not finite, or out of memory.
             CheckpointError: the checkpoint with the result cannot be written.
+            OSError: a file beside it cannot be written.
         """
 
         def go_on(needed: float) -> None:

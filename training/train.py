@@ -60,6 +60,7 @@ def create(
         RecipeError: parts of the recipe do not fit each other, or the network does not fit into memory.
         CheckpointError: the teacher cannot be used or is not finished; or the checkpoint cannot be
             written.
+        OSError: the folder or another of its files cannot be written.
     """
     train_images, val_images = data.split(dataset.train, recipe.data.validation)
     if recipe.schedule.kind == "plateau" and not len(val_images):
@@ -131,7 +132,8 @@ def resume(
             created for another data set, or the folder's recipe was changed since.
         RecipeError: the checkpoint's or the folder's recipe is not valid in this program, or its network
             does not fit into memory.
-        ResultsError: ``results.csv`` cannot be read.
+        ResultsError: ``results.csv`` is damaged.
+        OSError: another file of the run, or ``results.csv``, cannot be read or written.
         Stopped: ``watch`` has a reason to stop; a checkpoint has been written.
     """
     with _alone_in(folder) if processes.first else nullcontext():

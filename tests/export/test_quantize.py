@@ -4,8 +4,12 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
+from export import graph, quantize
+from export.ensemble import Ensemble
 from export.quantize import TrainingImages
-from training import data
+from training import data, recipe
+from training.evaluate import Classifier
+from training.model import build
 
 
 def test_convolutions_are_int8_by_channel_and_the_first_one_is_not(files: dict[str, Path]) -> None:
@@ -31,6 +35,17 @@ def test_convolutions_are_int8_by_channel_and_the_first_one_is_not(files: dict[s
         channels = tensors[weights.input[0]].dims[0]
         assert tensors[weights.input[1]].dims == [channels]
         assert not numpy_helper.to_array(tensors[weights.input[2]]).any(), "weights are symmetric"
+
+
+def test_a_group_of_three_channels_is_not_taken_for_the_colours() -> None:
+    chosen = recipe.load(
+        "resnext", ["model.blocks=[1]", "model.widths=[24]", "model.block.groups=4", "views=none"]
+    )
+    network = build(chosen.model).eval()
+    file = quantize.int8(graph.build(Ensemble([Classifier(network, chosen)])))
+    scaled = {n for node in file.graph.node if node.op_type == "DequantizeLinear" for n in node.output}
+    convolutions = [node for node in file.graph.node if node.op_type == "Conv"]
+    assert [node.input[1] in scaled for node in convolutions] == [False, True, True, True]
 
 
 def test_calibration_images_are_training_images() -> None:

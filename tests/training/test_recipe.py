@@ -209,6 +209,15 @@ def test_absurd_values_are_refused(tmp_path: Path, value: str) -> None:
         recipe.load("A3", [f"epochs={value}"])
 
 
+@pytest.mark.parametrize("value", ["0x" + "f" * 5000, f"{{x{'.x' * 5000} = 1}}"])
+def test_what_is_too_long_or_deep_for_json_is_refused(tmp_path: Path, value: str) -> None:
+    path = edited(tmp_path, "epochs = 200", f"epochs = {value}")
+    with pytest.raises(RecipeError, match=r"edited\.toml: "):
+        recipe.load(path)
+    with pytest.raises(RecipeError, match=r"A3\.toml: "):
+        recipe.load("A3", [f"epochs={value}"])
+
+
 def test_overrides_are_typed_and_validated() -> None:
     changed = recipe.load(
         "A3", ["optimizer.lr=0.2", "amp=bf16", "augment.0.padding=2", "model.widths=[8, 8, 8, 8]"]
@@ -229,6 +238,7 @@ def test_overrides_are_typed_and_validated() -> None:
         ("data.std=[0.2,0.0,0.2]", "key data.std.1: Input should be greater than 0, got 0.0"),
         ("data.mean=[125.3,123.0,113.9]", "key data.mean.0: Input should be less than or equal to 1"),
         ("data.std=[63.0,62.1,66.7]", "key data.std.0: Input should be less than or equal to 1"),
+        ("title=2026-01-02", "key title: Input should be a valid string, got ['2026-01-02']"),
         ("epochs=many", "key epochs: Input should be a valid integer, got 'many'"),
         ("epochs", "write key=value"),
         ("augment.9.padding=2", "the recipe has no '9' there"),

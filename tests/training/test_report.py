@@ -298,12 +298,25 @@ def test_run_that_was_only_created_has_a_page(tmp_path: Path) -> None:
     assert sum(map(sum, confusion(page))) == 50
 
 
+def test_runs_within_their_first_epoch_are_compared(trial: Path, tmp_path: Path) -> None:
+    begun = {"epoch": 0, "step": 1, "history": [], "seconds": 4.5}
+    runs = [edited(trial, tmp_path / name, **begun) for name in ("one", "other")]
+    assert main(["report", *map(str, runs), "--out", str(tmp_path)]) == 0
+    page = read(tmp_path / "comparison.html")
+    columns = [text(cell) for cell in page.findall(".//thead/tr/th")]
+    for row in page.findall(".//tbody/tr"):
+        shown = dict(zip(columns, map(text, row), strict=True))
+        assert (shown["epochs"], shown["seconds"]) == ("0 of 2", "0.0")
+    assert page.find(".//svg") is None
+
+
 def test_every_fact_of_the_checkpoint_is_shown(uninterrupted: Path, tmp_path: Path) -> None:
     state = checkpoint.load(uninterrupted / "checkpoint.pt")
     other = {**state.sessions[0], "device": "another device"}
     seconds = [10.0, 30.0, 45.5]
+    history = [line | {"seconds": end} for line, end in zip(state.history, seconds, strict=True)]
     changes = {
-        "history": [line | {"seconds": end} for line, end in zip(state.history, seconds, strict=True)],
+        "history": history,
         "seconds": seconds[-1],
         "sessions": [*state.sessions, other],
     }
@@ -315,6 +328,7 @@ def test_every_fact_of_the_checkpoint_is_shown(uninterrupted: Path, tmp_path: Pa
     table = page.findall(".//details//table")[0]
     assert text(table.find("caption")) == "Metrics by epoch"
     assert [text(row[-1]) for row in table.findall("tbody/tr")] == ["10.0", "20.0", "15.5"]
+    history[-1]["seconds"] = 7500.0
     resumed = changes | {"result": None, "seconds": 7500.0}
     page = report(edited(uninterrupted, tmp_path / "resumed", **resumed), tmp_path)
     shown = facts(page)

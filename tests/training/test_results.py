@@ -102,13 +102,15 @@ def test_a_run_that_was_made_again_is_no_further_evidence() -> None:
         ("<<<<<<< HEAD", "line 3: not a row: "),
         (",".join("x" * 18), "line 3: not a row: seed: Input should be a valid integer"),
         (",".join("1" * 19), "line 3: not a row: "),
+        ("1" * 200_000, "results.csv: not CSV in UTF-8: field larger than field limit"),
+        ("\udcff", "results.csv: not CSV in UTF-8: .* byte 0xff"),
     ],
 )
-def test_a_line_that_is_no_row_is_named(line: str, message: str, tmp_path: Path) -> None:
+def test_a_line_that_is_no_row_is_refused(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     results.record(result("A1", 0, 0.5), path)
-    with path.open("a") as file:
-        file.write(f"{line}\n")
+    with path.open("ab") as file:
+        file.write(f"{line}\n".encode(errors="surrogateescape"))
     content = path.read_bytes()
     with pytest.raises(ResultsError, match=message):
         results.read(path)

@@ -202,7 +202,7 @@ def test_ctrl_c_before_training_is_no_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(data, "load", lambda: signal.raise_signal(signal.SIGINT))
-    kept = "; what was finished before is in the run's last checkpoint"
+    kept = "; a run goes on from its last checkpoint, if it has one"
     for command, told in (("run", f"interrupted{kept}\n"), ("lr-find", "interrupted\n")):
         assert main([command, "A1", "--out", str(tmp_path / "out.png")]) == 130
         assert capsys.readouterr().err == told

@@ -1,6 +1,6 @@
 """A network's layers with their output shapes, parameters and memory.
 
-Like the summaries in the reports; torchinfo, which those used, has had no release since 2023.
+Like the summaries in the reports; torchinfo, which writes such ones, has had no release since 2023.
 """
 
 from dataclasses import dataclass

@@ -74,7 +74,7 @@ class Entry:
     @property
     def seconds(self) -> float:
         """The training time of the epochs that are done."""
-        return self.state.history[-1]["seconds"] if self.state.step else self.state.seconds
+        return self.state.history[-1]["seconds"] if self.state.history else 0.0
 
     @property
     def timestamp(self) -> str:
@@ -116,6 +116,7 @@ def write(folders: Sequence[Path], out: Path | None, console: Console) -> Iterat
         CheckpointError, RecipeError: a run has no checkpoint that can be used.
         DataError: the data set is missing or damaged.
         ReportError: a run is of another data set, or two pages would have the same path.
+        OSError: a page cannot be written.
     """
     entries = [_read(folder, out, console) for folder in folders]
     parent = os.path.commonpath([folder.absolute().parent for folder in folders])
