@@ -81,5 +81,5 @@ def _first_convolutions(model: ModelProto) -> list[str]:
         for node in model.graph.node
         if node.op_type == "Conv"
         and node.input[1] in colors
-        and onnx.helper.get_node_attr_value(node, "group") == 1
+        and all(attribute.i == 1 for attribute in node.attribute if attribute.name == "group")
     ]
