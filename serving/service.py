@@ -44,7 +44,6 @@ from serving.forms import SPOOLED_BYTES
 from serving.limits import Budget
 from serving.middleware import (
     GONE,
-    OPEN_PATHS,
     Admission,
     ErrorShape,
     Observed,
@@ -65,6 +64,7 @@ from serving.requests import (
 from serving.responses import Answers, Classification, Csv, answer_response, error_body, error_response
 from serving.settings import METRICS_FOLDER, Settings
 from serving.submission import read_submission
+from serving.tracing import check_tracing, send_last_spans, tracing_options
 from serving.uvicorn_server import (
     ConnectionLimits,
     connections_that_fit,
@@ -87,17 +87,6 @@ if METRICS_FOLDER in os.environ:  # in a worker
     # What it leaves goes with the server's folder. Not by TMPDIR: Python would try to write there first,
     # and no worker could start while the disk is full.
     tempfile.tempdir = str(Path(os.environ[METRICS_FOLDER]).parent)
-
-# OpenTelemetry's own variables say where the spans go.
-TRACING = {
-    "exporter_type": "otlp",
-    "otlp": {"protocol": "http"},
-    "sample_rate": SETTINGS.tracing,
-    "excluded_urls": sorted(OPEN_PATHS),
-}
-NO_TRACING = {"excluded_urls": ".*"}  # BentoML makes spans even if they are sent nowhere
-
-SPANS_SECONDS = 2  # for a collector to take the last spans of a worker that ends
 
 # Large submissions in memory at a time: one that the engine works on, and one that is read meanwhile.
 LARGE_FILES = 2
@@ -296,7 +285,7 @@ for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
     workers=SETTINGS.workers,
     logging={"access": {"enabled": False}},  # serving.access_log has its own
     metrics={"enabled": False},  # serving.metrics says why
-    tracing=TRACING if SETTINGS.tracing else NO_TRACING,
+    tracing=tracing_options(SETTINGS.tracing),
 )
 class Classifier:
     """Classifies images into the classes of CIFAR-10."""
@@ -326,7 +315,7 @@ class Classifier:
 
         try:
             check_address()
-            _check_tracing()
+            check_tracing(SETTINGS.tracing)
             # Only the workers measure which provider "auto" means.
             provider = "cpu" if SETTINGS.provider == "auto" else SETTINGS.provider
             Model(SETTINGS.model, provider, SETTINGS.threads)
@@ -374,8 +363,7 @@ class Classifier:
         self.reporter.shutdown(wait=False, cancel_futures=True)
         self.metrics.leave()
         if SETTINGS.tracing:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.to_thread(_tracer_provider().force_flush), SPANS_SECONDS)
+            await send_last_spans()
 
     @property
     def model(self) -> Model:
@@ -439,32 +427,6 @@ class Classifier:
 
 async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return np.concatenate([logits async for logits in deployment.batcher.many(images)])
-
-
-def _check_tracing() -> None:
-    """Set up tracing as workers do, which would otherwise fail for ever.
-
-    Raises:
-        StartError: OpenTelemetry's variables cannot be used.
-    """
-    variables = [name for name in os.environ if name.startswith("OTEL_")]
-    if not SETTINGS.tracing:
-        for name in variables:  # BentoML's workers would read them all the same
-            del os.environ[name]
-        return
-    try:
-        import opentelemetry.propagate  # noqa: F401
-
-        _tracer_provider().shutdown()
-    except Exception as error:  # whatever OpenTelemetry and its plug-ins raise
-        given = ", ".join(variables) or "no variables of its own"
-        raise StartError(f"OpenTelemetry cannot be set up, with {given}: {error}") from error
-
-
-def _tracer_provider() -> Any:
-    from bentoml._internal.configuration.containers import BentoMLContainer  # there is no public way
-
-    return BentoMLContainer.tracer_provider.get()
 
 
 @functools.lru_cache(maxsize=1)  # it takes as long as ten classifications

@@ -526,13 +526,12 @@ def parse(data: Mapping[str, Any], source: str) -> Recipe:
     try:
         # By way of JSON: pydantic's strict mode takes its arrays as tuples, but not Python's lists.
         text = json.dumps(data, default=lambda date: [str(date)])  # which is right for no key
-    except (ValueError, RecursionError) as error:  # absurdly long or deep
-        raise RecipeError(f"{source}: {error}") from error
-    try:
         return Recipe.model_validate_json(text)
     except ValidationError as error:
         lines = [f"{source}: {_describe(details, data)}" for details in error.errors()]
         raise RecipeError("\n".join(lines)) from error
+    except (ValueError, RecursionError) as error:  # of what is absurdly long or deep
+        raise RecipeError(f"{source}: {error}") from error
 
 
 def _override(data: dict[str, Any], override: str) -> None:
