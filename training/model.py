@@ -43,14 +43,19 @@ def activation(name: str) -> nn.Module:
 class SqueezeExcitation(nn.Module):
     """Scales channels by weights computed from their means (Hu et al., 2018, arXiv:1709.01507)."""
 
-    def __init__(self, width: int, reduction: int) -> None:
+    def __init__(self, width: int, config: recipe.SqueezeExcitation) -> None:
         super().__init__()
-        self.squeeze = nn.Linear(width, width // reduction)
-        self.excite = nn.Linear(width // reduction, width)
+        self.squeeze = nn.Linear(width, width // config.reduction)
+        self.excite = nn.Linear(width // config.reduction, width)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
         return x * weights[:, :, None, None]
+
+
+def excitation(width: int, config: recipe.SqueezeExcitation | None) -> nn.Module:
+    """What a residual of ``width`` channels passes through before it is added."""
+    return nn.Identity() if config is None else SqueezeExcitation(width, config)
 
 
 class StridedPointwise(nn.Conv2d):
@@ -76,9 +81,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, width_in: int, width: int, stride: int, config: recipe.ResNet) -> None:
         super().__init__()
         self.activation = activation(config.activation)
-        self.excitation: nn.Module = nn.Identity()
-        if config.squeeze_excitation:
-            self.excitation = SqueezeExcitation(width, config.squeeze_excitation)
+        self.excitation = excitation(width, config.squeeze_excitation)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or width_in != width:
             kind = StridedPointwise if stride != 1 and width_in < 16 else nn.Conv2d
@@ -178,7 +181,9 @@ class ResNet(nn.Module):
 class WhitenedStage(nn.Module):
     """Convolution, 2x2 max-pool, then a residual branch of ``depth`` convolutions."""
 
-    def __init__(self, width_in: int, width: int, depth: int) -> None:
+    def __init__(
+        self, width_in: int, width: int, depth: int, config: recipe.SqueezeExcitation | None
+    ) -> None:
         super().__init__()
         self.conv = _dirac_conv(width_in, width)
         self.norm = _norm(width)
@@ -188,10 +193,11 @@ class WhitenedStage(nn.Module):
                 self.branch.append(nn.GELU())
             self.branch.append(_dirac_conv(width, width))
             self.branch.append(_norm(width))
+        self.excitation = excitation(width, config)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.norm(F.max_pool2d(self.conv(x), 2)))
-        return F.gelu(x + self.branch(x))
+        return F.gelu(x + self.excitation(self.branch(x)))
 
 
 class WhitenedResNet(nn.Module):
@@ -212,7 +218,7 @@ class WhitenedResNet(nn.Module):
         self.stages = nn.Sequential()
         width_in = self.stem.out_channels
         for width, depth in zip(config.widths, config.depths, strict=True):
-            self.stages.append(WhitenedStage(width_in, width, depth))
+            self.stages.append(WhitenedStage(width_in, width, depth, config.squeeze_excitation))
             width_in = width
         self.head = nn.Linear(width_in, len(CLASSES), bias=False)
         with torch.no_grad():

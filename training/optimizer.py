@@ -12,14 +12,14 @@ from training.model import WhitenedResNet
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by a Newton-Schulz iteration, for convolution filters.
+    """Momentum, orthogonalised by a Newton-Schulz iteration, for hidden layers' weights.
 
-    K. Jordan et al., 2024 (kellerjordan.github.io/posts/muon), in the form of airbench94: each filter
-    bank is rescaled to norm sqrt(output channels) before its step, so ``lr`` is a relative rate.
+    K. Jordan et al., 2024 (kellerjordan.github.io/posts/muon), in the form of airbench94: each layer's
+    weights are rescaled to norm sqrt(output channels) before their step, so ``lr`` is a relative rate.
     torch's own Muon takes matrices only and does not rescale.
 
     Args:
-        params: float tensors [out, in, height, width].
+        params: float tensors [out, in, height, width] or [out, in].
         lr: the learning rate.
         momentum: Nesterov momentum in 0..1.
     """
@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; ``closure`` is not supported."""
         for group in self.param_groups:
-            # Filters of one shape are updated together: on a GPU, one alone would cost as much.
+            # Weights of one shape are updated together: on a GPU, one alone would cost as much.
             alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -157,5 +157,9 @@ def _muon_and_sgd(
         torch.optim.SGD(
             groups, lr=config.bias_lr, momentum=config.sgd_momentum, nesterov=True, fused=fused
         ),
-        Muon([p for p in trained if p.ndim == 4], config.lr, config.momentum),
+        Muon(
+            [p for p in trained if p.ndim > 1 and p is not model.head.weight],
+            config.lr,
+            config.momentum,
+        ),
     ]

@@ -91,29 +91,30 @@ class Bottleneck(Part):
 Block = Annotated[BasicBlock | Bottleneck, Field(discriminator="kind")]
 
 
-class ResNet(Part):
-    """3x3 stem, stages of residual blocks (stride 2 from the second stage on), average pool, head.
+class SqueezeExcitation(Part):
+    """Each residual's channels are scaled, by weights from a layer ``reduction`` times narrower."""
 
-    With ``squeeze_excitation`` above 0, each block scales its channels by weights from a layer that is
-    that many times narrower.
-    """
+    reduction: Count
+
+
+class ResNet(Part):
+    """3x3 stem, stages of residual blocks (stride 2 from the second stage on), average pool, head."""
 
     kind: Literal["resnet"]
     block: Block
     blocks: Annotated[tuple[Count, ...], Field(min_length=1)]
     widths: Annotated[tuple[Count, ...], Field(min_length=1)]
-    squeeze_excitation: Annotated[int, Field(ge=0)]
     activation: Literal["relu", "leaky_relu"]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     init: Literal["default", "kaiming_fan_out"]
+    squeeze_excitation: SqueezeExcitation | None = None
 
     @model_validator(mode="after")
     def _one_width_a_stage(self) -> Self:
         if len(self.blocks) != len(self.widths):
             raise ValueError(f"{len(self.blocks)} stages in blocks but {len(self.widths)} in widths")
+        _check_reduction(self.squeeze_excitation, self.widths)
         for width in self.widths:
-            if width < self.squeeze_excitation:
-                raise ValueError(f"squeeze_excitation {self.squeeze_excitation} exceeds width {width}")
             if isinstance(self.block, Bottleneck) and width % (self.block.reduction * self.block.groups):
                 raise ValueError(f"widths: {width} is not a multiple of block.reduction * block.groups")
         return self
@@ -125,12 +126,19 @@ class WhitenedResNet(Part):
     kind: Literal["whitened_resnet"]
     widths: Annotated[tuple[Count, ...], Field(min_length=1)]
     depths: Annotated[tuple[Count, ...], Field(min_length=1)]
+    squeeze_excitation: SqueezeExcitation | None = None
 
     @model_validator(mode="after")
     def _one_depth_a_stage(self) -> Self:
         if len(self.depths) != len(self.widths):
             raise ValueError(f"{len(self.depths)} stages in depths but {len(self.widths)} in widths")
+        _check_reduction(self.squeeze_excitation, self.widths)
         return self
+
+
+def _check_reduction(config: SqueezeExcitation | None, widths: tuple[int, ...]) -> None:
+    if config is not None and config.reduction > min(widths):
+        raise ValueError(f"squeeze_excitation.reduction {config.reduction} exceeds width {min(widths)}")
 
 
 Model = Annotated[BasicCNN | ResNet | WhitenedResNet, Field(discriminator="kind")]
@@ -270,7 +278,7 @@ class AdamW(Part):
 
 
 class Muon(Part):
-    """Muon for convolution filters, Nesterov SGD for biases and head; see ``training.optimizer``."""
+    """Muon for hidden layers' weights, Nesterov SGD for biases and head; see ``training.optimizer``."""
 
     kind: Literal["muon"]
     lr: Positive

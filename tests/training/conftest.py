@@ -19,7 +19,7 @@ SGD = "optimizer={kind='sgd', lr=0.05, momentum=0.9, nesterov=false, weight_deca
 
 
 ONE_BLOCK = (
-    "{kind='resnet', block={kind='basic'}, blocks=[1], widths=[8], squeeze_excitation=0, "
+    "{kind='resnet', block={kind='basic'}, blocks=[1], widths=[8], "
     "activation='relu', dropout=0.0, init='default'}"
 )
 

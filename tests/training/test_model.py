@@ -46,7 +46,7 @@ def test_a3_initialises_convolutions_by_fan_out() -> None:
 
 def test_squeeze_excitation_weighs_channels() -> None:
     torch.manual_seed(0)
-    layer = model.SqueezeExcitation(8, 4)
+    layer = model.SqueezeExcitation(8, recipe.SqueezeExcitation(reduction=4))
     x = torch.randn(2, 8, 5, 5)
     ratio = layer(x) / x
     torch.testing.assert_close(ratio, ratio[:, :, :1, :1].expand_as(ratio))
@@ -74,8 +74,9 @@ def test_blocks_have_the_parameters_of_their_papers(block: str, parameters: int)
 def test_widths_that_blocks_cannot_have() -> None:
     with pytest.raises(recipe.RecipeError, match="64 is not a multiple of"):
         recipe.load("B2", ["model.block={kind='bottleneck', reduction=4, groups=3}"])
-    with pytest.raises(recipe.RecipeError, match="squeeze_excitation 100 exceeds width 64"):
-        recipe.load("B2", ["model.squeeze_excitation=100"])
+    for name in ("B2", "fast"):
+        with pytest.raises(recipe.RecipeError, match="reduction 100 exceeds width 64"):
+            recipe.load(name, ["model.squeeze_excitation={reduction=100}"])
 
 
 @pytest.mark.parametrize("width", [3, 8, 16])
@@ -157,12 +158,29 @@ def test_bottlenecks_are_torchvisions(reduction: int, groups: int) -> None:
 
 
 def test_squeeze_excitation_is_of_the_residual_alone() -> None:
-    settings = ["model.blocks=[1]", "model.widths=[8]", "model.squeeze_excitation=4"]
+    settings = ["model.blocks=[1]", "model.widths=[8]", "model.squeeze_excitation={reduction=4}"]
     network = model.build(recipe.load("B2", settings).model)
     block: Any = network.stages[0][0]  # type: ignore[index]
     nn.init.constant_(block.excitation.excite.bias, -1e4)  # switches off all channels of the residual
     x = torch.randn(2, 8, 5, 5)
     assert torch.equal(block(x), x.relu())
+
+
+def test_seresnet_is_fast_with_its_residuals_excited() -> None:
+    plain, excited = recipe.load("fast"), recipe.load("seresnet")
+    assert plain == excited.model_copy(
+        update={
+            "title": plain.title,
+            "model": excited.model.model_copy(update={"squeeze_excitation": None}),
+        }
+    )
+    torch.manual_seed(0)
+    network = model.build(excited.model)
+    stage: Any = network.stages[1]  # type: ignore[index]
+    x = torch.randn(2, 64, 8, 8)
+    nn.init.constant_(stage.excitation.excite.bias, -1e4)
+    pooled = nn.functional.max_pool2d(stage.conv(x), 2)
+    torch.testing.assert_close(stage(x), nn.functional.gelu(nn.functional.gelu(stage.norm(pooled))))
 
 
 def test_d1_drops_half_of_what_the_head_sees_in_training_only() -> None:

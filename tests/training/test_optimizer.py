@@ -144,20 +144,38 @@ def test_steps_are_those_of_the_report(name: str) -> None:
         assert torch.equal(parameter, other)
 
 
-def test_muon_steps_are_the_papers() -> None:
-    """By hand for a bank of filters: orthogonalised Nesterov momentum, from filters of a fixed norm."""
+@pytest.mark.parametrize("shape", [(16, 8, 3, 3), (16, 4)])
+def test_muon_steps_are_the_papers(shape: tuple[int, ...]) -> None:
+    """By hand for a layer's weights: orthogonalised Nesterov momentum, from weights of a fixed norm."""
     torch.manual_seed(0)
-    filters = nn.Parameter(torch.randn(16, 8, 3, 3))
-    expected, momentum = filters.detach().clone(), torch.zeros(16, 8, 3, 3)
-    muon = optimizer.Muon([filters], lr=0.1, momentum=0.6)
+    weights = nn.Parameter(torch.randn(shape))
+    expected, momentum = weights.detach().clone(), torch.zeros(shape)
+    muon = optimizer.Muon([weights], lr=0.1, momentum=0.6)
     for _ in range(3):
-        filters.grad = gradient = torch.randn_like(filters)
+        weights.grad = gradient = torch.randn_like(weights)
         muon.step()
         momentum = 0.6 * momentum + gradient
         direction = (gradient + 0.6 * momentum).flatten(1)[None]
-        update = optimizer.orthogonalise(direction)[0].view_as(filters)
+        update = optimizer.orthogonalise(direction)[0].view_as(weights)
         expected = expected * 4 / expected.norm() - 0.1 * update
-        torch.testing.assert_close(filters.detach(), expected)
+        torch.testing.assert_close(weights.detach(), expected)
+
+
+def test_each_weight_of_seresnet_learns_in_one_place() -> None:
+    loaded = recipe.load("seresnet")
+    network = model.build(loaded.model)
+    sgd, muon = optimizer.build(loaded.optimizer, network)
+    biases, head, hidden = (
+        {id(parameter) for parameter in group["params"]}
+        for group in (*sgd.param_groups, *muon.param_groups)
+    )
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    assert {names[each] for each in head} == {"head.weight"}
+    assert all(names[each].endswith("bias") for each in biases)
+    excited = {names[each] for each in hidden if "excit" in names[each]}
+    assert len(excited) == 6  # two layers in each of three stages
+    trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
+    assert biases | head | hidden == trained
 
 
 def test_fast_has_the_rates_and_decays_of_airbench() -> None:
