@@ -68,8 +68,8 @@ class Description(Part):
     """
 
     contract: Literal["1"]
-    name: str
-    version: str
+    name: Annotated[str, Field(min_length=1)]
+    version: Annotated[str, Field(min_length=1)]
     precision: Precision
     classes: Json[list[str]]
     parameters: int

@@ -88,7 +88,7 @@ engine_seconds = Histogram("cifar10_engine_seconds", "A run of the engine", buck
 batch_images = Histogram("cifar10_batch_images", "Images in a run of the engine", buckets=SIZES)
 shed = Counter(
     "cifar10_shed_requests",
-    "Requests refused for want of room for them, or for their bytes or files",
+    "Requests, other than those of monitoring, refused for want of room for them, their bytes or files",
 )
 evicted = Counter("cifar10_evicted_connections", "Connections closed because there were too many")
 predictions = Counter("cifar10_predictions", "Images by their most probable class", ["label"])

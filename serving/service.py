@@ -44,6 +44,7 @@ from serving.forms import SPOOLED_BYTES
 from serving.limits import Budget
 from serving.middleware import (
     GONE,
+    OPEN_PATHS,
     Admission,
     ErrorShape,
     Observed,
@@ -119,7 +120,7 @@ def endpoint(
             async with asyncio.timeout(SETTINGS.request_timeout):
                 return await function(classifier, request)
         except RequestError as error:
-            if isinstance(error, OverloadedError):
+            if isinstance(error, OverloadedError) and request.url.path not in OPEN_PATHS:
                 classifier.metrics.shed.inc()
             return error_response(error)
         except TimeoutError:

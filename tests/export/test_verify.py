@@ -166,6 +166,7 @@ def test_what_is_no_file_of_ours(
         ("parity", "{}", "parity.images: Field required"),
         ("calibration", "{}", "calibration.value: Field required"),
         ("members", "[1]", "members.0: Input should be a valid dictionary"),
+        ("name", "", "name: String should have at least 1 character"),
         ("sample_accuracy", "none", "sample_accuracy: Input should be a valid number"),
         ("temperature", "nan", "temperature: Input should be a finite number"),
         ("checkpoint_sha256", None, "members.0.checkpoint_sha256: Field required"),

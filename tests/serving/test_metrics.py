@@ -28,13 +28,15 @@ DASHBOARD = json.loads((ROOT / "serving" / "grafana.json").read_text())
 ALERTS = ROOT / "serving" / "alerts.yml"
 
 
-def test_a_flood_of_reports_is_refused(url: str) -> None:
+def test_a_flood_of_reports_is_refused_but_sheds_no_request(url: str, client: httpx.Client) -> None:
+    before = value(read(client), "cifar10_shed_requests_total")
     with ExitStack() as stack:
         askers = [stack.enter_context(connected(url)) for _ in range(100)]
         for asker in askers:
             asker.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
         answers = {asker.recv(65536).partition(b"\r\n")[0] for asker in askers}
     assert answers == {b"HTTP/1.1 200 OK", b"HTTP/1.1 503 Service Unavailable"}
+    assert value(read(client), "cifar10_shed_requests_total") == before
 
 
 def test_requests_images_and_runs_are_counted(
