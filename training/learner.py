@@ -319,6 +319,8 @@ class Learner:
             loss = self._objective.loss(logits, labels if targets is None else targets, inputs)
         # Averaged over the processes, this is the mean over the global batch, however it was shared.
         self.scaler.scale(loss * self.processes.count / self.selected(count)).backward()
+        if targets is not None and targets.ndim == 2:
+            labels = targets.argmax(1)  # of a mixed image, that with the largest share
         correct = (logits.detach().argmax(1) == labels).sum()
         # A diverged selector chooses arbitrarily; 0 times its loss then makes this loss NaN.
         return loss.detach().double() + 0 * selection_loss, correct

@@ -16,7 +16,9 @@ class Muon(torch.optim.Optimizer):
 
     K. Jordan et al., 2024 (kellerjordan.github.io/posts/muon), in the form of airbench94: each layer's
     weights are rescaled to norm sqrt(output channels) before their step, so ``lr`` is a relative rate.
-    torch's own Muon takes matrices only and does not rescale.
+    There all layers have more inputs than outputs. Where it is the other way round, the step is longer
+    here by the square root of outputs / inputs, so that it is as large a part of the norm; torch's own
+    Muon, which takes matrices only and does not rescale them, does so too.
 
     Args:
         params: float tensors [out, in, height, width] or [out, in].
@@ -48,7 +50,9 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(momenta, share)
         torch._foreach_add_(momenta, gradients)
         directions = torch._foreach_add(gradients, momenta, alpha=share)
-        updates = orthogonalise(torch.stack([each.flatten(1) for each in directions])) * lr
+        matrices = torch.stack([each.flatten(1) for each in directions])
+        _, outputs, inputs = matrices.shape
+        updates = orthogonalise(matrices) * (lr * max(1, outputs / inputs) ** 0.5)
         norms = torch._foreach_norm(parameters)
         for parameter, norm, update in zip(parameters, norms, updates, strict=True):
             parameter.mul_(len(parameter) ** 0.5 / norm).sub_(update.view_as(parameter))
@@ -81,7 +85,7 @@ def build(config: recipe.Optimizer, model: nn.Module) -> list[torch.optim.Optimi
     match config:
         case recipe.SGD():
             optimizers = [
-                torch.optim.SGD(
+                sgd(
                     trained,
                     lr=config.lr,
                     momentum=config.momentum,
@@ -124,6 +128,20 @@ def reading_rates(groups: Sequence[dict[str, Any]], rates: Sequence[Tensor]) -> 
             group.update(before)
 
 
+def sgd(parameters: list[Any], **settings: Any) -> torch.optim.SGD:
+    """torch's SGD; a fused one with momentum begins with one of 0.
+
+    Else it would be made in the first step, of whatever was in the memory, and stay so if that step was
+    skipped for an infinite gradient.
+    """
+    built = torch.optim.SGD(parameters, **settings)
+    if settings["fused"] and settings["momentum"]:
+        for group in built.param_groups:
+            for parameter in group["params"]:
+                built.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return built
+
+
 def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state that may be from another device; whether the optimizer is fused does not change.
 
@@ -154,9 +172,7 @@ def _muon_and_sgd(
     for group in groups:
         group["weight_decay"] = config.weight_decay / group["lr"]
     return [
-        torch.optim.SGD(
-            groups, lr=config.bias_lr, momentum=config.sgd_momentum, nesterov=True, fused=fused
-        ),
+        sgd(groups, lr=config.bias_lr, momentum=config.sgd_momentum, nesterov=True, fused=fused),
         Muon(
             [p for p in trained if p.ndim > 1 and p is not model.head.weight],
             config.lr,

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from export import temperature
 from export.member import Member, load
 from export.temperature import TemperatureError
 from tests.export.conftest import Bundled
+from training.recipe import Distillation
 
 
 def drawn(at: float) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -84,6 +86,18 @@ def test_trials_that_cannot(trained: Path, bundled: Bundled) -> None:
         attempt(bundled(0.2, epoch=3))
     with pytest.raises(TemperatureError, match=r"2 checkpoints .* for 1 checkpoints"):
         attempt(bundled(0.2), bundled(0.2))
+
+
+def test_a_trial_may_have_another_teacher_but_nothing_else(trained: Path, bundled: Bundled) -> None:
+    def taught(path: Path, teacher: str, share: float) -> Member:
+        (found,) = members(path)
+        distillation = Distillation(teacher=teacher, temperature=2.0, weight=share)
+        return replace(found, recipe=found.recipe.model_copy(update={"distillation": distillation}))
+
+    mine, trial = taught(trained, "a.pt", 0.9), taught(bundled(0.2), "b.pt", 0.9)
+    assert temperature.of([mine], [trial]).val_images == 100
+    with pytest.raises(TemperatureError, match=r"of another recipe than .*: distillation differ"):
+        temperature.of([mine], [taught(bundled(0.2), "b.pt", 0.8)])
 
 
 def test_logits_that_are_no_numbers(bundled: Bundled) -> None:

@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -88,3 +89,27 @@ def test_processes_mix_alike_and_drop_out_each_its_own(
         learner = Learner(chosen, 0, images, Processes())
         losses.append([learner.learn(batch, float)[0].item() for batch in learner.batches(0)])
     assert (losses[0] == pytest.approx(losses[1], rel=1e-5)) == alike
+
+
+def test_of_a_mixed_image_the_class_with_the_largest_share_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = ["mixing={kind='mixup', alpha=0.4, p=1.0, epochs=[0, 1]}", "batch_size=64"]
+    learner = Learner(recipe.load("A1", settings), 0, data.load_sample().train.first(256), Processes())
+    mixed: list[torch.Tensor] = []
+    mix = learner._objective.mix
+
+    def remembered(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = mix(*arguments)
+        mixed.append(targets)
+        return inputs, targets
+
+    monkeypatch.setattr(learner._objective, "mix", remembered)
+    monkeypatch.setattr(learner, "_forward", lambda *_: mixed[-1].clone().requires_grad_())
+    batches = list(learner.batches(0))
+    for batch in batches:
+        assert learner.learn(batch, float)[1].item() == 64
+    firsts = [
+        (targets.argmax(1) == batch.labels).all() for targets, batch in zip(mixed, batches, strict=True)
+    ]
+    assert not all(firsts), "some have another image's class for the most part"

@@ -73,6 +73,19 @@ def test_a_state_from_another_device_does_not_say_whether_to_fuse() -> None:
     assert torch.equal(fused.state[parameter]["momentum_buffer"], torch.ones(3))
 
 
+def test_a_first_step_that_is_skipped_leaves_no_momentum() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    built = optimizer.sgd([parameter], lr=0.1, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    for gradient in (torch.inf, 1.0):
+        parameter.grad = torch.full((3,), gradient) * scaler.get_scale()
+        scaler.step(built)
+        scaler.update()
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.9))
+    torch.testing.assert_close(built.state[parameter]["momentum_buffer"], torch.ones(3))
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_a_state_from_a_cpu_comes_as_a_whole_to_a_fused_optimizer_elsewhere(
     kind: Callable[..., torch.optim.Optimizer],
@@ -144,8 +157,8 @@ def test_steps_are_those_of_the_report(name: str) -> None:
         assert torch.equal(parameter, other)
 
 
-@pytest.mark.parametrize("shape", [(16, 8, 3, 3), (16, 4)])
-def test_muon_steps_are_the_papers(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("shape", "longer"), [((16, 8, 3, 3), 1), ((16, 4), 2)])
+def test_muon_steps_are_the_papers(shape: tuple[int, ...], longer: float) -> None:
     """By hand for a layer's weights: orthogonalised Nesterov momentum, from weights of a fixed norm."""
     torch.manual_seed(0)
     weights = nn.Parameter(torch.randn(shape))
@@ -157,7 +170,7 @@ def test_muon_steps_are_the_papers(shape: tuple[int, ...]) -> None:
         momentum = 0.6 * momentum + gradient
         direction = (gradient + 0.6 * momentum).flatten(1)[None]
         update = optimizer.orthogonalise(direction)[0].view_as(weights)
-        expected = expected * 4 / expected.norm() - 0.1 * update
+        expected = expected * 4 / expected.norm() - 0.1 * longer * update
         torch.testing.assert_close(weights.detach(), expected)
 
 

@@ -516,7 +516,7 @@ def test_samples_are_what_the_recipe_makes_of_the_images() -> None:
     assert torch.equal(versions[3].pixels[flipped].flip(2), originals[flipped])
 
     before = torch.random.get_rng_state()
-    mixing = recipe.load("distilled")
+    mixing = recipe.load("distilled", ["mixing.p=1.0"])
     versions = pictures.augmented(mixing, 0, images, places, 2)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(not torch.equal(version.pixels, originals) for version in versions)
