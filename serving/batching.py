@@ -74,20 +74,26 @@ class Batcher:
         self._threads = threads
 
     def start(self) -> None:
-        """Start the threads; needs a running event loop."""
+        """Start the threads; needs a running event loop.
+
+        Raises:
+            RuntimeError: not all can be started; then none stays.
+        """
         loop = asyncio.get_running_loop()
         self._engine = [
             threading.Thread(target=self._take_turns, args=(loop, queues), name="engine", daemon=True)
             for queues in ([self._singles, self._chunks], *[[self._singles]] * (self._threads - 1))
         ]
-        for thread in self._engine:
-            thread.start()
+        try:
+            for thread in self._engine:
+                thread.start()
+        except RuntimeError:
+            self._end()
+            raise
 
     async def stop(self) -> None:
         """Stop the threads and wait for the runs under way; what is still queued gets no answer."""
-        with self._arrived:
-            self._stopped = True
-            self._arrived.notify_all()
+        self._end()
         for thread in self._engine:
             await asyncio.to_thread(thread.join)
 
@@ -124,6 +130,11 @@ class Batcher:
                 for logits in under_way:
                     if not logits.cancel():
                         logits.exception()  # retrieved, or asyncio would log it
+
+    def _end(self) -> None:
+        with self._arrived:
+            self._stopped = True
+            self._arrived.notify_all()
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:

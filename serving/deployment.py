@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from serving.settings import KEPT_MODEL, Settings
 logger = logging.getLogger("serving")
 
 LOOK_SECONDS = 1.0  # between two checks of the model file
+RETRY_SECONDS = (
+    300.0  # after which a refused file is tried again, as memory, for one, may be free by then
+)
 
 
 # What changes when a file is replaced or written to, or who may read it changes.
@@ -89,9 +92,18 @@ class Deployment:
     def __str__(self) -> str:
         return f"{self.model.name} {self.model.version}"
 
-    def start(self) -> None:
-        """Start the engine's threads and report the model as served; needs a running event loop."""
+    def start(self, instead: "Deployment | None" = None) -> None:
+        """Start the engine's threads and report the model as served; needs a running event loop.
+
+        Args:
+            instead: the deployment that this one replaces.
+
+        Raises:
+            RuntimeError: no thread can be started.
+        """
         self.batcher.start()
+        if instead is not None:
+            self._metrics.retired(instead.model)
         self._metrics.serves(self.model)
 
 
@@ -110,19 +122,30 @@ def deploy(settings: Settings, metrics: Any) -> Deployment:
         StartError: the file or the provider cannot be used.
     """
     deployment = Deployment(settings.model, settings, metrics)
+    if settings.watch_model:
+        keep(settings.model, deployment.file)
+    return deployment
+
+
+def keep(path: Path, state: FileState | None) -> None:
+    """Copy the file `path` for workers that start later; log it if that fails.
+
+    Args:
+        path: the model file, which has passed the checks.
+        state: its state then; if it has changed, there is no new copy.
+    """
     if KEPT_MODEL in os.environ:
         try:
-            _keep(settings.model, Path(os.environ[KEPT_MODEL]), deployment.file)
+            _copy(path, Path(os.environ[KEPT_MODEL]), state)
         except OSError as error:
             logger.warning("the model file is not copied for workers that start later: %s", error)
-    return deployment
 
 
 def deploy_first(settings: Settings, metrics: Any) -> Deployment:
     """Deploy what a starting worker has to serve: the model file, or a copy of the last one that passed.
 
-    The copy is used if the file can no longer be used, and also if the file is not watched, so that all
-    workers serve the model that the service began with.
+    The copy is used if the file can no longer be used. If the file is not watched, all workers use the
+    copy that the supervisor made, so that they serve the model that the service began with.
 
     Raises:
         StartError: the model file cannot be used, and there is no usable copy.
@@ -141,7 +164,7 @@ def deploy_first(settings: Settings, metrics: Any) -> Deployment:
         return Deployment(kept, settings, metrics)
 
 
-def _keep(path: Path, kept: Path, state: FileState | None) -> None:
+def _copy(path: Path, kept: Path, state: FileState | None) -> None:
     """Copy the file `path` to `kept`, unless it is no longer in the given state.
 
     Raises:
@@ -153,16 +176,21 @@ def _keep(path: Path, kept: Path, state: FileState | None) -> None:
             raise OSError(f"{path} changed while it was copied")
 
 
-async def replacements(path: Path, known: FileState | None) -> AsyncIterator[None]:
-    """Yield each time that the file `path` has changed from the `known` state, or since the last yield.
+async def replacements(path: Path, served: Callable[[], FileState | None]) -> AsyncIterator[None]:
+    """Yield once the file `path` has another state than that `served`.
 
-    Two checks in a row must find it in the same state, so that a file still being copied is left alone.
+    If it still has it after `RETRY_SECONDS`, yield again. Two checks in a row must find the same state,
+    so that a file still being copied is left alone.
     """
-    before = known
+    before = tried = served()
+    again = 0.0
     while True:
         await asyncio.sleep(LOOK_SECONDS)
-        now = await asyncio.to_thread(file_state, path)
-        if now is not None and now == before and now != known:
-            known = now
+        try:
+            now = await asyncio.to_thread(file_state, path)
+        except RuntimeError:  # no thread can be started just now
+            continue
+        if now is not None and now == before != served() and (now != tried or time.monotonic() >= again):
+            tried, again = now, time.monotonic() + RETRY_SECONDS
             yield
         before = now

@@ -47,6 +47,7 @@ class Drain:
         self.refusing = False
         self._limit = limit
         self._expired = False
+        self._told = False
         self._under_way: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -61,10 +62,12 @@ class Drain:
         loop = asyncio.get_running_loop()
 
         def stop(number: int, frame: FrameType | None) -> None:
-            # A signal handler alone does not wake up an event loop that sleeps.
-            if self.stopping and number == signal.SIGINT:  # Ctrl-C while stopping: stop at once
+            # A signal handler alone does not wake up an event loop that sleeps, and one that is busy may
+            # not have begun to stop when the next signal comes.
+            if self._told and number == signal.SIGINT:  # Ctrl-C while stopping: stop at once
                 loop.call_soon_threadsafe(self._expire)
             else:
+                self._told = True
                 loop.call_soon_threadsafe(self._begin, lambda: server.handle_exit(number, None))
 
         for number in (signal.SIGTERM, signal.SIGINT):

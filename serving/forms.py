@@ -4,6 +4,7 @@ The package `multipart` parses them. It finds the boundary with `bytes.find`; py
 Starlette's own forms are built on, makes a callback for each piece of a header.
 """
 
+import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -68,8 +69,17 @@ class Part:
         else:
             self.file.write(content)
 
-    def close(self) -> None:
+    def discard(self) -> None:
         """Discard the bytes; an error in closing, as of a disk that is still full, is ignored."""
+        if self.on_disk:  # where a thread may still write or read, if the request has ended before it
+            with suppress(
+                RuntimeError
+            ):  # no thread can be started: it is closed with the last reference
+                asyncio.get_running_loop().run_in_executor(None, self._close)
+        else:
+            self._close()
+
+    def _close(self) -> None:
         with suppress(OSError):
             self.file.close()
 
@@ -96,7 +106,7 @@ async def received(request: Request, max_files: int) -> AsyncIterator[list[Part]
         yield parts
     finally:
         for part in parts:
-            part.close()
+            part.discard()
 
 
 async def _receive(request: Request, max_files: int, parts: list[Part]) -> None:

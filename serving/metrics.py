@@ -157,7 +157,11 @@ def exposition() -> Response:
         _count_the_killed(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    try:
+        text = generate_latest(registry)
+    except FileNotFoundError:  # the supervisor has just removed what an ended worker left
+        text = generate_latest(registry)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 def _count_the_killed(folder: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from itertools import chain
 from typing import TypeVar, TypeVarTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ class Readers:
             max_pixels: limit of an image's width times height.
         """
         self._max_pixels = max_pixels
+        self._threads = threads
         self._short = ThreadPoolExecutor(threads, "reader")
         self._long = ThreadPoolExecutor(threads, "bulk-reader")
         self._large = ThreadPoolExecutor(1, "large-reader")  # so one large image at a time is in memory
@@ -49,16 +51,22 @@ class Readers:
 
     async def images(self, contents: list[bytes]) -> list[Pixels | RequestError]:
         """Return the pixels of several image files in order, or for a bad one its error."""
-        starts = range(0, len(contents), READ_AT_ONCE)
         given_up = threading.Event()
+        turns = asyncio.Semaphore(self._threads)  # more would keep other requests' images waiting
+
+        async def read(start: int) -> list[Pixels | RequestError | None]:
+            async with turns:
+                some = contents[start : start + READ_AT_ONCE]
+                return await self.long(self._decoded, some, given_up)
+
         try:
-            turns = [
-                self.long(self._decoded, contents[start : start + READ_AT_ONCE], given_up)
-                for start in starts
-            ]
-            return [image for images in await asyncio.gather(*turns) for image in images]
+            read_in_turns = await asyncio.gather(*map(read, range(0, len(contents), READ_AT_ONCE)))
         finally:
             given_up.set()
+        return [
+            await _in(self._large, self._decoded_large, content) if image is None else image
+            for content, image in zip(contents, chain.from_iterable(read_in_turns), strict=True)
+        ]
 
     async def short(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Call a function in the threads for short reads."""
@@ -73,23 +81,27 @@ class Readers:
         for threads in (self._short, self._long, self._large):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _decoded(self, contents: list[bytes], given_up: threading.Event) -> list[Pixels | RequestError]:
-        """Decode the images of one turn; stop once nobody waits for them."""
-        images: list[Pixels | RequestError] = []
+    def _decoded(
+        self, contents: list[bytes], given_up: threading.Event
+    ) -> list[Pixels | RequestError | None]:
+        """Decode the images of one turn, but large ones (None); stop once nobody waits for them."""
+        images: list[Pixels | RequestError | None] = []
         for content in contents:
             if given_up.is_set():
                 break
             try:
-                images.append(self._decode(content))
+                images.append(decode(content, self._max_pixels, LARGE_PIXELS))
+            except LargeImageError:
+                images.append(None)
             except RequestError as error:
                 images.append(error)
         return images
 
-    def _decode(self, content: bytes) -> Pixels:
+    def _decoded_large(self, content: bytes) -> Pixels | RequestError:
         try:
-            return decode(content, self._max_pixels, LARGE_PIXELS)
-        except LargeImageError:
-            return self._large.submit(decode, content, self._max_pixels).result()
+            return decode(content, self._max_pixels)
+        except RequestError as error:
+            return error
 
 
 async def _in(

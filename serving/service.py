@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving import inference_protocol
 from serving.access_log import open_access_log, request_id
 from serving.address import check_address
-from serving.deployment import Deployment, deploy, deploy_first, replacements
+from serving.deployment import Deployment, deploy, deploy_first, file_state, keep, replacements
 from serving.drain import Drain
 from serving.errors import (
     InternalError,
@@ -302,6 +302,7 @@ class Classifier:
         gc.freeze()
         self.deployment = deploy_first(SETTINGS, metrics)
         self.watch: asyncio.Task[None] | None = None
+        self.retiring: set[asyncio.Task[None]] = set()
         pages.state.classifier = self
         self.readers = Readers(SETTINGS.threads, SETTINGS.max_image_pixels)
         # One thread, as each report holds up all else while it reads the figures of all workers.
@@ -319,8 +320,11 @@ class Classifier:
             check_tracing(SETTINGS.tracing)
             # Only the workers measure which provider "auto" means.
             provider = "cpu" if SETTINGS.provider == "auto" else SETTINGS.provider
+            state = file_state(SETTINGS.model)
             Model(SETTINGS.model, provider, SETTINGS.threads)
             supervisor.prepare(SETTINGS.stop_timeout)
+            if not SETTINGS.watch_model:
+                keep(SETTINGS.model, state)
         except StartError as error:
             raise BentoMLConfigException(str(error)) from None
         # A Bento's workers start in the Bento's folder, not in the one that the path is relative to.
@@ -401,9 +405,10 @@ class Classifier:
 
     async def _replace(self) -> None:
         """Let each new model file that passes the checks take over."""
-        async for _ in replacements(SETTINGS.model, self.deployment.file):
+        async for _ in replacements(SETTINGS.model, lambda: self.deployment.file):
             try:
                 new = await asyncio.to_thread(deploy, SETTINGS, self.metrics)
+                new.start(self.deployment)
             except Exception as error:
                 self.metrics.swaps.labels("refused").inc()
                 logger.error(
@@ -413,17 +418,17 @@ class Classifier:
                     exc_info=not isinstance(error, StartError),
                 )
             else:
-                await self._hand_over(new)
+                self._hand_over(new)
 
-    async def _hand_over(self, new: Deployment) -> None:
+    def _hand_over(self, new: Deployment) -> None:
         """Let a new deployment take new requests, and the old one finish those that it has."""
-        old = self.deployment
-        self.metrics.retired(old.model)
-        new.start()
-        self.deployment = new
+        old, self.deployment = self.deployment, new
         self.metrics.swaps.labels("done").inc()
         logger.info("%s took over from %s", new, old)
-        await old.batcher.finish()
+        # Not awaited: meanwhile a yet newer file may take over, such as the one before this.
+        finishing = asyncio.get_running_loop().create_task(old.batcher.finish())
+        self.retiring.add(finishing)
+        finishing.add_done_callback(self.retiring.discard)
 
 
 async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import struct
 import tempfile
 import time
 from contextlib import suppress
@@ -18,6 +19,7 @@ from circus.controller import Controller
 from circus.exc import ConflictError
 from circus.sighandler import SysHandler
 from circus.watcher import Watcher
+from prometheus_client.mmap_dict import MmapedDict
 
 from serving.errors import StartError
 from serving.settings import KEPT_MODEL, METRICS_FOLDER, SUPERVISOR
@@ -29,6 +31,9 @@ LOCK = "supervisor.lock"
 ENDING_SECONDS = 10.0  # that a worker needs at most to end, besides the time that its requests have
 BUSY_SECONDS = 0.1  # between two attempts to stop circus
 YOUNG_SECONDS = 60.0  # within which a starting server has locked its folder
+NO_VALUES = struct.pack(
+    "=ii", 8, 0
+)  # a file of prometheus_client's without values: its length, and padding
 SOCKET_PATH_BYTES = 103  # most in the path of a Unix socket, on macOS; on Linux four more
 
 
@@ -118,6 +123,23 @@ def _tell_of_the_end(
     elif not asked:
         how = f"status {exit_code}" if exit_code > 0 else signal.Signals(-exit_code).name
         logger.error("worker %d ended by %s; another one starts", process_pid, how)
+    _clear(Path(os.environ[METRICS_FOLDER]), process_pid)
+
+
+def _clear(figures: Path, process: int) -> None:
+    """Remove what an ended worker has left, but for figures that are part of the sums.
+
+    After a start that fails, circus tries again without limit, and each would leave a megabyte. The
+    files of gauges stay, without values: by them, another worker counts one that was killed or crashed.
+    """
+    for path in figures.glob(f"*_{process}.db"):
+        with suppress(FileNotFoundError):  # that worker was first
+            if path.name.startswith("gauge"):
+                with path.open("r+b") as file:
+                    file.write(NO_VALUES)
+                    file.truncate()
+            elif not any(value for _, value, *_ in MmapedDict.read_all_values_from_file(str(path))):
+                path.unlink()
 
 
 def _heed_every_stop() -> None:

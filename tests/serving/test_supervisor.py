@@ -13,8 +13,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prometheus_client.mmap_dict import MmapedDict
 
 from benchmarks.server import ServerError, family, is_ready, reached
+from serving import supervisor
 from serving.supervisor import LOCK, PREFIX
 from tests.serving.server import Server, running, wait_for_workers, wait_until
 
@@ -82,6 +84,22 @@ def test_a_dead_worker_is_replaced_in_an_image_of_bentomls_too(server: Server) -
     wait_until(lambda: reached(server.url, is_ready), server)
     assert f"worker {worker} ended by SIGKILL; another one starts" in server.log.read_text()
     assert "cifar10_killed_workers_total 1.0" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_what_ended_workers_leave_is_only_what_counts(tmp_path: Path) -> None:
+    for process, requests in ((1, 0.0), (2, 3.0)):
+        for kind in ("counter", "histogram", "gauge_livemax", "gauge_livesum"):
+            figures = MmapedDict(str(tmp_path / f"{kind}_{process}.db"))
+            figures.write_value("a", 1.0 if kind.startswith("gauge") else requests, 0.0)
+            figures.close()
+        supervisor._clear(tmp_path, process)
+    left = {
+        path.name: [value for _, value, *_ in MmapedDict.read_all_values_from_file(str(path))]
+        for path in tmp_path.iterdir()
+    }
+    gauges = {f"gauge_{kind}_{process}.db" for kind in ("livemax", "livesum") for process in (1, 2)}
+    assert left == {name: [] for name in gauges} | {"counter_2.db": [3.0], "histogram_2.db": [3.0]}
+    assert sum(path.stat().st_size for path in tmp_path.glob("gauge*")) < 100
 
 
 def test_a_path_that_is_too_long_for_sockets(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from benchmarks.server import is_ready, reached
 from serving.deployment import file_state, replacements
 from serving.model import Model
 from tests.serving.figures import read, value
-from tests.serving.models import METADATA
+from tests.serving.models import METADATA, write_slow_model
+from tests.serving.raw import connected, post
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import Server, running, wait_for_workers, wait_until
 
@@ -159,6 +160,31 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
     assert "the last model file that passed serves on; the present one is refused: " in log
 
 
+def test_a_newer_model_does_not_wait_for_requests_of_the_one_before(
+    tmp_path: Path, contents: tuple[bytes, bytes], images: npt.NDArray[np.uint8]
+) -> None:
+    served = write_slow_model(tmp_path)
+    file = pickled({"data": np.concatenate([images] * 10)})
+    with (
+        running(
+            tmp_path, SERVING_PROVIDER="cpu", SERVING_THREADS="1", SERVING_MODEL=str(served)
+        ) as server,
+        connected(server.url) as slow,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        upload = client.build_request("POST", "/submission", files={"file": ("a.pkl", file)})
+        body, kind = upload.read(), upload.headers["Content-Type"]
+        slow.sendall(post("/submission", len(body), kind) + body)
+        wait_until(lambda: value(read(client), "cifar10_batch_images_sum") > 0, server)
+        replace(served, contents[0])
+        wait_until(lambda: serves(server, FIRST), server)
+        replace(served, contents[1])
+        wait_until(lambda: serves(server, SECOND), server)
+        slow.setblocking(False)
+        with pytest.raises(BlockingIOError):  # it has no answer yet
+            slow.recv(1)
+
+
 def test_who_does_not_watch_keeps_the_model(tmp_path: Path, contents: tuple[bytes, bytes]) -> None:
     first, second = contents
     served = tmp_path / "served.onnx"
@@ -180,7 +206,7 @@ async def found(file: Path, content: bytes) -> None:
     """Replace a file, and wait until who watches it has found the new one."""
     known = file_state(file)
     replace(file, content)
-    await anext(replacements(file, known))
+    await anext(replacements(file, lambda: known))
 
 
 def serves(server: Server, version: str) -> bool:

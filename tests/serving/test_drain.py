@@ -1,0 +1,39 @@
+"""Signals to a worker."""
+
+import subprocess
+import sys
+
+import pytest
+
+SIGNALLED = """
+import asyncio, os, signal
+import uvicorn
+from serving.drain import Drain
+from serving.errors import StoppingError
+
+async def main() -> None:
+    drain = Drain(600)
+    drain.listen(uvicorn.Server(uvicorn.Config("none")))
+
+    async def request() -> None:
+        with drain.request():
+            await asyncio.Event().wait()
+
+    waiting = asyncio.create_task(request())
+    await asyncio.sleep(0)
+    for number in ({first}, signal.SIGINT):  # before the loop's next turn
+        os.kill(os.getpid(), number)
+    try:
+        await asyncio.wait_for(waiting, 60)
+    except StoppingError as error:
+        print(error)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("first", ["signal.SIGTERM", "signal.SIGINT"])
+def test_a_second_ctrl_c_counts_though_the_first_is_not_dealt_with(first: str) -> None:
+    script = [sys.executable, "-c", SIGNALLED.format(first=first)]
+    run = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout == "The service stopped before the request was finished.\n"
