@@ -24,9 +24,7 @@ from serving.settings import KEPT_MODEL, Settings
 logger = logging.getLogger("serving")
 
 LOOK_SECONDS = 1.0  # between two checks of the model file
-RETRY_SECONDS = (
-    300.0  # after which a refused file is tried again, as memory, for one, may be free by then
-)
+RETRY_SECONDS = 300.0  # until a refused file is tried again: by then, memory may be free
 
 
 # What changes when a file is replaced or written to, or who may read it changes.

@@ -72,9 +72,8 @@ class Part:
     def discard(self) -> None:
         """Discard the bytes; an error in closing, as of a disk that is still full, is ignored."""
         if self.on_disk:  # where a thread may still write or read, if the request has ended before it
-            with suppress(
-                RuntimeError
-            ):  # no thread can be started: it is closed with the last reference
+            # Without a thread for it, it is closed with the last reference.
+            with suppress(RuntimeError):
                 asyncio.get_running_loop().run_in_executor(None, self._close)
         else:
             self._close()

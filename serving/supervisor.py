@@ -31,9 +31,7 @@ LOCK = "supervisor.lock"
 ENDING_SECONDS = 10.0  # that a worker needs at most to end, besides the time that its requests have
 BUSY_SECONDS = 0.1  # between two attempts to stop circus
 YOUNG_SECONDS = 60.0  # within which a starting server has locked its folder
-NO_VALUES = struct.pack(
-    "=ii", 8, 0
-)  # a file of prometheus_client's without values: its length, and padding
+NO_VALUES = struct.pack("=ii", 8, 0)  # prometheus_client's file without values: its length, padding
 SOCKET_PATH_BYTES = 103  # most in the path of a Unix socket, on macOS; on Linux four more
 
 
