@@ -129,11 +129,10 @@ def _check_alike(members: Sequence[Member], trials: Sequence[Member]) -> None:
         )
     for member, trial in zip(members, trials, strict=True):
         mine, its = (part.recipe.model_dump(exclude={"title", "report"}) for part in (member, trial))
-        for values in (mine, its):
-            values["data"].pop("validation")
-            # The trial's teacher must have held out these images too, so it is another one.
-            (values["distillation"] or {}).pop("teacher", None)
         for part, described in ((member, mine), (trial, its)):
+            described["data"].pop("validation")
+            # The trial's teacher must have held out these images too, so it is another one.
+            (described["distillation"] or {}).pop("teacher", None)
             run = part.checkpoint.run
             described |= {"--limit": run["limit"], "data set": run["data"]}
         differing = [key for key in mine if mine[key] != its[key]]

@@ -47,7 +47,6 @@ class Drain:
         self.refusing = False
         self._limit = limit
         self._expired = False
-        self._told = False
         self._under_way: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -64,10 +63,10 @@ class Drain:
         def stop(number: int, frame: FrameType | None) -> None:
             # A signal handler alone does not wake up an event loop that sleeps, and one that is busy may
             # not have begun to stop when the next signal comes.
-            if self._told and number == signal.SIGINT:  # Ctrl-C while stopping: stop at once
+            if self.stopping and number == signal.SIGINT:  # Ctrl-C while stopping: stop at once
                 loop.call_soon_threadsafe(self._expire)
             else:
-                self._told = True
+                self.stopping = True
                 loop.call_soon_threadsafe(self._begin, lambda: server.handle_exit(number, None))
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -105,8 +104,7 @@ class Drain:
                 self._idle.set()
 
     def _begin(self, stop: Callable[[], None]) -> None:
-        if not self.stopping:
-            self.stopping = True
+        if self._waiting is None:
             self._waiting = asyncio.get_running_loop().create_task(self._finish(stop))
 
     async def _finish(self, stop: Callable[[], None]) -> None:

@@ -11,56 +11,60 @@ from serving.readers import READ_AT_ONCE, Readers
 from tests.serving.samples import encoded
 
 
-def test_images_that_nobody_waits_for_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, permission = threading.Event(), threading.Event()
-    decoded: list[bytes] = []
+class Late:
+    """Decoding that waits for `permission` once it has `begun`; `decoded` has what it did, in order."""
 
-    def decode_later(content: bytes, *limits: int) -> npt.NDArray[np.uint8]:
-        begun.set()
-        assert permission.wait(60)
-        decoded.append(content)
+    def __init__(self) -> None:
+        self.begun, self.permission = threading.Event(), threading.Event()
+        self.decoded: list[bytes] = []
+
+    def __call__(self, content: bytes, *limits: int) -> npt.NDArray[np.uint8]:
+        self.begun.set()
+        assert self.permission.wait(60)
+        self.decoded.append(content)
         return decode(content, *limits)
 
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Late:
+    found = Late()
+    monkeypatch.setattr(readers, "decode", found)
+    return found
+
+
+def picture(value: int) -> bytes:
+    return encoded(np.full((32, 32, 3), value, np.uint8))
+
+
+def test_images_that_nobody_waits_for_are_not_decoded(late: Late) -> None:
     async def main() -> None:
         threads = Readers(1, 10**6)
-        picture = encoded(np.zeros((32, 32, 3), np.uint8))
-        batch = asyncio.create_task(threads.images([picture] * (READ_AT_ONCE + 1)))
-        assert await asyncio.to_thread(begun.wait, 60)
+        batch = asyncio.create_task(threads.images([picture(0)] * (READ_AT_ONCE + 1)))
+        assert await asyncio.to_thread(late.begun.wait, 60)
         batch.cancel()
         await asyncio.wait([batch])
-        permission.set()
-        await threads.long(len, decoded)  # after what the only thread had begun
+        late.permission.set()
+        await threads.long(len, late.decoded)  # after what the only thread had begun
         threads.stop()
 
-    monkeypatch.setattr(readers, "decode", decode_later)
     asyncio.run(main())
-    assert len(decoded) == 1
+    assert len(late.decoded) == 1
 
 
-def test_a_request_of_many_images_lets_others_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, permission = threading.Event(), threading.Event()
-    decoded: list[bytes] = []
-
-    def decode_later(content: bytes, *limits: int) -> npt.NDArray[np.uint8]:
-        begun.set()
-        assert permission.wait(60)
-        decoded.append(content)
-        return np.zeros((32, 32, 3), np.uint8)
-
+def test_a_request_of_many_images_lets_others_take_turns(late: Late) -> None:
     async def main() -> None:
         threads = Readers(1, 10**6)
-        many = asyncio.create_task(threads.images([b"many"] * (5 * READ_AT_ONCE)))
-        assert await asyncio.to_thread(begun.wait, 60)
-        few = asyncio.create_task(threads.images([b"few"]))
+        many = asyncio.create_task(threads.images([picture(0)] * (5 * READ_AT_ONCE)))
+        assert await asyncio.to_thread(late.begun.wait, 60)
+        few = asyncio.create_task(threads.images([picture(255)]))
         await asyncio.sleep(0)
-        permission.set()
+        late.permission.set()
         assert len(await few) == 1
         assert len(await many) == 5 * READ_AT_ONCE
         threads.stop()
 
-    monkeypatch.setattr(readers, "decode", decode_later)
     asyncio.run(main())
-    assert decoded.index(b"few") == READ_AT_ONCE, "after the one turn that was under way"
+    assert late.decoded.index(picture(255)) == READ_AT_ONCE, "after the one turn that was under way"
 
 
 def test_large_images_of_a_request_hold_up_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
