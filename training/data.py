@@ -77,8 +77,9 @@ def load() -> DataSet:
     except (OSError, RuntimeError) as error:
         if not named:
             raise DataError(
-                f"could not download CIFAR-10 to {root}: {error}. Fetch cifar-10-python.tar.gz by other "
-                f"means, unpack it, and set {ROOT_VARIABLE} to the folder with {FOLDER} in it"
+                f"could neither read CIFAR-10 in {root} nor download it there: {error}. Fetch "
+                "cifar-10-python.tar.gz by other means, unpack it, and set "
+                f"{ROOT_VARIABLE} to the folder with {FOLDER} in it"
             ) from error
         if isinstance(error, OSError):
             raise DataError(
@@ -121,6 +122,8 @@ def load_sample(path: Path = SAMPLE) -> DataSet:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             train, test = (_sample_part(arrays, part) for part in ("train", "test"))
+    except OSError as error:
+        raise DataError(f"could not read the sample of CIFAR-10: {error}") from error
     except Exception as error:  # NumPy and zipfile raise nearly anything for damaged or foreign bytes
         raise DataError(
             f"{path}: not a sample of CIFAR-10 as training/data.py describes: {error}"

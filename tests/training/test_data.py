@@ -84,7 +84,7 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("no_proxy", "")
     with refusing() as address:
         monkeypatch.setenv("https_proxy", address)
-        with pytest.raises(data.DataError, match=r"could not download CIFAR-10.*CIFAR10_ROOT"):
+        with pytest.raises(data.DataError, match=r"nor download it there.*CIFAR10_ROOT"):
             data.load()
 
 
@@ -175,7 +175,7 @@ def test_a_damaged_download_says_what_to_do(tmp_path: Path) -> None:
         facts.write_text(json.dumps([f"{address}/{archive.name}", *sums]))
         command = [sys.executable, "-c", OTHERWISE, str(facts)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert "DataError: could not download CIFAR-10 to" in done.stderr
+    assert "DataError: could neither read CIFAR-10 in" in done.stderr
     assert "unpack it, and set CIFAR10_ROOT to the folder" in done.stderr
 
 
