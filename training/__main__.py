@@ -87,8 +87,8 @@ def _train(
             console,
             watch,
             processes,
-            options.tensorboard,
-            options.compile,
+            tensorboard=options.tensorboard,
+            compiled=options.compile,
         )
     except Stopped as stopped:
         if processes.first:
@@ -144,7 +144,14 @@ def _create(options: argparse.Namespace, console: Console) -> tuple[Path, data.D
         console.print(f"a {UNJUDGED}")
     dataset = data.load()
     train.create(
-        folder, chosen, name, options.seed, dataset, options.limit, complete, options.deterministic
+        folder,
+        chosen,
+        name,
+        options.seed,
+        dataset,
+        limit=options.limit,
+        unchanged=not overrides,
+        deterministic=options.deterministic,
     )
     return folder, dataset
 

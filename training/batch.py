@@ -1,4 +1,4 @@
-"""Helpers for batches in which each image has its own parameters.
+"""Batches in which each image has its own parameters.
 
 Images are tensors on any device; parameters are NumPy arrays with one row for each image, always on the
 host. So it is known without waiting for a device which images an operation changes, and computing the

@@ -191,7 +191,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 def _whole(path: Path) -> bool:
     try:
         _check_sums(path)
-    except Exception:  # nearly anything, as in `decode`
+    except Exception:  # nearly anything, as in ``decode``
         return False
     return True
 

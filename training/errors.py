@@ -1,4 +1,4 @@
-"""The base class of errors that the user can fix, and a helper for their messages."""
+"""The base class of errors that the user can fix, and the text of a validation error in them."""
 
 from pydantic import ValidationError
 

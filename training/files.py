@@ -14,7 +14,7 @@ LEFTOVER_SECONDS = 3600.0  # no file takes this long to write
 
 
 def make_place(path: Path) -> None:
-    """Make the folder for a file that `replacing` will write, and check it before the work starts.
+    """Make the folder for a file that ``replacing`` will write, and check it before the work starts.
 
     Raises:
         OSError: the folder cannot be made or written to, or ``path`` is something other than a file.

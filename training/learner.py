@@ -94,6 +94,7 @@ class Learner:
         images: Images,
         processes: Processes,
         teacher: Path | None = None,
+        *,
         compiled: bool | None = None,
     ) -> None:
         self.recipe, self.seed, self.processes = recipe, seed, processes
@@ -272,7 +273,7 @@ class Learner:
         inputs, targets = self._objective.mix(inputs, labels, batch.epoch)
         if not self.processes.first:
             self._seed(batch, 1 + rank)
-        found = self._gradients(inputs, labels, selection_loss, batch.count, targets)
+        found = self._gradients(inputs, targets, selection_loss, batch.count)
         self._optimize()
         return found
 
@@ -303,24 +304,19 @@ class Learner:
         return inputs, labels[chosen], loss.detach()
 
     def _gradients(
-        self,
-        inputs: Tensor,
-        labels: Tensor,
-        selection_loss: Tensor | float,
-        count: int,
-        targets: Tensor | None = None,
+        self, inputs: Tensor, targets: Tensor, selection_loss: Tensor | float, count: int
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of a batch of ``count`` images; returns what ``learn`` does.
 
-        ``targets`` are those of mixed images; None: the labels.
+        ``targets`` are the labels or, of mixed images, as ``Objective.mix`` gives them.
         """
         with self._autocast():
             logits = self._forward(inputs, count)
-            loss = self._objective.loss(logits, labels if targets is None else targets, inputs)
+            loss = self._objective.loss(logits, targets, inputs)
         # Averaged over the processes, this is the mean over the global batch, however it was shared.
         self.scaler.scale(loss * self.processes.count / self.selected(count)).backward()
-        if targets is not None and targets.ndim == 2:
-            labels = targets.argmax(1)  # of a mixed image, that with the largest share
+        # Of a mixed image, the class with the largest share is the right one.
+        labels = targets.argmax(1) if targets.ndim == 2 else targets
         correct = (logits.detach().argmax(1) == labels).sum()
         # A diverged selector chooses arbitrarily; 0 times its loss then makes this loss NaN.
         return loss.detach().double() + 0 * selection_loss, correct

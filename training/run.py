@@ -61,6 +61,7 @@ class Run:
         dataset: DataSet,
         processes: Processes,
         console: Console,
+        *,
         tensorboard: bool = False,
         compiled: bool | None = None,
     ) -> None:
@@ -75,7 +76,7 @@ class Run:
             train.first(limit),
             processes,
             folder / TEACHER,
-            compiled,
+            compiled=compiled,
         )
         self.device = self.learner.device
         self.val_images = val.first(limit).to(self.device)

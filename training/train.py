@@ -34,8 +34,9 @@ def create(
     name: str,
     seed: int,
     dataset: DataSet,
+    *,
     limit: int | None = None,
-    complete: bool = True,
+    unchanged: bool = True,
     deterministic: bool = False,
 ) -> None:
     """Make a run's folder with its resolved recipe and a checkpoint of its initial state.
@@ -49,7 +50,7 @@ def create(
         seed: of the weights, the order of the images and the augmentation.
         dataset: its first training images set a whitening stem.
         limit: train and validate only on the first ``limit`` images.
-        complete: whether the recipe is as its file has it. A run of a changed recipe, or on a part of
+        unchanged: whether the recipe is as its file has it. A run of a changed recipe, or on a part of
             the images, is a trial, which is never evaluated on the test images.
         deterministic: a GPU has to give the same weights for the same seed, even if interrupted.
 
@@ -84,7 +85,7 @@ def create(
         run={
             "seed": seed,
             "limit": limit,
-            "complete": complete and limit is None,
+            "complete": unchanged and limit is None,
             "data": dataset.source,
             "commit": provenance.commit(),
             "deterministic": deterministic,
@@ -115,6 +116,7 @@ def resume(
     console: Console,
     watch: Watch,
     processes: Processes,
+    *,
     tensorboard: bool = False,
     compiled: bool | None = None,
 ) -> Checkpoint:
@@ -147,7 +149,9 @@ def resume(
         if not state.finished or (complete and state.result is None):
             if state.run.get("deterministic"):
                 device.be_deterministic()
-            run = Run(folder, state, dataset, processes, console, tensorboard, compiled)
+            run = Run(
+                folder, state, dataset, processes, console, tensorboard=tensorboard, compiled=compiled
+            )
             with watch.signals():
                 run.train(watch)
                 if complete:

@@ -1,6 +1,7 @@
 """Short real runs on the bundled sample."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def interrupted_and_whole(
     chosen, dataset, console = recipe.load(name, settings), data.load_sample(), Console(quiet=True)
     whole, parts = folder / "whole", folder / "parts"
     for each in (whole, parts):
-        train.create(each, chosen, name, 0, dataset, complete=False)
+        train.create(each, chosen, name, 0, dataset, unchanged=False)
     state = train.resume(whole, dataset, console, Watch(), Processes())
     with pytest.raises(Stopped):
         train.resume(parts, dataset, console, Limited(3), Processes())
@@ -95,6 +96,6 @@ def uninterrupted(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
-        patch.setattr(results.record, "__defaults__", (folder.with_name("results.csv"),))
+        patch.setattr(results, "record", partial(results.record, path=folder.with_name("results.csv")))
         assert main(["run", str(short), "--out", str(folder), "--seed", "7"]) == 0
     return folder

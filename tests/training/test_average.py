@@ -52,7 +52,7 @@ def test_average_takes_no_gradient_and_leaves_the_network_alone() -> None:
 
 def test_a_checkpoint_without_the_average_is_an_error(tmp_path: Path) -> None:
     chosen, dataset = recipe.load("A1", ["averaging={decay=0.999}"]), data.load_sample()
-    train.create(tmp_path, chosen, "A1", 0, dataset, complete=False)
+    train.create(tmp_path, chosen, "A1", 0, dataset, unchanged=False)
     path = tmp_path / checkpoint.FILE
     checkpoint.save(checkpoint.load(path).model_copy(update={"average": None}), path)
     with pytest.raises(CheckpointError, match=r"(?s)the weights do not fit recipe A1: .*Missing key"):

@@ -167,7 +167,7 @@ def test_a_complete_run_learns_from_a_complete_run_on_its_data_set(
     student = recipe.load("A1", [settings])
     with pytest.raises(TrainingError, match="is of a trial, or of other images"):
         train.create(tmp_path / "run", student, "A1", 0, data.load_sample())
-    train.create(tmp_path / "run", student, "A1", 0, data.load_sample(), complete=False)
+    train.create(tmp_path / "run", student, "A1", 0, data.load_sample(), unchanged=False)
 
 
 def test_teachers_that_cannot_be_used(

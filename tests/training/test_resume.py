@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_plateau_watches_held_out_images_that_are_not_trained_on(tmp_path: Path)
     dataset = DataSet(Images(places.pixels, labels), sample.test, "sample")
     plateau = "schedule={kind='plateau', factor=0.5, patience=0}"
     settings = ["epochs=4", "batch_size=50", "data.validation=0.2", SGD, plateau]
-    train.create(tmp_path, recipe.load("A1", settings), "A1", 0, dataset, complete=False)
+    train.create(tmp_path, recipe.load("A1", settings), "A1", 0, dataset, unchanged=False)
     state = train.resume(tmp_path, dataset, Console(quiet=True), Watch(), Processes())
     assert [line["lr"] for line in state.history] == [0.05, 0.05, 0.025, 0.0125]
     assert state.history[-1]["train_loss"] < 0.05
@@ -77,7 +78,7 @@ def test_a_complete_run_has_its_row_once_and_of_all_its_sessions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, out = tmp_path / "results.csv", tmp_path / "run"
-    monkeypatch.setattr(results.record, "__defaults__", (path,))
+    monkeypatch.setattr(results, "record", partial(results.record, path=path))
     dataset, console = replace(data.load_sample(), source="cifar10"), Console(quiet=True)
     chosen = recipe.load("A1", ["epochs=2", "batch_size=64", "data.validation=0.2", SGD])
     train.create(out, chosen, "A1", 0, dataset)

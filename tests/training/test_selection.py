@@ -69,7 +69,7 @@ def test_resumed_run_selects_as_an_uninterrupted_one(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_the_selector_is_an_error(tmp_path: Path) -> None:
     chosen, dataset, path = recipe.load("A1", SELECTING), data.load_sample(), tmp_path / "checkpoint.pt"
-    train.create(tmp_path, chosen, "A1", 0, dataset, complete=False)
+    train.create(tmp_path, chosen, "A1", 0, dataset, unchanged=False)
     checkpoint.save(checkpoint.load(path).model_copy(update={"selector": None}), path)
     with pytest.raises(CheckpointError, match=r"(?s)the weights do not fit recipe A1: .*Missing key"):
         train.resume(tmp_path, dataset, Console(quiet=True), Watch(), Processes())
@@ -78,7 +78,7 @@ def test_a_checkpoint_without_the_selector_is_an_error(tmp_path: Path) -> None:
 def test_a_selector_that_diverges_stops_the_run(tmp_path: Path) -> None:
     settings = [*SELECTING, "selection.optimizer.lr=1e30"]
     chosen, dataset = recipe.load("A1", settings), data.load_sample()
-    train.create(tmp_path, chosen, "A1", 0, dataset, complete=False)
+    train.create(tmp_path, chosen, "A1", 0, dataset, unchanged=False)
     with pytest.raises(TrainingError, match="the loss of epoch 1 is nan"):
         train.resume(tmp_path, dataset, Console(quiet=True), Watch(), Processes())
 

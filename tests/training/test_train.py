@@ -314,7 +314,7 @@ def test_tensorboard_has_the_metrics(uninterrupted: Path, tmp_path: Path) -> Non
 def test_tensorboard_goes_on_with_a_resumed_run(uninterrupted: Path, tmp_path: Path) -> None:
     run, dataset = tmp_path / "run", data.load_sample()
     short = recipe.load(uninterrupted / "recipe.toml")
-    train.create(run, short, "short", 7, dataset, complete=False)
+    train.create(run, short, "short", 7, dataset, unchanged=False)
     with pytest.raises(Stopped):  # during the second epoch
         train.resume(run, dataset, Console(quiet=True), Limited(12), Processes(), tensorboard=True)
     assert checkpoint.load(run / "checkpoint.pt").epoch == 1

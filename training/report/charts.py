@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from training import tables
+
 COLOURS = 8  # --series-0 to --series-7 of the style sheet
 INK, MUTED, GRID, BAR = "#fe0100", "#fe0101", "#fe0102", "#fe0103"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", BAR: "bar"} | {
@@ -70,6 +72,7 @@ class Series:
 def lines(
     title: str,
     series: Sequence[Series],
+    *,
     percent: bool = False,
     changes: Sequence[tuple[int, str]] = (),
     from_zero: bool = False,
@@ -117,12 +120,12 @@ def lines(
         _label_ends(axes, [part for part in series if part.label], height)
         _label_ticks(axes)
 
+    said = tables.percent if percent else _figure
     height = max(HEIGHT, LABEL * sum(bool(part.label) for part in series) + FRAME)
     ends = [
-        f"{part.label or title}, from {_number(part.values[0], percent)} to "
-        f"{_number(part.values[-1], percent)}"
+        f"{part.label or title}, from {said(part.values[0])} to {said(part.values[-1])}"
         if len(set(part.values)) > 1
-        else part.label or f"{_number(part.values[0], percent)} in each epoch"
+        else part.label or f"{said(part.values[0])} in each epoch"
         for part in series
         if part.label or len(series) == 1
     ]
@@ -138,8 +141,8 @@ def steps(title: str, epochs: Sequence[int], values: Sequence[float]) -> Markup:
         axes.set_ylim(0)
         _label_ticks(axes)
 
-    middle = _number(float(np.median(values)), False)
-    return _chart(title, f"{title}; the median is {middle}", HEIGHT, draw)
+    middle = float(np.median(values))
+    return _chart(title, f"{title}; the median is {_figure(middle)}", HEIGHT, draw)
 
 
 def bars(title: str, labels: Sequence[str], fractions: Sequence[float], mean: float) -> Markup:
@@ -150,7 +153,7 @@ def bars(title: str, labels: Sequence[str], fractions: Sequence[float], mean: fl
         axes.barh(labels, fractions, height=0.72, color=BAR)
         axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (3, 3)))
         for place, fraction in enumerate(fractions):
-            axes.text(1.03, place, _number(fraction, True), va="center")
+            axes.text(1.03, place, tables.percent(fraction), va="center")
         axes.set_xlim(0, 1)
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(visible=False)
@@ -158,7 +161,7 @@ def bars(title: str, labels: Sequence[str], fractions: Sequence[float], mean: fl
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
 
-    said = [f"{label} {_number(value, True)}" for label, value in zip(labels, fractions, strict=True)]
+    said = [f"{label} {tables.percent(value)}" for label, value in zip(labels, fractions, strict=True)]
     return _chart(title, f"{title}: {', '.join(said)}", 0.5 + 0.34 * len(labels), draw)
 
 
@@ -236,5 +239,5 @@ def _colour(number: int) -> str:
     return f"#fe00{number % COLOURS:02x}"
 
 
-def _number(value: float, percent: bool) -> str:
-    return f"{100 * value:.2f} %" if percent else f"{value:.4g}"
+def _figure(value: float) -> str:
+    return f"{value:.4g}"

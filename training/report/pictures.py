@@ -50,12 +50,12 @@ def augmented(recipe: Recipe, seed: int, images: Images, indices: Tensor, times:
     objective = Objective(recipe.model_copy(update={"distillation": None}), Path(), CPU)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (recipe.data.mean, recipe.data.std))
     shown = []
-    for time, place in enumerate(torch.linspace(0, recipe.epochs - 1, times).tolist()):
-        epoch = round(place)
-        drawn = augmenter.draw(indices, epoch, torch.Generator().manual_seed(time))
+    epochs = map(round, torch.linspace(0, recipe.epochs - 1, times).tolist())
+    for number, epoch in enumerate(epochs):
+        drawn = augmenter.draw(indices, epoch, torch.Generator().manual_seed(number))
         inputs = augmenter.apply(images.pixels[indices], drawn, epoch)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(time)
+            torch.manual_seed(number)
             inputs, _ = objective.mix(inputs, images.labels[indices], epoch)
         pixels = ((inputs * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         shown.append(Augmented(epoch, pixels.permute(0, 2, 3, 1).contiguous()))
