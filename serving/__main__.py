@@ -44,6 +44,11 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
     """Label the images of a competition pickle; the CSV has the same bytes as /submission's answer.
 
     The CSV is written under another name in the same folder and then renamed, so it is never incomplete.
+
+    Raises:
+        StartError: a setting, the model file or the provider cannot be used, or the model fails.
+        RequestError: the pickle cannot be read as images.
+        OSError: a file cannot be read or written.
     """
     settings = Settings.from_environment()
     check_replaceable(csv)

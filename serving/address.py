@@ -19,11 +19,7 @@ REASONS = {
 
 
 def check_address() -> None:
-    """Raise `StartError` unless the service can listen on the address of `bentoml serve`.
-
-    Raises:
-        StartError: it cannot; the message says why.
-    """
+    """Raise `StartError`, with the reason, if the service cannot listen where `bentoml serve` says."""
     context = click.get_current_context(silent=True)  # of `bentoml serve`, with its environment
     if context is None:
         return

@@ -70,8 +70,8 @@ class Batcher:
         self._stopped = False
         self._idle = asyncio.Event()  # set while nobody waits for logits
         self._idle.set()
-        self._engine: list[threading.Thread] = []
-        self._threads = threads
+        self._threads: list[threading.Thread] = []
+        self._thread_count = threads
 
     def start(self) -> None:
         """Start the threads; needs a running event loop.
@@ -80,12 +80,12 @@ class Batcher:
             RuntimeError: not all can be started; then none stays.
         """
         loop = asyncio.get_running_loop()
-        self._engine = [
+        self._threads = [
             threading.Thread(target=self._take_turns, args=(loop, queues), name="engine", daemon=True)
-            for queues in ([self._singles, self._chunks], *[[self._singles]] * (self._threads - 1))
+            for queues in ([self._singles, self._chunks], *[[self._singles]] * (self._thread_count - 1))
         ]
         try:
-            for thread in self._engine:
+            for thread in self._threads:
                 thread.start()
         except RuntimeError:
             self._end()
@@ -94,7 +94,7 @@ class Batcher:
     async def stop(self) -> None:
         """Stop the threads and wait for the runs under way; what is still queued gets no answer."""
         self._end()
-        for thread in self._engine:
+        for thread in self._threads:
             await asyncio.to_thread(thread.join)
 
     async def finish(self) -> None:
@@ -170,7 +170,7 @@ class Batcher:
 
     def _taken(self, queue: deque[_Job]) -> list[_Job]:
         """Take the single images, or the chunk, of one run; drop those that nobody waits for."""
-        share = -(-len(queue) // self._threads)
+        share = -(-len(queue) // self._thread_count)
         count = min(share, self._max_batch_size) if queue is self._singles else 1
         jobs: list[_Job] = []
         while queue and len(jobs) < count:

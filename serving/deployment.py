@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ class Deployment:
         file: the state of the model file when it was loaded.
     """
 
-    def __init__(self, path: Path, settings: Settings, metrics: Any) -> None:
+    def __init__(self, path: Path, settings: Settings, metrics: ModuleType) -> None:
         """Load a model file, check it and run it.
 
         Args:
@@ -105,7 +105,7 @@ class Deployment:
         self._metrics.serves(self.model)
 
 
-def _run(model: Model, metrics: Any, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def _run(model: Model, metrics: ModuleType, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Run the engine, and record the run in the metrics."""
     began = time.perf_counter()
     logits = model.logits(images)
@@ -113,7 +113,7 @@ def _run(model: Model, metrics: Any, images: npt.NDArray[np.uint8]) -> npt.NDArr
     return logits
 
 
-def deploy(settings: Settings, metrics: Any) -> Deployment:
+def deploy(settings: Settings, metrics: ModuleType) -> Deployment:
     """Deploy the model file, and keep a copy for workers that start when it can no longer be used.
 
     Raises:
@@ -139,7 +139,7 @@ def keep(path: Path, state: FileState | None) -> None:
             logger.warning("the model file is not copied for workers that start later: %s", error)
 
 
-def deploy_first(settings: Settings, metrics: Any) -> Deployment:
+def deploy_first(settings: Settings, metrics: ModuleType) -> Deployment:
     """Deploy what a starting worker has to serve: the model file, or a copy of the last one that passed.
 
     The copy is used if the file can no longer be used. If the file is not watched, all workers use the

@@ -62,7 +62,7 @@ class Engine:
         if self.runs > 1:
             self._beside = open_session(path, SHORT_NAMES[self.provider], threads, self.runs)
         self._running = 0
-        self._count = threading.Lock()
+        self._lock = threading.Lock()
 
     def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return the logits, float32 [N, classes], of RGB images, uint8 [N, 32, 32, 3] with any strides.
@@ -72,13 +72,13 @@ class Engine:
         batch = np.ascontiguousarray(images)
         if self._pads:
             batch = _padded(batch)
-        with self._count:
+        with self._lock:
             self._running += 1
             session = self._alone if self._running == 1 else self._beside
         try:
             return _logits(session, batch)[: len(images)]
         finally:
-            with self._count:
+            with self._lock:
                 self._running -= 1
 
     def warm_up(self, batch_size: int) -> None:

@@ -127,11 +127,7 @@ def model_metadata(model: Model) -> Json:
 
 
 def check_named(model: Model, path: Mapping[str, str]) -> None:
-    """Raise `NotFoundError` unless the name in a path, and the version if it has one, are the model's.
-
-    Raises:
-        NotFoundError: they are not.
-    """
+    """Raise `NotFoundError` unless a path's name, and its version if it has one, are the model's."""
     if path["name"] != model.name or path.get("version", model.version) != model.version:
         raise NotFoundError(f"The only model here is {model.name}, version {model.version}.")
 
@@ -149,16 +145,34 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
         FieldError: its tensors are not those of the model.
         TooLargeError: it has more than `max_images` images, or more JSON than these could need.
     """
-    if json_length is not None and not (
-        json_length.isdecimal() and len(json_length) < 20 and int(json_length) <= len(body)
-    ):
-        raise RequestError(
-            f"{JSON_LENGTH} is {json_length[:20]!r}; right would be the bytes of JSON in the body, "
-            f"which has {len(body)} in all."
-        )
-    end = len(body) if json_length is None else int(json_length)
+    end = _json_end(body, json_length)
     if end == 0 and json_length is not None:
         return _raw(body, max_images)
+    _check_length(body, end, max_images)
+    request = _parsed(body[:end])
+    tensor = _input(request)
+    _check_count(tensor.shape[0], max_images)
+    outputs = request.outputs or [Output(name=name) for name in OUTPUTS]
+    _check_outputs(outputs)
+    for output in outputs:
+        if output.parameters.binary_data is None:
+            output.parameters.binary_data = bool(request.parameters.binary_data_output)
+    return Inference(_pixels(tensor, body[end:]), outputs, request.id)
+
+
+def _json_end(body: bytes, json_length: str | None) -> int:
+    if json_length is None:
+        return len(body)
+    if json_length.isdecimal() and len(json_length) < 20 and int(json_length) <= len(body):
+        return int(json_length)
+    raise RequestError(
+        f"{JSON_LENGTH} is {json_length[:20]!r}; right would be the bytes of JSON in the body, "
+        f"which has {len(body)} in all."
+    )
+
+
+def _check_length(body: bytes, end: int, max_images: int) -> None:
+    """Raise `TooLargeError` for more JSON, up to `end`, than `max_images` images could need."""
     longest = max_images * math.prod(IMAGE) * BYTES_A_VALUE
     if end > longest:
         raise TooLargeError(
@@ -170,8 +184,11 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
         most = max_images * of_an_image + AROUND
         if body.count(sign, 0, end) > most:
             raise TooLargeError(f"The request's JSON has {sign.decode()!r} more than {most} times.")
+
+
+def _parsed(text: bytes) -> InferenceRequest:
     try:
-        request = InferenceRequest.model_validate_json(body[:end])
+        return InferenceRequest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         if first["loc"][:3] == ("inputs", 0, "data"):
@@ -182,6 +199,10 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
         place = ".".join(map(str, first["loc"]))
         what = f"{place}: {first['msg']}" if place else first["msg"]
         raise RequestError(f"The request's JSON cannot be read: {what}") from None
+
+
+def _input(request: InferenceRequest) -> Input:
+    """Return the one tensor that the model takes; raise `FieldError` if it is another, or not alone."""
     names = [tensor.name[:100] for tensor in request.inputs[:4]]
     if names != ["images"]:
         raise FieldError(f"The inputs are {names}; right would be the one input 'images'.")
@@ -192,13 +213,7 @@ def read(body: bytes, json_length: str | None, max_images: int) -> Inference:
         raise FieldError(
             f"images has the shape {tensor.shape[:8]}; right would be [N, 32, 32, 3], N at least 1."
         )
-    _check_count(tensor.shape[0], max_images)
-    outputs = request.outputs or [Output(name=name) for name in OUTPUTS]
-    _check_outputs(outputs)
-    for output in outputs:
-        if output.parameters.binary_data is None:
-            output.parameters.binary_data = bool(request.parameters.binary_data_output)
-    return Inference(_pixels(tensor, body[end:]), outputs, request.id)
+    return tensor
 
 
 def respond(inference: Inference, logits: npt.NDArray[np.float32], model: Model) -> Response:

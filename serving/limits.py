@@ -24,11 +24,7 @@ class Budget:
         return self._left == 0
 
     def check(self) -> None:
-        """Raise `OverloadedError` if nothing is left; takes nothing.
-
-        Raises:
-            OverloadedError: nothing is left.
-        """
+        """Raise `OverloadedError` if nothing is left; takes nothing."""
         if self.spent:
             raise OverloadedError(self._refusal)
 

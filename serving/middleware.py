@@ -27,7 +27,7 @@ from serving.errors import (
     TooLargeError,
     UnauthorizedError,
 )
-from serving.inference_protocol import PREFIX, is_protocol
+from serving.inference_protocol import is_protocol
 from serving.limits import Budget
 from serving.responses import ErrorBody, ErrorDetail, error_body, error_response
 
@@ -47,7 +47,7 @@ GONE = 499  # nginx's status for a client that left before the answer
 
 # For the machines that watch the service: these need no key, and are answered even while it stops.
 OPEN_PATHS = frozenset(
-    {"/healthz", "/livez", "/readyz", "/metrics", f"{PREFIX}/health/live", f"{PREFIX}/health/ready"}
+    {"/healthz", "/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"}
 )
 # A browser asks for these without a key; the page itself takes the key for requests tried out on it.
 PAGE_PATHS = frozenset({"/", "/docs.json"})
@@ -145,7 +145,8 @@ class ErrorShape:
             if message.get("status") == HTTPStatus.TEMPORARY_REDIRECT:
                 # Starlette's, to the path without its trailing slash at whatever host the client named.
                 message = {**message, "status": HTTPStatus.NOT_FOUND, "headers": []}
-            if message["type"] == "http.response.start" and GONE != message["status"] >= 400:
+            status = message.get("status", 0)  # of the start of an answer
+            if status >= 400 and status != GONE:  # nobody reads the answer to a client that has left
                 start = message
             elif start is None:
                 started = True
@@ -251,20 +252,7 @@ class Reception:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        too_large = TooLargeError(f"The body is too large; the limit is {self.max_bytes} bytes.")
-        headers = Headers(scope=scope)
-        for name, right in (("content-encoding", "identity"), ("transfer-encoding", "chunked")):
-            codings = ",".join(headers.getlist(name))
-            if {coding.strip().lower() for coding in codings.split(",")} - {right, ""}:
-                raise MediaTypeError(
-                    f"The body has the {name.title()} {codings[:100]!r}; right would be none, as images "
-                    "are compressed already."
-                )
-        if headers.get("content-type", "").partition(";")[0].strip() == FOR_BENTOML:
-            raise MediaTypeError(f"The Content-Type is {FOR_BENTOML!r}, which no endpoint reads.")
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self.max_bytes:
-            raise too_large
+        self._check_head(Headers(scope=scope))
         task = asyncio.current_task()
         assert task is not None, "requests are handled in tasks"
         loop = asyncio.get_running_loop()
@@ -281,11 +269,11 @@ class Reception:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                # Raised in the endpoint that is reading, which answers with it; so is `too_large`.
+                # Raised in the endpoint that is reading, which answers with it; so is the next.
                 raise SlowBodyError(f"The body took over {self.seconds:g} seconds to arrive.") from None
             received += len(message.get("body", b""))
             if received > self.max_bytes:
-                raise too_large
+                raise self._too_large()
             if received > FREE_BYTES:
                 self.uploads.take(received - FREE_BYTES - held)
                 held = received - FREE_BYTES
@@ -317,3 +305,21 @@ class Reception:
             self.uploads.give_back(held)
             if leaving is not None:
                 leaving.cancel()
+
+    def _check_head(self, headers: Headers) -> None:
+        """Raise a `RequestError` for a body that need not be read, as its headers say enough."""
+        for name, right in (("content-encoding", "identity"), ("transfer-encoding", "chunked")):
+            codings = ",".join(headers.getlist(name))
+            if {coding.strip().lower() for coding in codings.split(",")} - {right, ""}:
+                raise MediaTypeError(
+                    f"The body has the {name.title()} {codings[:100]!r}; right would be none, as images "
+                    "are compressed already."
+                )
+        if headers.get("content-type", "").partition(";")[0].strip() == FOR_BENTOML:
+            raise MediaTypeError(f"The Content-Type is {FOR_BENTOML!r}, which no endpoint reads.")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self.max_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"The body is too large; the limit is {self.max_bytes} bytes.")

@@ -60,7 +60,13 @@ class SubmissionForm(Form):
 
 
 async def read_image(request: Request) -> tuple[bytes, int]:
-    """Return the image's bytes and `top_k`, from a form or from a body that is the image itself."""
+    """Return the image's bytes and `top_k`, from a form or from a body that is the image itself.
+
+    Raises:
+        MediaTypeError: the Content-Type is another.
+        FieldError: a parameter or field is unknown, missing, or has a value that cannot be used.
+        RequestError, TooLargeError, OverloadedError: as `serving.forms.received`.
+    """
     _check_query(request, "top_k")
     if _media_type(request).startswith("image/"):
         return await request.body(), _top_k(request, [])
@@ -70,7 +76,13 @@ async def read_image(request: Request) -> tuple[bytes, int]:
 
 
 async def read_images(request: Request, max_images: int) -> tuple[list[bytes], int]:
-    """Return the bytes of each image, in the order of the form, and `top_k`."""
+    """Return the bytes of each image, in the order of the form, and `top_k`.
+
+    Raises:
+        MediaTypeError: the Content-Type is another.
+        FieldError: a parameter or field is unknown, missing, or has a value that cannot be used.
+        RequestError, TooLargeError, OverloadedError: as `serving.forms.received`.
+    """
     _check_query(request, "top_k")
     async with _form(request, ClassifyBatchForm, max_files=max_images) as parts:
         images = _files(parts, "images")
@@ -79,7 +91,13 @@ async def read_images(request: Request, max_images: int) -> tuple[list[bytes], i
 
 @asynccontextmanager
 async def read_file(request: Request) -> AsyncIterator[Part]:
-    """Receive the uploaded file, which is on disk if it is large and is deleted on exit."""
+    """Receive the uploaded file, which is on disk if it is large and is deleted on exit.
+
+    Raises:
+        MediaTypeError: the Content-Type is another.
+        FieldError: a parameter or field is unknown, missing, or has a value that cannot be used.
+        RequestError, TooLargeError, OverloadedError: as `serving.forms.received`.
+    """
     _check_query(request)
     async with _form(request, SubmissionForm, max_files=1) as parts:
         (file,) = _files(parts, "file")

@@ -65,15 +65,15 @@ from serving.requests import (
 from serving.responses import Answers, Classification, Csv, answer_response, error_body, error_response
 from serving.settings import METRICS_FOLDER, Settings
 from serving.submission import read_submission
-from serving.tracing import check_tracing, send_last_spans, tracing_options
+from serving.tracing import prepare_tracing, send_last_spans, tracing_options
 from serving.uvicorn_server import (
     ConnectionLimits,
+    bypass,
     connections_that_fit,
     keep_idle_connections,
     limit_connections,
     running_server,
     separate_requests,
-    shorten,
 )
 
 logger = logging.getLogger("serving")
@@ -311,13 +311,13 @@ class Classifier:
 
     @bentoml.on_deployment
     @staticmethod
-    def check() -> None:
-        """End `bentoml serve` with the reason, before any worker starts, if workers could not serve."""
+    def prepare() -> None:
+        """Set up what workers share, before any starts; end `bentoml serve` if they could not serve."""
         from serving import supervisor  # imports circus, which workers do without
 
         try:
             check_address()
-            check_tracing(SETTINGS.tracing)
+            prepare_tracing(SETTINGS.tracing)
             # Only the workers measure which provider "auto" means.
             provider = "cpu" if SETTINGS.provider == "auto" else SETTINGS.provider
             state = file_state(SETTINGS.model)
@@ -356,7 +356,7 @@ class Classifier:
             )
             limit_connections(server, limits)
             if not SETTINGS.tracing:  # only BentoML's own way makes spans
-                shorten(server, SHORT, short_way())
+                bypass(server, BYPASSING, bypass_app())
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
@@ -387,7 +387,7 @@ class Classifier:
             raise NotReadyError("The queue is full; try again shortly.")
         return True
 
-    # BentoML describes these in the schema for its client. Without tracing, SHORT answers the first two.
+    # BentoML describes these in the schema for its client. Without tracing, the first two are bypassed.
     @bentoml.api(input_spec=ClassifyForm, output_spec=Classification)
     async def classify(self, request: Request) -> Response:
         """Classify one image."""
@@ -469,14 +469,14 @@ for layer, _, options in LAYERS:
 
 # These go through our middleware only. BentoML's way adds a router, a context, a bound signature and
 # background tasks, which they do not need, and a timer that outlives the answer until the timeout.
-SHORT = {"/classify": post_classify, "/classify_batch": post_classify_batch}
+BYPASSING = {"/classify": post_classify, "/classify_batch": post_classify_batch}
 
 
-def short_way() -> ASGIApp:
-    """Return the application that answers the paths of `SHORT`."""
+def bypass_app() -> ASGIApp:
+    """Return the application that answers the paths of `BYPASSING`."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        response = await SHORT[scope["path"]](Request(scope, receive))
+        response = await BYPASSING[scope["path"]](Request(scope, receive))
         await response(scope, receive, send)
 
     app: ASGIApp = answer

@@ -25,8 +25,8 @@ def tracing_options(share: float) -> dict[str, Any]:
     }
 
 
-def check_tracing(share: float) -> None:
-    """Set up tracing as workers do, which would otherwise fail for ever.
+def prepare_tracing(share: float) -> None:
+    """Set up tracing as workers do, which would otherwise fail for ever, or hide what it reads.
 
     Raises:
         StartError: OpenTelemetry's variables cannot be used.
@@ -37,7 +37,7 @@ def check_tracing(share: float) -> None:
             del os.environ[name]
         return
     try:
-        import opentelemetry.propagate  # noqa: F401
+        import opentelemetry.propagate  # noqa: F401, fails for what OTEL_PROPAGATORS may not name
 
         BentoMLContainer.tracer_provider.get().shutdown()
     except Exception as error:  # whatever OpenTelemetry and its plug-ins raise

@@ -42,24 +42,24 @@ def running_server() -> uvicorn.Server | None:
     return owner if isinstance(owner, uvicorn.Server) else None
 
 
-def shorten(server: uvicorn.Server, paths: Container[str], app: ASGIApp) -> None:
+def bypass(server: uvicorn.Server, paths: Container[str], app: ASGIApp) -> None:
     """Let `app` answer POST requests to `paths` in place of the server's application.
 
     Behind a proxy, the requests that `app` gets have the client's address, too.
     """
 
-    def shortened(longer: ASGIApp) -> ASGIApp:
+    def bypassed(usual: ASGIApp) -> ASGIApp:
         async def either(scope: Scope, receive: Receive, send: Send) -> None:
-            short = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in paths
-            await (app if short else longer)(scope, receive, send)
+            ours = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in paths
+            await (app if ours else usual)(scope, receive, send)
 
         return either
 
     whole = server.config.loaded_app
     if isinstance(whole, ProxyHeadersMiddleware):
-        whole.app = shortened(whole.app)  # type: ignore[arg-type, assignment]
+        whole.app = bypassed(whole.app)  # type: ignore[arg-type, assignment]
     else:
-        server.config.loaded_app = shortened(whole)
+        server.config.loaded_app = bypassed(whole)
 
 
 def keep_idle_connections(server: uvicorn.Server) -> None:
@@ -211,7 +211,7 @@ class _Connection(HttpToolsProtocol):
     """
 
     transport: _Transport  # type: ignore[assignment]
-    _overdue: asyncio.TimerHandle | None = None  # while a head or the rest of a refused body is due
+    _timer: asyncio.TimerHandle | None = None  # while a head or the rest of a refused body is due
     _running: RequestResponseCycle | None = None  # the request that was started last
     _head_bytes = 0  # received since the last byte of a body, or the last request
     _in_head = False  # whether a part of a head has come
@@ -236,11 +236,11 @@ class _Connection(HttpToolsProtocol):
         self._awaited[self] = None
         if len(self.connections) > self._limits.most:
             next(iter(self._awaited))._make_room()
-        self._await(self._limits.head_seconds)
+        self._start_timer(self._limits.head_seconds)
 
     def data_received(self, data: bytes) -> None:
-        if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
-            self._await(self._limits.head_seconds)
+        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._start_timer(self._limits.head_seconds)
         self._head_bytes += len(data)
         while data:
             self._data, self._offer = data, b""
@@ -255,7 +255,7 @@ class _Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._cancel()
+        self._stop_timer()
         self._unset_keepalive_if_required()
         if self.transport.is_closing():
             raise ValueError("The answer before said that the connection closes.")
@@ -287,8 +287,8 @@ class _Connection(HttpToolsProtocol):
         if not self.cycle.response_complete and not self.flow.write_paused:
             self._awaited.pop(self, None)
         self._head_bytes = 0
-        if self._overdue is not None:  # of a refused body; from now on the connection is idle
-            self._cancel()
+        if self._timer is not None:  # of a refused body; from now on the connection is idle
+            self._stop_timer()
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
@@ -303,9 +303,9 @@ class _Connection(HttpToolsProtocol):
         if self in self.connections and (self.cycle.response_complete or self.cycle.more_body):
             self._awaited[self] = None
             if self._has_refused_a_body():
-                self._await(self._limits.body_seconds)
+                self._start_timer(self._limits.body_seconds)
             elif self._in_head:  # which began to come before this answer
-                self._await(self._limits.head_seconds)
+                self._start_timer(self._limits.head_seconds)
 
     def send_400_response(self, msg: str) -> None:
         if self.transport.is_closing() or self._has_refused_a_body():
@@ -343,7 +343,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._awaited.pop(self, None)
-        self._cancel()
+        self._stop_timer()
         self._unset_keepalive_if_required()  # uvicorn keeps the timer, and so this object, after a reset
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True  # uvicorn tells only the request that came last
@@ -377,25 +377,25 @@ class _Connection(HttpToolsProtocol):
         """Return whether the body of the request that was answered last is still arriving."""
         return self.cycle is not None and self.cycle.response_complete and self.cycle.more_body
 
-    def _await(self, seconds: float) -> None:
-        """Close the connection after `seconds`, unless `_cancel` is called before."""
-        self._cancel()
-        self._overdue = self.loop.call_later(seconds, self._give_up)
+    def _start_timer(self, seconds: float) -> None:
+        """Close the connection after `seconds`, unless `_stop_timer` is called before."""
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._give_up)
 
-    def _cancel(self) -> None:
-        if self._overdue is not None:
-            self._overdue.cancel()
-            self._overdue = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _give_up(self) -> None:
-        self._cancel()
+        self._stop_timer()
         self.transport.end()
 
     def _make_room(self) -> None:
         self._limits.evicted()
         self._awaited.pop(self)
         self.connections.discard(self)  # at once, or the next new one would evict another one
-        self._cancel()
+        self._stop_timer()
         self.transport.abort()
 
 

@@ -155,6 +155,8 @@ def test_any_other_file_has_another_state(tmp_path: Path) -> None:
 def test_a_file_that_changes_while_it_is_loaded_is_refused(
     model_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from serving import metrics
+
     path = model_file()
 
     def loaded(*arguments: Any, **options: Any) -> Any:
@@ -164,7 +166,7 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
 
     monkeypatch.setattr(deployment, "Model", loaded)
     with pytest.raises(ModelError, match="changed while it was loaded"):
-        Deployment(path, Settings(provider="cpu", threads=1), None)
+        Deployment(path, Settings(provider="cpu", threads=1), metrics)
 
 
 def test_a_replaced_model_leaves_memory(model_file: Callable[..., Path]) -> None:

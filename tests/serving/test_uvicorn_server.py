@@ -25,10 +25,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from serving.uvicorn_server import (
     IDLE_SECONDS,
     ConnectionLimits,
+    bypass,
     keep_idle_connections,
     limit_connections,
     separate_requests,
-    shorten,
 )
 from tests.serving.raw import PATIENCE, connected, last, post
 
@@ -71,15 +71,15 @@ def running(
 
 
 @pytest.mark.parametrize(("proxy_headers", "client"), [(True, "203.0.113.7"), (False, "127.0.0.1")])
-def test_posts_to_short_paths_go_past_the_servers_application(proxy_headers: bool, client: str) -> None:
+def test_posts_to_these_paths_go_past_the_servers_application(proxy_headers: bool, client: str) -> None:
     headers = {"X-Forwarded-For": "203.0.113.7"}
 
     def prepare(server: Server) -> None:
-        shorten(server, {"/short"}, application("short"))
+        bypass(server, {"/ours"}, application("ours"))
 
     with running(application("long"), prepare, proxy_headers=proxy_headers) as (_, url):
-        assert httpx.post(f"{url}/short", headers=headers).text == f"short for {client}"
-        assert httpx.get(f"{url}/short", headers=headers).text == f"long for {client}"
+        assert httpx.post(f"{url}/ours", headers=headers).text == f"ours for {client}"
+        assert httpx.get(f"{url}/ours", headers=headers).text == f"long for {client}"
         assert httpx.post(f"{url}/other", headers=headers).text == f"long for {client}"
 
 
