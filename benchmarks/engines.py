@@ -13,11 +13,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import loky
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from serving.settings import Provider, ProviderName
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
@@ -37,18 +40,18 @@ class Variant(NamedTuple):
 Engine = Callable[[Variant], Run]
 
 
-def serving(provider: str) -> Engine:
+def serving(provider: "Provider") -> Engine:
     """The service's engine."""
 
     def engine(variant: Variant) -> Run:
         from serving.engine import Engine
 
-        return Engine(variant.file, provider, loky.cpu_count()).run  # type: ignore[arg-type]
+        return Engine(variant.file, provider, loky.cpu_count()).run
 
     return engine
 
 
-def bound(provider: str, device: str) -> Engine:
+def bound(provider: "ProviderName", device: str) -> Engine:
     """The service's session with its input and output kept in a device's memory (IOBinding).
 
     Each batch overwrites the last one of its size, and its logits are copied back.
@@ -59,7 +62,7 @@ def bound(provider: str, device: str) -> Engine:
 
         from serving.providers import open_session
 
-        session = open_session(variant.file, provider, loky.cpu_count())  # type: ignore[arg-type]
+        session = open_session(variant.file, provider, loky.cpu_count())
         binding = session.io_binding()
         kept: dict[int, tuple[OrtValue, OrtValue]] = {}
 
@@ -145,7 +148,11 @@ def pytorch(precision: str, compiled: bool = False) -> Engine:
 
 # By name; after a colon comes the provider or, for PyTorch, the precision.
 ENGINES: dict[str, Engine] = {
-    **{f"service:{name}": serving(name) for name in ("auto", "cpu", "openvino", "cuda", "tensorrt")},
+    "service:auto": serving("auto"),
+    "service:cpu": serving("cpu"),
+    "service:openvino": serving("openvino"),
+    "service:cuda": serving("cuda"),
+    "service:tensorrt": serving("tensorrt"),
     "bound:cuda": bound("cuda", "cuda"),
     "onnxruntime": onnxruntime,
     "openvino": openvino,

@@ -52,8 +52,8 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 class Client(asyncio.Protocol):
     """One connection."""
 
-    def __init__(self, bodies: Iterator[bytes], until: float, load: "Load") -> None:
-        self.bodies, self.until, self.load = bodies, until, load
+    def __init__(self, bodies: Iterator[bytes], until: float, answers: "Answers") -> None:
+        self.bodies, self.until, self.answers = bodies, until, answers
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.transport: asyncio.Transport | None = None
         self.sent: float | None = None
@@ -73,10 +73,10 @@ class Client(asyncio.Protocol):
         now = time.perf_counter()
         assert self.sent is not None
         status = self.parser.get_status_code()
-        self.load.statuses[status] += 1
+        self.answers.statuses[status] += 1
         if status == 200:
-            self.load.seconds.append(now - self.sent)
-            self.load.in_time += now <= self.until
+            self.answers.seconds.append(now - self.sent)
+            self.answers.in_time += now <= self.until
         self.sent = None
         if now < self.until and self.parser.should_keep_alive():
             self._send()
@@ -86,7 +86,7 @@ class Client(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """Count a request without an answer as an error."""
         if self.sent is not None:
-            self.load.errors += 1
+            self.answers.errors += 1
         self._end()
 
     def _send(self) -> None:
@@ -102,7 +102,7 @@ class Client(asyncio.Protocol):
             self.over.set_result(None)
 
 
-class Load:
+class Answers:
     """Answers to the requests that were sent in time.
 
     Those that come after the time count too, as they are the slowest.
@@ -156,18 +156,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1, help="per request (default: %(default)s)")
     options = parser.parse_args()
     bodies = requests(options.url, options.field, options.images)
-    load, began, wall = Load(), time.process_time(), time.perf_counter()
-    asyncio.run(load.run(options.url, bodies, options.connections, options.seconds))
-    milliseconds = [1000 * value for value in load.seconds] or [float("nan")]
+    answers, began, wall = Answers(), time.process_time(), time.perf_counter()
+    asyncio.run(answers.run(options.url, bodies, options.connections, options.seconds))
+    milliseconds = [1000 * value for value in answers.seconds] or [float("nan")]
     found = {
         "connections": options.connections,
         "images": options.images,
         "seconds": options.seconds,
         "wall_seconds": round(time.perf_counter() - wall, 3),
-        "answers": load.statuses.total(),
-        "statuses": load.statuses,
-        "in_time": load.in_time,
-        "errors": load.errors,
+        "answers": answers.statuses.total(),
+        "statuses": answers.statuses,
+        "in_time": answers.in_time,
+        "errors": answers.errors,
         "milliseconds": dict(
             zip(PERCENTILES, np.percentile(milliseconds, PERCENTILES).round(3).tolist(), strict=True)
         ),

@@ -266,8 +266,10 @@ def markdown(figures: Figures) -> str:
         for found in loads.values():
             errors = sum(each.errors for each in found)
             cells.append(
-                f"{_median(found, 'rate'):,.0f}/s, {_milliseconds(_median(found, 'p50'))} and "
-                f"{_milliseconds(_median(found, 'p99'))} ms{f', {errors:,} errors' if errors else ''}"
+                f"{median(each.rate for each in found):,.0f}/s, "
+                f"{_milliseconds(median(each.p50 for each in found))} and "
+                f"{_milliseconds(median(each.p99 for each in found))} ms"
+                f"{f', {errors:,} errors' if errors else ''}"
             )
         memory = max(median(each.memory for each in found) for found in loads.values())
         start = median(figures.start_seconds[label])
@@ -294,7 +296,9 @@ def markdown(figures: Figures) -> str:
 def _multiples(figures: Figures) -> str:
     """A sentence that compares the service with the best peers at ``BUSY`` connections, if measured."""
     rates = {
-        label: _median(loads[BUSY], "rate") for label, loads in figures.servers.items() if BUSY in loads
+        label: median(each.rate for each in loads[BUSY])
+        for label, loads in figures.servers.items()
+        if BUSY in loads
     }
     ours = {
         precision: rates[label]
@@ -321,10 +325,6 @@ def _multiples(figures: Figures) -> str:
 
 def _milliseconds(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
-
-
-def _median(loads: Sequence[Load], field: str) -> float:
-    return float(median(getattr(load, field) for load in loads))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

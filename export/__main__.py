@@ -90,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         "0, on whose held-out images the temperature is fitted",
     )
     write.add_argument(
-        "--plot", type=Path, metavar="FILE", help="a plot of the probabilities' reliability (.png, .svg)"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="a plot of the probabilities' reliability (.png, .svg, .pdf)",
     )
     check = commands.add_parser(
         "verify",

@@ -6,7 +6,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx
 import torch
@@ -108,7 +108,7 @@ def _check(model: ModelProto) -> None:
             raise GraphError(f"the shape of what {node.name} ({node.op_type}) gives cannot be inferred")
 
 
-def _signature(values: "list[ValueInfoProto]") -> list[tuple[str, str, list[object]]]:
+def _signature(values: Iterable[ValueInfoProto]) -> list[tuple[str, str, list[object]]]:
     return [
         (
             value.name,

@@ -87,7 +87,7 @@ def write(
     temperature: Temperature,
     with_pytorch: Parity,
     parity: Parity,
-    providers: Sequence[Parity],
+    others: Sequence[Parity],
     sample_accuracy: float,
     test_reliability: tuple[Bins, Bins],
 ) -> None:
@@ -101,7 +101,7 @@ def write(
         temperature: the temperature that is folded into the graph.
         with_pytorch: the comparison of the fp32 graph with PyTorch.
         parity: the same for fp32; for another precision, the comparison with the fp32 graph.
-        providers: the comparisons of this machine's other providers with the CPU.
+        others: the comparisons of this machine's other providers with the CPU.
         sample_accuracy: the accuracy on the test images of the bundled sample.
         test_reliability: the reliability on the test images, without and with the temperature.
     """
@@ -128,7 +128,7 @@ def write(
     }
     values["parity"] = asdict(parity)
     values["pytorch_parity"] = asdict(with_pytorch)
-    values["providers"] = [asdict(other) for other in providers]
+    values["providers"] = [asdict(other) for other in others]
     values["sample_accuracy"] = sample_accuracy
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
     onnx.helper.set_model_props(model, texts)

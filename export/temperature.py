@@ -87,17 +87,18 @@ def fit(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
     return float(f"{np.exp(middle):.{DIGITS}g}")
 
 
-def _fit(trials: Sequence[Member], images: Images) -> Temperature:
-    ensemble = Ensemble([trial.classifier() for trial in trials])
+def _fit(members: Sequence[Member], images: Images) -> Temperature:
+    ensemble = Ensemble([member.classifier() for member in members])
     values, labels = logits(ensemble, images.pixels, BATCH).numpy(), images.labels.numpy()
     if not np.isfinite(values).all():
         raise TemperatureError(
-            f"the logits of {', '.join(map(str, trials))} are no finite numbers: a network that diverged"
+            f"the logits of {', '.join(map(str, members))} are no finite numbers: a network that "
+            "diverged"
         )
     temperature = fit(values, labels)
     return Temperature(
         value=temperature,
-        origin="held-out training images of " + ", ".join(map(str, trials)),
+        origin="held-out training images of " + ", ".join(map(str, members)),
         val_images=len(images),
         val_ece_before=reliability.measure(values, labels).error,
         val_ece_after=reliability.measure(values / temperature, labels).error,
