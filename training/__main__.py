@@ -177,7 +177,12 @@ def _outcome(state: Checkpoint, folder: Path) -> str:
 
 
 def _name(name_or_path: str) -> str:
-    return Path(name_or_path).name.removesuffix(".toml")
+    """A recipe's name in the registry, its file's stem or, for the copy in a run's folder, the run's."""
+    path = Path(name_or_path)
+    run = path.with_name(checkpoint.FILE)
+    if path.name == train.RECIPE and checkpoint.present(run):
+        return checkpoint.load_last(run)[0].recipe_name
+    return path.name.removesuffix(".toml")
 
 
 def _free_folder(folder: Path) -> Path:
@@ -307,7 +312,8 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="replace values of the recipe, as optimizer.lr=0.1 or augment.0.padding=2",
+        help="replace values of the recipe, as optimizer.lr=0.1 or augment.0.padding=2; mixing= removes "
+        "the table",
     )
 
 

@@ -8,7 +8,7 @@ learn what was drawn.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +124,8 @@ def _operation(part: recipe.Augmentation, first_half: Array) -> Operation:
             return Operation(_drawing(occlusion.draw_erasing, part), hide)
         case recipe.Cutout():
             return Operation(_drawing(occlusion.draw_cutout, part), partial(occlusion.hide, value=0.0))
+        case _:
+            assert_never(part)
 
 
 def _drawing(draw: Callable[..., Parameters], *part: recipe.Augmentation) -> Draw:

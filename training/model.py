@@ -260,7 +260,7 @@ def _norm(width: int) -> nn.BatchNorm2d:
     return norm
 
 
-def build(config: recipe.BasicCNN | recipe.ResNet | recipe.WhitenedResNet) -> nn.Module:
+def build(config: recipe.Model) -> nn.Module:
     """Build a recipe's network, initialised from torch's global generator."""
     match config:
         case recipe.BasicCNN():
@@ -269,6 +269,8 @@ def build(config: recipe.BasicCNN | recipe.ResNet | recipe.WhitenedResNet) -> nn
             return ResNet(config)
         case recipe.WhitenedResNet():
             return WhitenedResNet(config)
+        case _:
+            assert_never(config)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -64,6 +64,7 @@ def commit() -> str:
     Only changes of tracked files count, and not those of results.csv: they are the rows that runs add.
     """
     try:
+        _git("ls-files", "--error-unmatch", RESULTS.name)  # or it is a copy within another repository
         head = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")
     except (OSError, subprocess.CalledProcessError):

@@ -502,6 +502,8 @@ def names() -> list[str]:
 def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe by its registry name or its file's path; ``overrides`` are ``key=value`` texts.
 
+    Without a value, an override removes the key.
+
     Raises:
         RecipeError: no such recipe, not TOML, or an unknown, missing or ill-typed key.
         OSError: the file cannot be read.
@@ -554,13 +556,15 @@ def _override(data: dict[str, Any], override: str) -> None:
     place: Any = data
     for name in parents:
         place = _child(place, name, override)
-    if isinstance(place, list):
-        _child(place, last, override)
-        place[int(last)] = value
-    elif isinstance(place, dict):
-        place[last] = value  # an unknown name is rejected by the validation that follows
-    else:
+    if not isinstance(place, list | dict):
         raise RecipeError(f"--set {override}: {'.'.join(parents)} has no keys")
+    if isinstance(place, list) or not text:
+        _child(place, last, override)
+    at = int(last) if isinstance(place, list) else last
+    if text:
+        place[at] = value  # an unknown key is rejected by the validation that follows
+    else:
+        del place[at]
 
 
 def _child(place: Any, name: str, override: str) -> Any:
@@ -568,7 +572,10 @@ def _child(place: Any, name: str, override: str) -> Any:
         return place[name]
     if isinstance(place, list) and name.isdecimal() and int(name) < len(place):
         return place[int(name)]
-    raise RecipeError(f"--set {override}: the recipe has no {name!r} there")
+    raise RecipeError(
+        f"--set {override}: the recipe has no {name!r} there (a table is added whole, as in "
+        "averaging={decay=0.9})"
+    )
 
 
 def _describe(details: ErrorDetails, data: Any) -> str:

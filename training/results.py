@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training.errors import ExplainedError, first_of
 from training.files import locked, replacing
-from training.recipe import Views
+from training.recipe import Fraction, Views
 
 RESULTS = Path(__file__).parent / "results.csv"
 
@@ -37,9 +37,9 @@ class Result(BaseModel):
     recipe: str
     recipe_digest: str
     seed: int
-    accuracy: float
-    single_view_accuracy: float
-    val_accuracy: float | None
+    accuracy: Fraction
+    single_view_accuracy: Fraction
+    val_accuracy: Fraction | None
     views: Views
     test_images: int
     train_images: int
@@ -61,14 +61,21 @@ def read(path: Path = RESULTS) -> list[Result]:
     """Read all rows, oldest first; none if there is no file yet.
 
     Raises:
-        ResultsError: a line is not a row (in an unresolved merge, say), or the file is not CSV in UTF-8.
+        ResultsError: the header is another, a line is not a row (in an unresolved merge, say), or the
+            file is not CSV in UTF-8.
         OSError: it cannot be read.
     """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a BOM
         lines = csv.DictReader(file, restkey="more")
         try:
+            if lines.fieldnames and set(lines.fieldnames) != set(Result.model_fields):
+                columns = ",".join(lines.fieldnames)[:200]
+                raise ResultsError(
+                    f"{path}, line 1: the columns are {columns!r}; right would be "
+                    f"{','.join(Result.model_fields)}"
+                )
             return [
                 Result.model_validate({key: value or None for key, value in line.items()})
                 for line in lines

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import assert_never
 
 from training import recipe
 
@@ -50,6 +51,8 @@ def learning_rate(
             while count and base_lr * schedule.factor ** (count - 1) * (1 - schedule.factor) <= EPS:
                 count -= 1
             return base_lr * schedule.factor**count
+        case _:
+            assert_never(schedule)
 
 
 def plateaus(losses: Sequence[float], patience: int) -> int:

@@ -28,6 +28,8 @@ def test_rows_of_results_are_no_change_of_the_program(
         file.write_text("first\n")
     assert provenance.commit() == "unknown"
     git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "of a repository around the program's folder")
+    assert provenance.commit() == "unknown"
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first")
     head = git(tmp_path, "rev-parse", "HEAD")

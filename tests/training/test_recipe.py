@@ -230,6 +230,13 @@ def test_overrides_are_typed_and_validated() -> None:
     assert changed.model.widths == (8, 8, 8, 8)
 
 
+def test_an_override_adds_a_table_and_another_removes_it() -> None:
+    averaged = recipe.load("A3", ["averaging={decay=0.9}", "averaging.decay=0.8"])
+    assert averaged.averaging == recipe.Averaging(decay=0.8)
+    assert recipe.load("A3", ["averaging={decay=0.9}", "averaging="]) == recipe.load("A3")
+    assert recipe.load("A3", ["augment.0="]).augment == recipe.load("A3").augment[1:]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -243,6 +250,9 @@ def test_overrides_are_typed_and_validated() -> None:
         ("epochs", "write key=value"),
         ("augment.9.padding=2", "the recipe has no '9' there"),
         ("data.mean.x=2", "the recipe has no 'x' there"),
+        ("mixing.alpha=2", "no 'mixing' there (a table is added whole, as in averaging={decay=0.9})"),
+        ("mixing=", "the recipe has no 'mixing' there"),
+        ("epochs=", "missing key epochs"),
         ("epochs.x=2", "epochs has no keys"),
         ("model.kind=basic_cnn", "unknown key model.blocks"),
         ("optimizer.weight_decay=1e39", "key optimizer.weight_decay: Input should be less than"),

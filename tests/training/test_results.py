@@ -119,5 +119,31 @@ def test_a_line_that_is_no_row_is_refused(line: str, message: str, tmp_path: Pat
     assert path.read_bytes() == content
 
 
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    results.record(result("A1", 0, 0.5), path)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    results.record(result("A1", 1, 0.6), path)
+    assert results.read(path) == [result("A1", 0, 0.5), result("A1", 1, 0.6)]
+
+
+@pytest.mark.parametrize(("old", "new"), [(",", ";"), ("date,", ""), ("date,", "date,day,")])
+def test_a_header_of_other_columns_is_refused(old: str, new: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    results.record(result("A1", 0, 0.5), path)
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ResultsError, match=r"line 1: the columns are '.*'; right would be date,recipe,"):
+        results.read(path)
+
+
+@pytest.mark.parametrize("accuracy", ["93.88", "nan"])
+def test_an_accuracy_that_is_no_fraction_is_refused(accuracy: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    results.record(result("A1", 0, 0.5), path)
+    path.write_text(path.read_text().replace("0.5", accuracy, 1))
+    with pytest.raises(ResultsError, match="line 2: not a row: accuracy: Input should be "):
+        results.read(path)
+
+
 def test_committed_results_are_readable() -> None:
     assert all(0 < row.accuracy <= 1 and row.test_images == 10000 for row in results.read())

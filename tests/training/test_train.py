@@ -181,6 +181,15 @@ def test_a_recipe_s_name_may_have_dots(
     assert checkpoint.load(Path("runs/decay0.01-seed0-trial/checkpoint.pt")).recipe_name == "decay0.01"
 
 
+def test_the_recipe_in_a_run_s_folder_has_the_run_s_name(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(uninterrupted / "recipe.toml"), "--epochs", "1"]) == 0
+    name = checkpoint.load(uninterrupted / "checkpoint.pt").recipe_name
+    assert checkpoint.load(Path(f"runs/{name}-seed0-trial/checkpoint.pt")).recipe_name == name
+
+
 def test_nothing_held_out_for_a_schedule_that_watches_it_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
