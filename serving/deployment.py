@@ -188,6 +188,8 @@ async def replacements(path: Path, served: Callable[[], FileState | None]) -> As
             now = await asyncio.to_thread(file_state, path)
         except RuntimeError:  # no thread can be started just now
             continue
+        if now is None and before is not None:
+            logger.warning("%s is gone; the model goes on, but the service could not start again", path)
         if now is not None and now == before != served() and (now != tried or time.monotonic() >= again):
             tried, again = now, time.monotonic() + RETRY_SECONDS
             yield

@@ -6,7 +6,9 @@ a traceback or input that the client did not send itself.
 
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+Lacking = Literal["queue", "uploads", "disk", "reports"]
 
 
 class StartError(Exception):
@@ -94,11 +96,19 @@ class FieldError(RequestError):
 
 
 class OverloadedError(RequestError):
-    """The queue is full, or there is no room for an upload; the client should try again later."""
+    """The queue is full, or there is no room for an upload; the client should try again later.
+
+    Attributes:
+        lacking: what there is too little of, as the metrics call it.
+    """
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "overloaded"
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
+
+    def __init__(self, message: str, lacking: Lacking) -> None:
+        super().__init__(message)
+        self.lacking = lacking
 
 
 class NotReadyError(RequestError):

@@ -101,7 +101,9 @@ async def received(request: Request, max_files: int) -> AsyncIterator[list[Part]
             raise RequestError(f"The multipart form cannot be read: {error.args[0]}.") from None
         except OSError as error:  # a full disk, or too many open files
             logger.error("a file cannot be kept (%s): %s", request_id.get(), error)
-            raise OverloadedError("There is no room for the file just now; try again later.") from None
+            raise OverloadedError(
+                "There is no room for the file just now; try again later.", "disk"
+            ) from None
         yield parts
     finally:
         for part in parts:

@@ -3,19 +3,21 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from serving.errors import OverloadedError
+from serving.errors import Lacking, OverloadedError
 
 
 class Budget:
     """An amount that requests share; to be used in the event loop only."""
 
-    def __init__(self, amount: int, refusal: str) -> None:
+    def __init__(self, amount: int, name: Lacking, refusal: str) -> None:
         """
         Args:
             amount: how much there is in all.
+            name: of what.
             refusal: message of the error that is raised when too little is left.
         """
         self._left = amount
+        self._name: Lacking = name
         self._refusal = refusal
 
     @property
@@ -26,7 +28,7 @@ class Budget:
     def check(self) -> None:
         """Raise `OverloadedError` if nothing is left; takes nothing."""
         if self.spent:
-            raise OverloadedError(self._refusal)
+            raise OverloadedError(self._refusal, self._name)
 
     def take(self, amount: int) -> None:
         """Take an amount.
@@ -35,7 +37,7 @@ class Budget:
             OverloadedError: less than that is left; nothing was taken.
         """
         if amount > self._left:
-            raise OverloadedError(self._refusal)
+            raise OverloadedError(self._refusal, self._name)
         self._left -= amount
 
     def give_back(self, amount: int) -> None:

@@ -6,8 +6,11 @@ is imported, it decides by PROMETHEUS_MULTIPROC_DIR, which BentoML has set by th
 of all workers. Which folder it names is read only when the first metric is made.
 """
 
+import asyncio
 import logging
 import os
+import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,6 +39,7 @@ from serving.settings import METRICS_FOLDER
 logger = logging.getLogger("serving")
 
 FILE_BYTES = 2**18  # more than all figures of a kind can take, as their labels are bounded
+BEAT_SECONDS = 5.0
 
 
 def _take_room(folder: Path) -> None:
@@ -45,7 +49,7 @@ def _take_room(folder: Path) -> None:
     page would kill the worker.
     """
     try:
-        for kind in ("counter", "histogram", "gauge_livemax", "gauge_livesum"):
+        for kind in ("counter", "histogram", "gauge_livemax", "gauge_livemin", "gauge_livesum"):
             # Complete from the first moment: an empty one would fail a worker that reads them just then.
             with replacing(folder / f"{kind}_{os.getpid()}.db") as file:
                 file.write(bytes(FILE_BYTES))
@@ -62,7 +66,7 @@ if METRICS_FOLDER in os.environ:
         _take_room(Path(os.environ[METRICS_FOLDER]))
     except OSError as error:
         logger.warning("this worker's figures are not in /metrics: there is no room for them: %s", error)
-        values.ValueClass = values.MutexValue
+        values.ValueClass = values.MutexValue  # until `beat` finds room
 
 MILLISECONDS = (1, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500)
 SECONDS = (*(value / 1000 for value in MILLISECONDS), 1, 2, 5, 10, 30, 60, 120, 300)
@@ -88,7 +92,8 @@ engine_seconds = Histogram("cifar10_engine_seconds", "A run of the engine", buck
 batch_images = Histogram("cifar10_batch_images", "Images in a run of the engine", buckets=SIZES)
 shed = Counter(
     "cifar10_shed_requests",
-    "Requests, other than those of monitoring, refused for want of room for them, their bytes or files",
+    "Requests, other than those of monitoring, refused for lack of room, by where there is none",
+    ["lacking"],
 )
 evicted = Counter("cifar10_evicted_connections", "Connections closed because there were too many")
 predictions = Counter("cifar10_predictions", "Images by their most probable class", ["label"])
@@ -104,16 +109,23 @@ model_info = Gauge(
 under_way = Gauge(
     "cifar10_requests_under_way", "Requests that are not answered yet", multiprocess_mode="livesum"
 )
+heartbeat = Gauge(
+    "cifar10_heartbeat_timestamp_seconds",
+    "When the worker that is longest silent was last seen at work",
+    multiprocess_mode="livemin",
+)
 killed = Counter("cifar10_killed_workers", "Workers that were killed or crashed")
 swaps = Counter(
     "cifar10_model_swaps",
     "New model files that came while serving, by what became of them, in each worker",
     ["outcome"],
 )
-# At 0 from the start, as a rate does not see the first step of a series: swaps, and the statuses whose
-# rates matter for alerts.
+# At 0 from the start, as a rate does not see the first step of a series: swaps, refusals, and the
+# statuses whose rates matter for alerts.
 for outcome in ("done", "refused"):
     swaps.labels(outcome)
+for lacking in ("queue", "uploads", "disk"):
+    shed.labels(lacking)
 for name in (*ROUTES, PROTOCOL, INFER, OTHER):
     for status in ("200", "500", "503", "504"):
         requests.labels(name, status)
@@ -123,6 +135,24 @@ def leave() -> None:
     """Drop this worker's gauges, as it ends."""
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         mark_process_dead(os.getpid())
+
+
+async def beat() -> None:
+    """Report every few seconds, for as long as the event loop runs, that it does.
+
+    A worker whose figures had no room ends once there is room, as it cannot move them; another starts.
+    """
+    while True:
+        heartbeat.set(time.time())
+        await asyncio.sleep(BEAT_SECONDS)
+        if METRICS_FOLDER in os.environ and values.ValueClass is values.MutexValue:
+            with suppress(OSError, RuntimeError):  # still no room, or no thread
+                await asyncio.to_thread(_take_room, Path(os.environ[METRICS_FOLDER]))
+                logger.warning(
+                    "there is room for figures again: this worker ends, and another one starts"
+                )
+                signal.raise_signal(signal.SIGTERM)
+                return
 
 
 def serves(model: Model) -> None:
@@ -154,7 +184,8 @@ def exposition() -> Response:
     """Return all workers' metrics in Prometheus' text format, without the gauges of ended workers."""
     registry = REGISTRY
     if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        _count_the_killed(Path(folder))
+        if values.ValueClass is not values.MutexValue:  # or the count would end with this worker
+            _count_the_killed(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
     try:

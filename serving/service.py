@@ -96,13 +96,16 @@ REPORTS = 8  # of the metrics that wait at a time: each takes milliseconds, and 
 
 drain = Drain(SETTINGS.stop_timeout)
 waiting = Budget(
-    SETTINGS.max_waiting, f"The queue is full (at most {SETTINGS.max_waiting} wait); try again shortly."
+    SETTINGS.max_waiting,
+    "queue",
+    f"The queue is full (at most {SETTINGS.max_waiting} wait); try again shortly.",
 )
 uploads = Budget(
     SETTINGS.max_upload_bytes,
+    "uploads",
     f"The uploads under way reach their limit of {SETTINGS.max_upload_bytes} bytes; try again shortly.",
 )
-reports = Budget(REPORTS, "Too many ask for the metrics at once; try again shortly.")
+reports = Budget(REPORTS, "reports", "Too many ask for the metrics at once; try again shortly.")
 
 
 def endpoint(
@@ -121,7 +124,7 @@ def endpoint(
                 return await function(classifier, request)
         except RequestError as error:
             if isinstance(error, OverloadedError) and request.url.path not in OPEN_PATHS:
-                classifier.metrics.shed.inc()
+                classifier.metrics.shed.labels(error.lacking).inc()
             return error_response(error)
         except TimeoutError:
             return error_response(
@@ -153,6 +156,7 @@ async def get_openapi(classifier: "Classifier", request: Request) -> Response:
 @endpoint
 async def get_metrics(classifier: "Classifier", request: Request) -> Response:
     """The metrics, in Prometheus' text format."""
+    _check_folder()
     with reports.share():
         return await asyncio.get_running_loop().run_in_executor(
             classifier.reporter, classifier.metrics.exposition
@@ -302,6 +306,7 @@ class Classifier:
         gc.freeze()
         self.deployment = deploy_first(SETTINGS, metrics)
         self.watch: asyncio.Task[None] | None = None
+        self.heart: asyncio.Task[None] | None = None
         self.retiring: set[asyncio.Task[None]] = set()
         pages.state.classifier = self
         self.readers = Readers(SETTINGS.threads, SETTINGS.max_image_pixels)
@@ -336,6 +341,7 @@ class Classifier:
         self.deployment.start()
         if SETTINGS.watch_model:
             self.watch = asyncio.get_running_loop().create_task(self._replace())
+        self.heart = asyncio.get_running_loop().create_task(self.metrics.beat())
         if SETTINGS.access_log:
             open_access_log()
         server = running_server()
@@ -361,8 +367,9 @@ class Classifier:
     @bentoml.on_shutdown
     async def stop(self) -> None:
         """Stop the threads, drop the gauges and send the last spans, after the last request."""
-        if self.watch is not None:
-            self.watch.cancel()
+        for task in (self.watch, self.heart):
+            if task is not None:
+                task.cancel()
         await self.deployment.batcher.stop()
         self.readers.stop()
         self.reporter.shutdown(wait=False, cancel_futures=True)
@@ -383,6 +390,7 @@ class Classifier:
         """
         if drain.stopping:
             raise NotReadyError("The service is stopping.")
+        _check_folder()
         if waiting.spent:
             raise NotReadyError("The queue is full; try again shortly.")
         return True
@@ -429,6 +437,12 @@ class Classifier:
         finishing = asyncio.get_running_loop().create_task(old.batcher.finish())
         self.retiring.add(finishing)
         finishing.add_done_callback(self.retiring.discard)
+
+
+def _check_folder() -> None:
+    """Raise `NotReadyError` if somebody has removed the folder in which uploads and figures are kept."""
+    if not Path(tempfile.gettempdir()).is_dir():
+        raise NotReadyError("The folder of the server's own files is gone; restart the service.")
 
 
 async def _bulk(deployment: Deployment, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

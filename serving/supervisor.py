@@ -65,8 +65,12 @@ def _own_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)  # open until the process ends
+    itself = os.open(folder, os.O_RDONLY)  # likewise
     with suppress(OSError):  # without locks on files, `_remove_left` removes nothing
         fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(
+            itself, fcntl.LOCK_EX
+        )  # so systemd-tmpfiles removes nothing in it that has become old
     return folder
 
 
@@ -84,8 +88,9 @@ def _remove_left() -> None:
 def _instruct_circus(folder: Path, patience: float) -> None:
     """Make circus report workers that end, kill stuck ones, and take commands from this user only.
 
-    A worker that is told to stop has `patience` seconds to end; BentoML would give it a day. A command
-    can start any program, and by default circus listens on loopback ports, open to all users.
+    A worker that is told to stop has `patience` seconds to end; BentoML would give it a day. If none can
+    be started for the moment, circus would stop all others. A command can start any program, and by
+    default circus listens on loopback ports, open to all users.
 
     Raises:
         StartError: the folder's path is too long for sockets in it.
@@ -96,7 +101,7 @@ def _instruct_circus(folder: Path, patience: float) -> None:
             f"{folder.parent} is too long a path for sockets in it: set TMPDIR to one that is shorter "
             f"by {excess} bytes"
         )
-    begin = Arbiter.__init__
+    begin, spawn = Arbiter.__init__, Watcher.spawn_process
 
     @functools.wraps(begin)
     def within(
@@ -107,7 +112,15 @@ def _instruct_circus(folder: Path, patience: float) -> None:
             watcher.graceful_timeout = patience
         begin(self, watchers, f"ipc://{control}", f"ipc://{events}", **options)
 
-    Arbiter.__init__ = within
+    @functools.wraps(spawn)
+    def spawned(self: Watcher, recovery_wid: int | None = None) -> float | bool:
+        started: float | bool = spawn(self, recovery_wid)
+        if started is False:
+            logger.error("no worker can be started just now; another attempt follows")
+            return True
+        return started
+
+    Arbiter.__init__, Watcher.spawn_process = within, spawned
 
 
 def _tell_of_the_end(
@@ -147,6 +160,8 @@ def _heed_every_stop() -> None:
     """
 
     def stop(controller: Controller) -> None:
+        # Workers have their own. Clients that this one let in after the last worker would be reset.
+        controller.arbiter.sockets.close_all()
         try:
             controller.arbiter.stop()
         except ConflictError:

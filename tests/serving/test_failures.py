@@ -74,7 +74,7 @@ def test_a_request_that_takes_too_long(tmp_path: Path) -> None:
 
 
 def test_overload_says_when_to_come_again() -> None:
-    response = error_response(OverloadedError("5 requests wait already."))
+    response = error_response(OverloadedError("5 requests wait already.", "queue"))
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert json.loads(bytes(response.body)) == {
         "error": {"code": "overloaded", "message": "5 requests wait already."}

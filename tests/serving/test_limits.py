@@ -20,7 +20,7 @@ MAX_PIPELINED = 100  # as the README says
 
 
 def test_what_is_not_there_is_refused_and_nothing_taken() -> None:
-    budget = Budget(10, "None left.")
+    budget = Budget(10, "uploads", "None left.")
     budget.take(7)
     with pytest.raises(OverloadedError, match="None left"):
         budget.take(4)
@@ -31,7 +31,7 @@ def test_what_is_not_there_is_refused_and_nothing_taken() -> None:
 
 
 def test_a_share_is_given_back_also_after_an_error() -> None:
-    budget = Budget(2, "None left.")
+    budget = Budget(2, "queue", "None left.")
     with contextlib.suppress(ZeroDivisionError), budget.share():
         with budget.share():
             assert budget.spent

@@ -1,7 +1,9 @@
 """What a server and its workers share: a folder of their own, and nothing with anyone else."""
 
 import fcntl
+import itertools
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -86,9 +88,26 @@ def test_a_dead_worker_is_replaced_in_an_image_of_bentomls_too(server: Server) -
     assert "cifar10_killed_workers_total 1.0" in httpx.get(f"{server.url}/metrics").text
 
 
+def test_where_no_worker_can_be_started_the_others_serve_on(tmp_path: Path) -> None:
+    with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_WORKERS="2") as server:
+        ended, other = wait_for_workers(server, 2)
+        parent = server.process.pid
+        limits = resource.prlimit(parent, resource.RLIMIT_NOFILE)
+        # One more file is enough to look after processes, but starting one needs a pipe.
+        opened = {int(path.name) for path in Path(f"/proc/{parent}/fd").iterdir()}
+        free = next(number for number in itertools.count() if number not in opened)
+        resource.prlimit(parent, resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+        os.kill(ended, signal.SIGKILL)
+        wait_until(lambda: "no worker can be started just now" in server.log.read_text(), server)
+        assert reached(server.url, is_ready)
+        assert server.workers() == {other}
+        resource.prlimit(parent, resource.RLIMIT_NOFILE, limits)
+        assert other in wait_for_workers(server, 2)
+
+
 def test_what_ended_workers_leave_is_only_what_counts(tmp_path: Path) -> None:
     for process, requests in ((1, 0.0), (2, 3.0)):
-        for kind in ("counter", "histogram", "gauge_livemax", "gauge_livesum"):
+        for kind in ("counter", "histogram", "gauge_livemax", "gauge_livemin", "gauge_livesum"):
             figures = MmapedDict(str(tmp_path / f"{kind}_{process}.db"))
             figures.write_value("a", 1.0 if kind.startswith("gauge") else requests, 0.0)
             figures.close()
@@ -97,7 +116,9 @@ def test_what_ended_workers_leave_is_only_what_counts(tmp_path: Path) -> None:
         path.name: [value for _, value, *_ in MmapedDict.read_all_values_from_file(str(path))]
         for path in tmp_path.iterdir()
     }
-    gauges = {f"gauge_{kind}_{process}.db" for kind in ("livemax", "livesum") for process in (1, 2)}
+    gauges = {
+        f"gauge_{kind}_{process}.db" for kind in ("livemax", "livemin", "livesum") for process in (1, 2)
+    }
     assert left == {name: [] for name in gauges} | {"counter_2.db": [3.0], "histogram_2.db": [3.0]}
     assert sum(path.stat().st_size for path in tmp_path.glob("gauge*")) < 100
 
@@ -137,5 +158,14 @@ def test_a_full_disk_kills_no_worker(tmp_path: Path, tmp_path_factory: pytest.Te
             assert list(folder.glob("bentoml-client-*"))
             assert not list(disk.glob("bentoml-client-*"))
             assert httpx.get(f"{server.url}/metrics").status_code == 200
+
+            # Once there is room, a worker whose figures can be read takes its place.
+            (worker,) = server.workers()
+            (disk / "fill").unlink()
+            wait_for_workers(server, 1, without=worker)
+            wait_until(lambda: reached(server.url, is_ready), server)
+            figures = httpx.get(f"{server.url}/metrics").text
+            assert "cifar10_model_info{" in figures
+            assert "cifar10_killed_workers_total 1.0" in figures
     finally:
         subprocess.run(["umount", str(disk)], check=True)
