@@ -3,13 +3,15 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, numpy_helper
 
 from export import graph
 from export.ensemble import Ensemble
 from export.graph import GraphError
+from export.member import load
 from tests.export.conftest import Train
 from tests.serving.server import ROOT
 from training import checkpoint
@@ -109,4 +111,17 @@ def test_a_graph_that_is_not_as_it_should_be(
     model = deepcopy(built("A1"))
     change(model)
     with pytest.raises(GraphError, match=f"(?s){message}"):
+        graph.check(model)
+
+
+def test_shape_that_cannot_be_inferred(train: Train) -> None:
+    model = graph.build(Ensemble([load(train("A1"), None).classifier()]))
+    *others, last = model.graph.node
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-2]), "two"))
+    negative = onnx.helper.make_node("Neg", ["two"], ["axes"], name="Neg")
+    loose = onnx.helper.make_node("Squeeze", [last.input[0], "axes"], ["loose"], name="Squeeze")
+    last = onnx.helper.make_node("Gemm", ["loose", *last.input[1:]], ["logits"], name="Gemm", transB=1)
+    del model.graph.node[:]
+    model.graph.node.extend([*others, negative, loose, last])
+    with pytest.raises(GraphError, match="the shape of what Squeeze"):
         graph.check(model)

@@ -88,6 +88,15 @@ def test_trials_that_cannot(trained: Path, bundled: Bundled) -> None:
         attempt(bundled(0.2), bundled(0.2))
 
 
+def test_a_trial_of_other_images_gives_no_temperature(trained: Path, bundled: Bundled) -> None:
+    mine, trial = load(trained, None), load(bundled(0.2), None)
+    for changed, said in (({"limit": 400}, "--limit"), ({"data": "cifar10"}, "data set")):
+        run = {**trial.checkpoint.run, **changed}
+        state = trial.checkpoint.model_copy(update={"run": run})
+        with pytest.raises(TemperatureError, match=f"another recipe than .*: {said} differ"):
+            temperature.of([mine], [Member(state, trial.digest, trial.recipe)])
+
+
 def test_a_trial_may_have_another_teacher_but_nothing_else(trained: Path, bundled: Bundled) -> None:
     def taught(path: Path, teacher: str, share: float) -> Member:
         (found,) = members(path)

@@ -105,6 +105,19 @@ def test_other_weights_than_the_metadata_says(
     assert "scaled difference of logits" in capsys.readouterr().err
 
 
+def test_logits_that_are_no_numbers(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(files["fp32"])
+    (head,) = [t for t in model.graph.initializer if t.name.endswith("head.weight")]
+    head.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(head) * np.float32("nan"), head.name))
+    (version,) = [entry for entry in model.metadata_props if entry.key == "version"]
+    version.value = metadata.version(model)
+    onnx.save(model, tmp_path / "diverged.onnx")
+    assert main(["verify", str(tmp_path / "diverged.onnx")]) == 1
+    assert "error: the model file gives logits that are no finite" in capsys.readouterr().err
+
+
 def test_another_provider_computes_something_else(
     files: dict[str, Path], off_by_one: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -15,7 +16,7 @@ from export.__main__ import main
 from export.ensemble import Ensemble, half
 from export.member import load
 from export.provider import CPU
-from tests.export.conftest import TEST, Bundled, Train, described
+from tests.export.conftest import BUNDLED, TEST, Bundled, Train, described
 from training import checkpoint, data, recipe
 from training.evaluate import Classifier
 from training.model import CLASSES, parameter_count
@@ -96,6 +97,14 @@ def test_same_checkpoint_gives_the_same_bytes(
     assert main(["write", str(trained), str(tmp_path / "model.onnx"), "--precision", "all"]) == 0
     again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert again == {path.name: path.read_bytes() for path in files.values()}
+
+
+def test_the_bundled_file_is_what_its_weights_give_still(files: dict[str, Path]) -> None:
+    pixels = data.load_sample().test.pixels[:50].numpy()
+    temperature = float(described(BUNDLED)["temperature"])
+    expected, found = (CPU.logits(path.read_bytes(), pixels) for path in (BUNDLED, files["fp32"]))
+    np.testing.assert_allclose(found / temperature, expected, atol=1)
+    assert (found.argmax(1) == expected.argmax(1)).mean() > 0.95
 
 
 def test_tta_takes_the_place_of_the_recipes_views(train: Train, tmp_path: Path) -> None:
@@ -294,6 +303,15 @@ def test_where_no_file_can_be_written_is_told_before_the_work(
     assert main([*arguments, "--plot", str(file / "plot.png")]) == 1
     assert str(file) in capsys.readouterr().err
     assert set(tmp_path.iterdir()) == {folder, file}
+
+
+def test_all_are_on_the_disk_before_the_first_takes_its_place(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_sync: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: at_sync.append(len(list(tmp_path.glob("*.onnx")))))
+    assert main(["write", str(train("A1")), str(tmp_path / "model.onnx"), "--precision", "all"]) == 0
+    assert at_sync[:3] == [0, 0, 0]
 
 
 def test_folders_that_lack_are_made_and_names_may_have_brackets(
