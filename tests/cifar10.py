@@ -7,8 +7,8 @@ import pytest
 
 from training import data
 
-ROOT = os.environ.get(data.ROOT_VARIABLE, "")
+CIFAR10 = os.environ.get(data.ROOT_VARIABLE, "")
 needs_cifar10 = pytest.mark.skipif(
-    not (Path(ROOT) / data.FOLDER).is_dir() or not ROOT,
+    not (Path(CIFAR10) / data.FOLDER).is_dir() or not CIFAR10,
     reason="CIFAR10_ROOT is not set to a folder",
 )

@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from tests.serving.server import ROOT, serving
+from tests import ROOT
+from tests.serving.server import serving
 from training import data, recipe
 
 

@@ -15,7 +15,7 @@ from benchmarks.stored import FOLDER, read
 from export.parity import LIMITS
 from serving.errors import RequestError
 from serving.settings import BUNDLED_MODEL, PREFIX, Settings
-from tests.serving.server import ROOT
+from tests import ROOT
 from tests.transcripts import assert_as_shown, transcripts
 from training import results
 from training.tables import markdown_table, percent, table_rows

@@ -3,7 +3,7 @@
 import json
 import subprocess
 
-from tests.serving.server import ROOT
+from tests import ROOT
 
 CONSOLE = (
     (ROOT / "README.md").read_text(encoding="utf-8").partition("```console\n")[2].partition("```")[0]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import psutil
 
-from benchmarks.server import ROOT, family
+from benchmarks.server import family
+from tests import ROOT
 
 
 def assert_ends_with_all_it_started(

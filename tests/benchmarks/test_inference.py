@@ -15,12 +15,12 @@ from torch._dynamo.utils import counters
 from benchmarks import engines
 from benchmarks import inference as benchmark
 from benchmarks.engines import Variant
-from benchmarks.server import ROOT
 from benchmarks.stored import BenchmarkError, read
 from export import metadata
 from serving.model import Model
 from serving.providers import obstacle
 from serving.settings import BUNDLED_MODEL
+from tests import ROOT
 from tests.compiler import needs_a_compiler
 from training import data, recipe
 

@@ -16,8 +16,8 @@ from benchmarks.load import requests
 from benchmarks.server import ServerError
 from benchmarks.serving import Load, Server
 from benchmarks.stored import read
+from tests import ROOT
 from tests.listener import listening, refusing
-from tests.serving.server import ROOT
 
 # The servers whose packages `make test` installs.
 HERE = ["the service", "BentoML"]

@@ -20,7 +20,7 @@ from export import parity, quantize
 from export.__main__ import main as export
 from export.parity import Limits, Precision
 from export.provider import CPU
-from tests.serving.server import ROOT
+from tests import ROOT
 from training import checkpoint, data, model, recipe
 from training.__main__ import main
 from training.checkpoint import Checkpoint

@@ -12,8 +12,8 @@ from export import graph
 from export.ensemble import Ensemble
 from export.graph import GraphError
 from export.member import load
+from tests import ROOT
 from tests.export.conftest import Train
-from tests.serving.server import ROOT
 from training import checkpoint
 from training.evaluate import Classifier
 

@@ -11,7 +11,7 @@ from export import metadata
 from export.__main__ import main
 from export.graph import GraphError
 from export.verify import read
-from tests.cifar10 import ROOT, needs_cifar10
+from tests.cifar10 import CIFAR10, needs_cifar10
 from tests.export.conftest import BUNDLED, Bundled, Train
 from training import data
 from training.model import CLASSES
@@ -78,7 +78,7 @@ def test_a_file_of_the_samples_accuracy_where_the_data_set_is(
     monkeypatch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
     out = tmp_path / "model.onnx"
     assert main(["write", str(train("A1")), str(out)]) == 0
-    monkeypatch.setenv(data.ROOT_VARIABLE, ROOT)
+    monkeypatch.setenv(data.ROOT_VARIABLE, CIFAR10)
     assert main(["verify", str(out)]) == 0
     assert f"{out} is good\n" in capsys.readouterr().out
 

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 
 from serving.model import Model
 from serving.settings import BUNDLED_MODEL
+from tests import ROOT
 from tests.serving.models import METADATA, write_model
-from tests.serving.server import ROOT
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 CORPUS = Path(__file__).parent / "corpus"
 FOUND = ROOT / "fuzzing"
 INSTRUMENTED = ("serving.", "pickletools", "PIL.")

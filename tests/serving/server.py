@@ -10,9 +10,9 @@ import psutil
 
 from benchmarks.server import LOG, is_ready
 from benchmarks.server import running as started
+from tests import ROOT
 from tests.serving.models import write_slow_model
 
-ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 60.0
 
 

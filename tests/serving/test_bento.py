@@ -16,8 +16,9 @@ import pytest
 
 from benchmarks.server import LOG, service_environment
 from serving.providers import obstacle
+from tests import ROOT
 from tests.serving.samples import encoded
-from tests.serving.server import ROOT, serving
+from tests.serving.server import serving
 
 
 def bento(folder: Path, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":

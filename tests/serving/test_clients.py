@@ -17,11 +17,12 @@ import numpy.typing as npt
 import pytest
 
 from benchmarks.server import LOG, is_ready, running
+from tests import ROOT
 from tests.serving.figures import Samples, read, under_way, value
 from tests.serving.models import write_slow_model
 from tests.serving.raw import PATIENCE, connected, last, post
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import ROOT, serving, serving_slowly
+from tests.serving.server import serving, serving_slowly
 from tests.transcripts import assert_as_shown
 
 LAST = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"

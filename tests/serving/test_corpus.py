@@ -9,9 +9,10 @@ import numpy.typing as npt
 import psutil
 import pytest
 
+from tests import ROOT
 from tests.serving.corpus.make import COMMAND
 from tests.serving.samples import encoded
-from tests.serving.server import ROOT, serving
+from tests.serving.server import serving
 
 CORPUS = Path(__file__).parent / "corpus"
 EXPECTED = tomllib.loads((CORPUS / "expected.toml").read_text())

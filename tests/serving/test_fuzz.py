@@ -19,7 +19,8 @@ from hypothesis.extra import numpy as st_numpy
 from serving.errors import PickleError, RequestError
 from serving.inference_protocol import read
 from serving.pickles import SYMBOLS, read_pickle
-from tests.serving.fuzz import ROOT, TARGETS, nothing_run, seeds
+from tests import ROOT
+from tests.serving.fuzz import TARGETS, nothing_run, seeds
 from tests.serving.samples import pickled
 from tests.serving.test_pickles import same
 

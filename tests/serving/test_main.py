@@ -15,9 +15,9 @@ import numpy.typing as npt
 import pytest
 
 from benchmarks.server import service_environment
+from tests import ROOT
 from tests.serving.models import METADATA, write_fragile_model, write_slow_model
 from tests.serving.samples import pickled
-from tests.serving.server import ROOT
 
 
 def submit(folder: Path, *arguments: object, **settings: str) -> "subprocess.CompletedProcess[str]":

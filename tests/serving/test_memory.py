@@ -22,9 +22,10 @@ from PIL import Image
 from benchmarks.server import service_environment
 from serving.errors import PickleError
 from serving.submission import read_submission
+from tests import ROOT
 from tests.serving.raw import connected
 from tests.serving.samples import pickled
-from tests.serving.server import ROOT, serving
+from tests.serving.server import serving
 
 IMAGES = 10_000
 LIMIT = 300 * 2**20  # bytes more than the idle service takes

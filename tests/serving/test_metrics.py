@@ -17,11 +17,12 @@ import pytest
 
 from serving.model import Model
 from serving.predictions import softmax
+from tests import ROOT
 from tests.serving.figures import read, value
 from tests.serving.models import CLASSES
 from tests.serving.raw import connected, post
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import ROOT, running, serving_slowly
+from tests.serving.server import running, serving_slowly
 from tests.transcripts import assert_as_shown
 
 DASHBOARD = json.loads((ROOT / "serving" / "grafana.json").read_text())

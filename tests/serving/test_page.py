@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from playwright.sync_api import Locator, Page, Response
 
+from tests import ROOT
 from tests.browser import open_page
 from tests.serving.samples import pickled
-from tests.serving.server import ROOT, serving
+from tests.serving.server import serving
 
 CAT = ROOT / "docs" / "cat.png"
 KEY = "a key"

@@ -17,11 +17,12 @@ import pytest
 
 from serving.model import Model
 from serving.predictions import top_predictions
+from tests import ROOT
 from tests.listener import listening
 from tests.serving.figures import under_way
 from tests.serving.models import CLASSES
 from tests.serving.samples import encoded, pickled
-from tests.serving.server import ROOT, serving
+from tests.serving.server import serving
 from tests.serving.test_pickles import EVIL
 
 

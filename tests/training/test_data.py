@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cifar10 import ROOT, needs_cifar10
+from tests.cifar10 import CIFAR10, needs_cifar10
 from tests.listener import listening, refusing
 from training import data
 from training.files import locked
@@ -57,7 +57,7 @@ def test_missing_data_set_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @needs_cifar10
 def test_damaged_data_set_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    shutil.copytree(Path(ROOT) / data.FOLDER, tmp_path / data.FOLDER)
+    shutil.copytree(Path(CIFAR10) / data.FOLDER, tmp_path / data.FOLDER)
     batch = tmp_path / data.FOLDER / "data_batch_3"
     batch.chmod(0o644)
     with batch.open("r+b") as file:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.serving.server import ROOT
+from tests import ROOT
 from tests.training.conftest import SGD, selection
 from training import checkpoint
 from training.__main__ import main
