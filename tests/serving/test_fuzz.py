@@ -21,8 +21,7 @@ from serving.inference_protocol import read
 from serving.pickles import SYMBOLS, read_pickle
 from tests import ROOT
 from tests.serving.fuzz import TARGETS, nothing_run, seeds
-from tests.serving.samples import pickled
-from tests.serving.test_pickles import same
+from tests.serving.samples import pickled, same
 
 SEARCH_SECONDS = 3
 

@@ -1,5 +1,3 @@
-import collections
-import datetime
 import io
 import os
 import pickle
@@ -16,7 +14,8 @@ from hypothesis import strategies as st
 
 from serving.errors import PickleError
 from serving.pickles import MAX_OPCODES, read_pickle
-from tests.serving.samples import pickled
+from tests.serving.corpus.make import Call
+from tests.serving.samples import EVIL, pickled, same
 
 PROTOCOLS = (2, 3, 4, 5)
 
@@ -44,18 +43,6 @@ def read(content: bytes) -> Any:
     return read_pickle(io.BytesIO(content))
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two values are equal and have equal types, also inside and in arrays."""
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        native = [array.dtype.newbyteorder("=") for array in (a, b)]  # NumPy itself converts to it
-        return native[0] == native[1] and np.array_equal(a, b)
-    if isinstance(a, dict):
-        return same(list(a.items()), list(b.items()))
-    if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("old", [False, True], ids=["numpy2", "numpy1"])
 def test_reads_what_pickle_reads(protocol: int, old: bool) -> None:
@@ -79,67 +66,6 @@ def test_array_is_a_view_and_not_writable() -> None:
     assert not array.flags.owndata
     with pytest.raises(ValueError, match="read-only"):
         array[0] = 1
-
-
-# What must be refused. If anything in these ran, a file `ran` would appear.
-
-
-class Payload:
-    """An object that pickles as a call of `function`."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-class Stateful:
-    def __init__(self) -> None:
-        self.x = 1
-
-
-COMMAND = "touch ran"
-EVIL = {
-    "os.system": pickle.dumps(Payload(os.system, COMMAND)),
-    "os.system, protocol 2": pickle.dumps(Payload(os.system, COMMAND), 2),
-    "eval": pickle.dumps(Payload(eval, f"__import__('os').system({COMMAND!r})")),
-    "inside data": pickle.dumps({"data": [Payload(os.system, COMMAND)]}),
-    "instance": pickle.dumps(Stateful()),
-    "Path": pickle.dumps(Path("ran")),
-    "date": pickle.dumps(datetime.date(2020, 1, 1)),
-    "set": pickle.dumps({1, 2}),
-    "ordered dict": pickle.dumps(collections.OrderedDict(a=1)),
-    "defaultdict": pickle.dumps(collections.defaultdict(list)),
-    "object array": pickle.dumps(np.array([Payload(os.system, COMMAND)], object)),
-    "text array": pickle.dumps(np.array(["a", "b"])),
-    "structured array": pickle.dumps(np.zeros(2, [("a", "u1"), ("b", "i8")])),
-    "masked array": pickle.dumps(np.ma.masked_array([1, 2], [False, True])),
-    "datetime array": pickle.dumps(np.array(["2020-01-01"], "M8[D]")),
-    "complex array": pickle.dumps(np.zeros(2, complex)),
-    "nested global": b"\x80\x04\x8c\x05numpy\x8c\x10ndarray.tofile.x\x93.",
-    "dtype attribute": b"\x80\x04\x8c\x05numpy\x8c\x0bdtype.mro\x93.",
-    "INST": b"\x80\x02(X\x09\x00\x00\x00touch ranios\nsystem\n.",
-    "OBJ": b"\x80\x02(cos\nsystem\nX\x09\x00\x00\x00touch rano.",
-    "NEWOBJ": b"\x80\x02cnumpy\nndarray\n(K\x02t\x81.",
-    "NEWOBJ_EX": b"\x80\x04\x8c\x05numpy\x8c\x07ndarray\x93(K\x02t}\x92.",
-    "PERSID": b"\x80\x02Pran\n.",
-    "BINPERSID": b"\x80\x02X\x03\x00\x00\x00ranQ.",
-    "EXT1": b"\x80\x02\x82\x01.",
-    "EXT4": b"\x80\x02\x84\x01\x00\x00\x00.",
-    "out-of-band buffer": b"\x80\x05\x97.",
-    "BUILD on a dict": b"\x80\x02}}b.",
-    "BUILD on a global": b"\x80\x02cnumpy\nndarray\n}b.",
-    "BUILD with a slot state": b"\x80\x02cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R}}\x86b.",
-    "REDUCE of a string": b"\x80\x02X\x01\x00\x00\x00a)R.",
-    "REDUCE of a result": b"\x80\x02cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R)R.",
-    "REDUCE of ndarray": b"\x80\x02cnumpy\nndarray\nK\x02\x85R.",
-    "encode with another codec": b"\x80\x02c_codecs\nencode\n"
-    b"X\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R.",
-    "bytes of a number": b"\x80\x02c__builtin__\nbytes\nJ\xff\xff\xff\x7f\x85R.",
-    "subclass for reconstruct": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n"
-    b"cnumpy\ndtype\nK\x00\x85C\x01b\x87R.",
-}
 
 
 @pytest.mark.parametrize("content", EVIL.values(), ids=EVIL.keys())
@@ -255,7 +181,7 @@ def test_memo_index_costs_no_memory(index: int) -> None:
                 (b"}K\x01((", b"ttK\x01\x86s"),
             ]
         ),
-        (pickle.dumps(Payload(os.system, "true")), r"'posix.system'; only NumPy arrays"),
+        (pickle.dumps(Call(os.system, "true")), r"'posix.system'; only NumPy arrays"),
     ],
 )
 def test_message_says_what_was_wrong(content: bytes, message: str) -> None:

@@ -21,9 +21,8 @@ from tests import ROOT
 from tests.listener import listening
 from tests.serving.figures import under_way
 from tests.serving.models import CLASSES
-from tests.serving.samples import encoded, pickled
+from tests.serving.samples import EVIL, encoded, pickled
 from tests.serving.server import serving
-from tests.serving.test_pickles import EVIL
 
 
 def expected(model: Model, pixels: npt.NDArray[np.uint8], top_k: int = 5) -> list[dict[str, object]]:
