@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.training.conftest import ONE_BLOCK
+from tests.training.runs import ONE_BLOCK
 from training import checkpoint, data, recipe, train
 from training.__main__ import main
 from training.augment import Normalize

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests import ROOT
-from tests.training.conftest import SGD, selection
+from tests.training.runs import SGD, selection
 from training import checkpoint
 from training.__main__ import main
 from training.learner import TrainingError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.conftest import selection
+from tests.training.runs import selection
 from training import data, range_test, recipe
 from training.__main__ import main
 from training.data import DataSet, Images

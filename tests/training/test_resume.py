@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.training.conftest import SGD, Limited, assert_same, interrupted_and_whole
+from tests.training.runs import SGD, Limited, assert_same, interrupted_and_whole
 from training import checkpoint, data, recipe, results, train
 from training.data import DataSet, Images
 from training.evaluate import evaluate

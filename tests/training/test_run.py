@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.training.command import start
-from tests.training.conftest import assert_same
+from tests.training.runs import assert_same
 from training import checkpoint, data, results
 from training.__main__ import main
 from training.results import Result

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from tests.training.conftest import SGD, assert_same, interrupted_and_whole, selection
+from tests.training.runs import SGD, assert_same, interrupted_and_whole, selection
 from training import checkpoint, data, recipe, train
 from training.checkpoint import CheckpointError
 from training.initial import initial_network

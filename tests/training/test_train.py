@@ -15,7 +15,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.compiler import needs_a_compiler
-from tests.training.conftest import ONE_BLOCK, SGD, Limited
+from tests.training.runs import ONE_BLOCK, SGD, Limited
 from training import checkpoint, data, recipe, train
 from training.__main__ import main
 from training.checkpoint import Checkpoint
