@@ -35,7 +35,10 @@ A, B, C = (1,), (2,), (3,)
     ],
 )
 def test_a_file_is_taken_once_two_looks_find_the_same(
-    states: list[FileState | None], taken: list[int], monkeypatch: pytest.MonkeyPatch
+    states: list[FileState | None],
+    taken: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     looks: list[FileState | None] = []
 
@@ -55,6 +58,7 @@ def test_a_file_is_taken_once_two_looks_find_the_same(
     monkeypatch.setattr(deployment, "LOOK_SECONDS", 0)
     monkeypatch.setattr(deployment, "file_state", look)
     assert asyncio.run(main()) == taken
+    assert caplog.text.count("is gone; the model goes on") == (None in states)
 
 
 def test_a_refused_file_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

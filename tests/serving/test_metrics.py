@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -121,6 +122,13 @@ def test_full_service_says_so_and_counts_whom_it_refuses(
 
     assert more("cifar10_requests_total", route="/classify", status="503") == 3
     assert more("cifar10_shed_requests_total", lacking="queue") == 3
+
+
+def test_a_worker_reports_that_it_is_at_work(client: httpx.Client) -> None:
+    begun = value(read(client), "cifar10_heartbeat_timestamp_seconds")
+    deadline = time.monotonic() + 60
+    while value(read(client), "cifar10_heartbeat_timestamp_seconds") <= begun:
+        assert time.monotonic() < deadline
 
 
 def test_requests_of_each_kind_count_as_waiting(narrow_url: str, images: npt.NDArray[np.uint8]) -> None:

@@ -88,6 +88,17 @@ def test_a_dead_worker_is_replaced_in_an_image_of_bentomls_too(server: Server) -
     assert "cifar10_killed_workers_total 1.0" in httpx.get(f"{server.url}/metrics").text
 
 
+def test_it_is_told_that_somebody_has_removed_the_folder(server: Server) -> None:
+    (folder,) = (path.parent for path in (server.log.parent / "tmp").glob(f"{PREFIX}*/control"))
+    shutil.rmtree(folder)
+    for path in ("/readyz", "/v2/health/ready", "/metrics"):
+        answer = httpx.get(f"{server.url}{path}")
+        assert answer.status_code == 503
+        assert "The folder of the server's own files is gone; restart the service." in answer.text
+    assert httpx.get(f"{server.url}/healthz").is_success
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_where_no_worker_can_be_started_the_others_serve_on(tmp_path: Path) -> None:
     with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_WORKERS="2") as server:
         ended, other = wait_for_workers(server, 2)
