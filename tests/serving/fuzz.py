@@ -150,7 +150,7 @@ def _inference_seeds(pixels: Any) -> dict[str, bytes]:
     }
 
 
-def search(reader: str, seconds: int, folder: Path) -> int:
+def search(reader: str, seconds: int, runs: int, folder: Path) -> int:
     """Search in a process of its own; returns its exit code, 0 if nothing was found."""
     place = folder / reader
     begin, found = place / "begin", place / "reached"
@@ -159,13 +159,13 @@ def search(reader: str, seconds: int, folder: Path) -> int:
     for name, content in seeds(reader).items():
         (begin / name).write_bytes(content)
     command = [sys.executable, "-m", __spec__.name, "--here", "--only", reader]
-    options = ["--seconds", str(seconds), "--folder", str(folder)]
+    options = ["--seconds", str(seconds), "--runs", str(runs), "--folder", str(folder)]
     done = subprocess.run([*command, *options], cwd=ROOT, check=False)
     shutil.rmtree(begin)
     return done.returncode
 
 
-def _fuzz(reader: str, seconds: int, folder: Path) -> None:
+def _fuzz(reader: str, seconds: int, runs: int, folder: Path) -> None:
     """Search in this process, which ends with the search."""
     import atheris
 
@@ -178,6 +178,7 @@ def _fuzz(reader: str, seconds: int, folder: Path) -> None:
     options = {
         "artifact_prefix": f"{place}/",
         "max_total_time": seconds,
+        "runs": runs,
         "max_len": 2**16,
         "timeout": 10,  # seconds
         "rss_limit_mb": 1024,
@@ -194,14 +195,18 @@ def main() -> int:
     """Run the command line; returns the exit code, 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.serving.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="of each reader (default: %(default)s)")
+    parser.add_argument(
+        "--runs", type=int, default=-1, help="of each reader at most (default: no limit)"
+    )
     parser.add_argument("--folder", type=Path, default=FOUND, help="default: fuzzing/")
     parser.add_argument("--only", choices=TARGETS, metavar="READER", help=", ".join(TARGETS))
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
     options = parser.parse_args()
     if options.here:
-        _fuzz(options.only, options.seconds, options.folder)
+        _fuzz(options.only, options.seconds, options.runs, options.folder)
     readers = [options.only] if options.only else TARGETS
-    failed = [reader for reader in readers if search(reader, options.seconds, options.folder)]
+    limits = options.seconds, options.runs
+    failed = [reader for reader in readers if search(reader, *limits, options.folder)]
     for reader in failed:
         print(f"found: see {options.folder / reader}", file=sys.stderr)
     return 1 if failed else 0

@@ -23,13 +23,13 @@ from tests import ROOT
 from tests.serving.fuzz import TARGETS, nothing_run, seeds
 from tests.serving.samples import pickled, same
 
-SEARCH_SECONDS = 3
+LIMITS = ["--runs", "500", "--seconds", "600"]
 
 
 @pytest.mark.parametrize("reader", TARGETS)
 def test_search(reader: str, tmp_path: Path) -> None:
     pytest.importorskip("atheris")
-    command = [sys.executable, "-m", "tests.serving.fuzz", "--seconds", str(SEARCH_SECONDS)]
+    command = [sys.executable, "-m", "tests.serving.fuzz", *LIMITS]
     done = subprocess.run(
         [*command, "--folder", str(tmp_path), "--only", reader],
         cwd=ROOT,
