@@ -114,6 +114,7 @@ heartbeat = Gauge(
     "When the worker that is longest silent was last seen at work",
     multiprocess_mode="livemin",
 )
+heartbeat.set(time.time())  # or a worker that is still starting would seem silent for ever
 killed = Counter("cifar10_killed_workers", "Workers that were killed or crashed")
 swaps = Counter(
     "cifar10_model_swaps",
