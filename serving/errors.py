@@ -112,7 +112,7 @@ class OverloadedError(RequestError):
 
 
 class NotReadyError(RequestError):
-    """The answer to a health check: new requests would be refused."""
+    """The answer to a health check: new requests would be refused, or files of the server are gone."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "not_ready"

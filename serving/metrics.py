@@ -59,6 +59,8 @@ def _take_room(folder: Path) -> None:
         raise
 
 
+has_room = True  # whether this worker's figures are where all workers' are
+
 if METRICS_FOLDER in os.environ:
     # BentoML's folder is shared by all servers of a user, and each of them empties it when it starts.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.environ[METRICS_FOLDER]
@@ -66,7 +68,8 @@ if METRICS_FOLDER in os.environ:
         _take_room(Path(os.environ[METRICS_FOLDER]))
     except OSError as error:
         logger.warning("this worker's figures are not in /metrics: there is no room for them: %s", error)
-        values.ValueClass = values.MutexValue  # until `beat` finds room
+        values.ValueClass = values.MutexValue
+        has_room = False  # until `beat` finds some
 
 MILLISECONDS = (1, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500)
 SECONDS = (*(value / 1000 for value in MILLISECONDS), 1, 2, 5, 10, 30, 60, 120, 300)
@@ -146,7 +149,7 @@ async def beat() -> None:
     while True:
         heartbeat.set(time.time())
         await asyncio.sleep(BEAT_SECONDS)
-        if METRICS_FOLDER in os.environ and values.ValueClass is values.MutexValue:
+        if not has_room:
             with suppress(OSError, RuntimeError):  # still no room, or no thread
                 await asyncio.to_thread(_take_room, Path(os.environ[METRICS_FOLDER]))
                 logger.warning(
@@ -185,7 +188,7 @@ def exposition() -> Response:
     """Return all workers' metrics in Prometheus' text format, without the gauges of ended workers."""
     registry = REGISTRY
     if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        if values.ValueClass is not values.MutexValue:  # or the count would end with this worker
+        if has_room:  # or the count would end with this worker
             _count_the_killed(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)

@@ -305,8 +305,7 @@ class Classifier:
         gc.collect()
         gc.freeze()
         self.deployment = deploy_first(SETTINGS, metrics)
-        self.watch: asyncio.Task[None] | None = None
-        self.heart: asyncio.Task[None] | None = None
+        self.background: list[asyncio.Task[None]] = []
         self.retiring: set[asyncio.Task[None]] = set()
         pages.state.classifier = self
         self.readers = Readers(SETTINGS.threads, SETTINGS.max_image_pixels)
@@ -339,9 +338,10 @@ class Classifier:
     async def start(self) -> None:
         """Start the engine's threads and set up the server, before the first request."""
         self.deployment.start()
+        loop = asyncio.get_running_loop()
+        self.background.append(loop.create_task(self.metrics.beat()))
         if SETTINGS.watch_model:
-            self.watch = asyncio.get_running_loop().create_task(self._replace())
-        self.heart = asyncio.get_running_loop().create_task(self.metrics.beat())
+            self.background.append(loop.create_task(self._replace()))
         if SETTINGS.access_log:
             open_access_log()
         server = running_server()
@@ -367,9 +367,8 @@ class Classifier:
     @bentoml.on_shutdown
     async def stop(self) -> None:
         """Stop the threads, drop the gauges and send the last spans, after the last request."""
-        for task in (self.watch, self.heart):
-            if task is not None:
-                task.cancel()
+        for task in self.background:
+            task.cancel()
         await self.deployment.batcher.stop()
         self.readers.stop()
         self.reporter.shutdown(wait=False, cancel_futures=True)

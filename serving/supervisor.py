@@ -64,13 +64,12 @@ def _own_folder() -> Path:
     _remove_left()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)  # open until the process ends
-    itself = os.open(folder, os.O_RDONLY)  # likewise
+    # Both are open until the process ends. The folder's own lock is for systemd-tmpfiles, which then
+    # removes nothing in it that has become old.
+    lock, itself = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR), os.open(folder, os.O_RDONLY)
     with suppress(OSError):  # without locks on files, `_remove_left` removes nothing
         fcntl.flock(lock, fcntl.LOCK_EX)
-        fcntl.flock(
-            itself, fcntl.LOCK_EX
-        )  # so systemd-tmpfiles removes nothing in it that has become old
+        fcntl.flock(itself, fcntl.LOCK_EX)
     return folder
 
 
@@ -160,12 +159,13 @@ def _heed_every_stop() -> None:
     """
 
     def stop(controller: Controller) -> None:
-        # Workers have their own. Clients that this one let in after the last worker would be reset.
-        controller.arbiter.sockets.close_all()
         try:
             controller.arbiter.stop()
         except ConflictError:
             controller.loop.call_later(BUSY_SECONDS, stop, controller)
+        else:
+            # Workers have their own. Clients that these let in after the last worker would be reset.
+            controller.arbiter.sockets.close_all()
 
     def hurry(controller: Controller) -> None:
         for watcher in controller.arbiter.iter_watchers():

@@ -23,13 +23,14 @@ from tests import ROOT
 from tests.serving.fuzz import TARGETS, nothing_run, seeds
 from tests.serving.samples import pickled, same
 
-LIMITS = ["--runs", "500", "--seconds", "600"]
+RUNS = {"pickles": 500, "images": 500, "inference": 50_000}  # three seconds or more on an idle core
 
 
 @pytest.mark.parametrize("reader", TARGETS)
 def test_search(reader: str, tmp_path: Path) -> None:
     pytest.importorskip("atheris")
-    command = [sys.executable, "-m", "tests.serving.fuzz", *LIMITS]
+    limits = ["--runs", str(RUNS[reader]), "--seconds", "600"]
+    command = [sys.executable, "-m", "tests.serving.fuzz", *limits]
     done = subprocess.run(
         [*command, "--folder", str(tmp_path), "--only", reader],
         cwd=ROOT,
