@@ -102,9 +102,9 @@ class Model:
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
+        lack = f"{path} is no file" if path.exists() else f"There is no model file at {path}"
         raise ModelError(
-            f"There is no model file at {path}; right would be an ONNX file "
-            "that `python -m export write` has written."
+            f"{lack}; right would be an ONNX file that `python -m export write` has written."
         )
     return path.read_bytes()
 

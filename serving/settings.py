@@ -166,13 +166,14 @@ class Settings(BaseModel):
             if name.startswith(PREFIX) and not SERVICE_LINK.match(f"{name}={value}")
         }
         # A variable that is filled from another one may be empty; an empty key would let everybody in.
-        if empty := [PREFIX + name.upper() for name, value in values.items() if not value]:
-            raise SettingsError(f"{', '.join(empty)}: there is no value; unset it for the default.")
+        empty = [PREFIX + name.upper() for name, value in values.items() if not value]
+        lines = [f"{', '.join(empty)}: there is no value; unset it for the default."] if empty else []
         try:
-            return cls.model_validate(values)
+            settings = cls.model_validate({name: value for name, value in values.items() if value})
+            if not lines:
+                return settings
         except ValidationError as error:
             known = ", ".join(PREFIX + name.upper() for name in cls.model_fields)
-            lines = []
             for item in error.errors():
                 name = PREFIX + str(item["loc"][0]).upper()
                 what = item["msg"].removeprefix("Value error, ")
@@ -182,4 +183,4 @@ class Settings(BaseModel):
                     lines.append(f"{name}: {what}.")
                 else:
                     lines.append(f"{name}={item['input']!r}: {what}.")
-            raise SettingsError("\n".join(lines)) from None
+        raise SettingsError("\n".join(lines))

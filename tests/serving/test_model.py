@@ -105,6 +105,11 @@ def test_missing_file(tmp_path: Path) -> None:
         load(tmp_path / "none.onnx")
 
 
+def test_a_folder_is_no_model_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is no file; right would be an ONNX file"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"hello", BUNDLED_MODEL.read_bytes()[:1_000_000], bytes(1000)],

@@ -110,6 +110,11 @@ def test_what_has_no_value_is_named(blank: str) -> None:
         Settings.from_environment({"SERVING_API_KEY": blank, "SERVING_MODEL": blank})
 
 
+def test_what_has_no_value_hides_no_other_error() -> None:
+    with pytest.raises(SettingsError, match=r"SERVING_MODEL: there is no value.*\nSERVING_WORKERS='0'"):
+        Settings.from_environment({"SERVING_MODEL": "", "SERVING_WORKERS": "0"})
+
+
 def test_a_key_that_is_no_text_is_told_without_it() -> None:
     key = os.fsdecode(b"secret\xff")
     with pytest.raises(SettingsError, match="SERVING_API_KEY: it is not UTF-8") as told:
