@@ -113,7 +113,10 @@ async def received(request: Request, max_files: int) -> AsyncIterator[list[Part]
 async def _receive(request: Request, max_files: int, parts: list[Part]) -> None:
     boundary = BOUNDARY.search(request.headers["content-type"])
     if not boundary:
-        raise RequestError("The multipart form cannot be read: its Content-Type has no boundary.")
+        raise RequestError(
+            "The multipart form cannot be read: its Content-Type has no boundary; right would be to "
+            "leave this header to the client, as in `curl -F NAME=@FILE`."
+        )
     # File names are not used, and some are not UTF-8. Latin-1 decodes any bytes.
     delimiter = (boundary[1] or boundary[2]).encode("latin-1")
     files = 0
@@ -130,7 +133,8 @@ async def _receive(request: Request, max_files: int, parts: list[Part]) -> None:
                     if not part.is_file and part.size > MAX_TEXT_BYTES:
                         raise FieldError(
                             f"The field {part.name[:100]!r} holds text of more than {MAX_TEXT_BYTES} "
-                            "bytes, and none of ours is that long."
+                            "bytes, and none of ours is that long; a file is sent as in "
+                            f"`curl -F {part.name[:100]}=@FILE`."
                         )
     for part in parts:
         part.file.seek(0)

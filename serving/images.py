@@ -126,9 +126,10 @@ def decode(content: bytes, max_pixels: int, in_memory: int | None = None) -> npt
             pixels = image.width * image.height
             limit = max_pixels // WEBP_COPIES if image.format == "WEBP" else max_pixels
             if pixels > limit:
+                kind = f" for WebP, and {max_pixels} for other formats" if limit < max_pixels else ""
                 raise TooLargeError(
                     f"The image has {image.width}x{image.height} pixels; "
-                    f"the limit is {limit} pixels in all."
+                    f"the limit is {limit} pixels in all{kind}."
                 )
             if max(image.size) > MAX_SIDE:
                 raise TooLargeError(

@@ -180,9 +180,11 @@ async def _send_shaped(scope: Scope, receive: Receive, send: Send, start: Messag
     try:
         detail = ErrorBody.model_validate_json(body, extra="forbid").error
     except ValueError:
+        methods = " or ".join(sorted(headers.get("allow", "another").split(", ")))
         message = {
             HTTPStatus.NOT_FOUND: f"There is nothing at {scope['path']}; see / for what there is.",
-            HTTPStatus.METHOD_NOT_ALLOWED: f"{scope['method']} is not a method of {scope['path']}.",
+            HTTPStatus.METHOD_NOT_ALLOWED: f"{scope['method']} is not a method of {scope['path']}; "
+            f"right would be {methods}.",
         }.get(status, status.description or status.phrase)
         detail = ErrorDetail(code=status.phrase.lower().replace(" ", "_"), message=message)
     shaped = (

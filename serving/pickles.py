@@ -220,7 +220,10 @@ class _Machine:
     def step(self, name: str, argument: Any) -> None:
         self._opcodes += 1
         if self._opcodes > MAX_OPCODES:
-            raise PickleError(f"The pickle has more than {MAX_OPCODES} opcodes.")
+            raise PickleError(
+                f"The pickle has more than {MAX_OPCODES} opcodes; right would be images in a NumPy "
+                "array, which takes few, and not in lists of numbers."
+            )
         _STEPS[name](self, argument)
 
     def protocol(self, number: int) -> None:

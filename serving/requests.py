@@ -123,10 +123,11 @@ async def _form(request: Request, spec: type[Form], max_files: int) -> AsyncIter
     """Receive a multipart form that has only fields of `spec`."""
     media_type = _media_type(request)
     if media_type != "multipart/form-data":
-        also = " or, as a raw body, image/*" if spec is ClassifyForm else ""
+        also = ", or, as a raw body, image/*" if spec is ClassifyForm else ""
+        name = next(iter(spec.model_fields))  # of the file
         raise MediaTypeError(
             f"The Content-Type is {media_type[:100] or 'not set'!r}; "
-            f"right would be multipart/form-data{also}."
+            f"right would be multipart/form-data, as from `curl -F {name}=@FILE`{also}."
         )
     async with received(request, max_files) as parts:
         for part in parts:

@@ -75,7 +75,7 @@ def test_unfinished_run_is_as_its_page_has_it() -> None:
 def test_runs_on_a_gpu_are_as_told() -> None:
     rows = [row for row in results.read() if row.precision.endswith(", compiled")]
     fast = [row for row in rows if row.recipe == "fast"]
-    (eager,) = [row for row in results.read() if (row.recipe, row.precision) == ("fast", "bfloat16")]
+    (eager, cpu) = [row for row in results.read() if (row.recipe, row.precision) == ("fast", "bfloat16")]
     seconds, accuracies = (
         f"{', '.join(each[:2])} and {each[2]}"
         for each in (
@@ -85,6 +85,7 @@ def test_runs_on_a_gpu_are_as_told() -> None:
     )
     assert f"`fast` took {seconds} s for {accuracies} % (seeds 0 to 2, beside other runs)" in PROSE
     assert f"and {eager.seconds} s for {percent(eager.accuracy)} (seed 0) without" in PROSE
+    assert f"{percent(cpu.accuracy)} with AVX512-BF16 ({cpu.seconds / 60:.1f} minutes" in PROSE
     longer = [row for row in rows if row.recipe == "accurate"]
     summary = results.summary(longer, longer[0].recipe_digest)
     slowest = max(row.seconds for row in longer)

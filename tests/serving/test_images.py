@@ -311,6 +311,11 @@ def test_too_many_pixels_are_refused_from_the_header() -> None:
         decode(bytes(content), LIMIT)
 
 
+def test_the_limit_of_webp_is_told_beside_the_others() -> None:
+    with pytest.raises(TooLargeError, match="250000 pixels in all for WebP, and 1000000 for other"):
+        decode(saved(plain((0, 0, 0), (600, 600)), "WEBP"), LIMIT)
+
+
 @pytest.mark.parametrize("size", [(65_535, 2), (65_536, 2), (2, 65_536)])
 def test_a_side_that_is_too_long_is_refused(size: tuple[int, int]) -> None:
     content = saved(plain((255, 0, 0), size), "PNG")

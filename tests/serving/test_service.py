@@ -234,7 +234,14 @@ FORM = {"Content-Type": "multipart/form-data; boundary=x"}
         ("/classify", {"files": [("image", PNG)] * 2}, 422, "invalid_field", "one"),
         ("/classify", {"files": {"image": (None, "a.png")}}, 422, "invalid_field", "holds text"),
         ("/classify", {"json": {"image": "a.png"}}, 415, "unsupported_media_type", "image/*"),
-        ("/classify", {"content": PNG}, 415, "unsupported_media_type", "multipart/form-data"),
+        (
+            "/classify",
+            {"content": PNG},
+            415,
+            "unsupported_media_type",
+            "from `curl -F image=@FILE`, or,",
+        ),
+        ("/submission", {"content": PNG}, 415, "unsupported_media_type", "from `curl -F file=@FILE`."),
         ("/classify", {"content": b"x", "headers": FORM}, 400, "bad_request", "multipart"),
         (
             "/classify",
@@ -285,7 +292,7 @@ FORM = {"Content-Type": "multipart/form-data; boundary=x"}
             "1001 images; the limit is 1000",
         ),
         ("/nothing", {}, 404, "not_found", "nothing at /nothing"),
-        ("/model", {}, 405, "method_not_allowed", "POST is not a method of /model"),
+        ("/model", {}, 405, "method_not_allowed", "POST is not a method of /model; right would be GET"),
     ],
 )
 def test_errors(

@@ -1,5 +1,6 @@
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,40 @@ def test_id_types(images: npt.NDArray[np.uint8], dtype: str) -> None:
     assert read({"data": images[:20], "ids": ids}).ids == ids.tolist()
 
 
+@pytest.mark.parametrize(
+    ("shape", "planes", "right"),
+    [
+        ((-1, 3072), False, (-1, 32, 32, 3)),
+        ((-1, 3, 32, 32), False, (-1, 32, 32, 3)),
+        ((-1, 32, 32, 3), True, (-1, 3, 32, 32)),
+    ],
+)
+@pytest.mark.parametrize("seed", range(20))
+def test_images_reshaped_instead_of_transposed_are_refused(
+    images: npt.NDArray[np.uint8],
+    shape: tuple[int, ...],
+    planes: bool,
+    right: tuple[int, ...],
+    seed: int,
+) -> None:
+    some = np.random.default_rng(seed).permutation(images)[:10]
+    values = some.transpose(0, 3, 1, 2) if planes else some
+    with pytest.raises(PickleError, match=re.escape(f"right would be `data.reshape{right}`")):
+        read({"data": np.ascontiguousarray(values).reshape(shape)})
+    np.testing.assert_array_equal(
+        read({"data": np.ascontiguousarray(values).reshape(right)}).images, some
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_the_order_is_no_matter_of_what_the_images_show(
+    images: npt.NDArray[np.uint8], layout: Any
+) -> None:
+    """Ten times the same image: of the thousand, none makes the order look wrong."""
+    for image in images:
+        read({"data": layout(np.repeat(image[np.newaxis], 10, axis=0))})
+
+
 def test_ids_as_a_list_and_out_of_the_ordinary(images: npt.NDArray[np.uint8]) -> None:
     ids = [2**64 - 1, -(2**63), 0]
     submission = read({"data": images[:3], "ids": ids})
@@ -107,10 +142,16 @@ TWO = np.zeros((2, 32, 32, 3), np.uint8)
     [
         ([1], "holds a list; right would be a dict"),
         (ONE, "holds a ndarray; right would be a dict"),
-        ({"ids": [1]}, "no key data"),
+        ({"Data": ONE, b"ids": [1]}, r"no key data \(.* are: 'Data', b'ids'\); right would be data"),
+        ({}, r"no key data \(.* are: none\)"),
+        ({"data": None}, "data is a NoneType; right would be a NumPy array"),
         ({"data": ONE, b"data": ONE}, "data twice"),
         ({"data": b"x"}, "data is a bytes; right would be a NumPy array of uint8"),
-        ({"data": ONE.astype(np.float32)}, "data is a float32 array; right would be .* uint8"),
+        ({"data": ONE + np.float32(0.5)}, r"a float32 array; right would be .*\(data \* 255\)\.round"),
+        ({"data": ONE + np.array(9)}, r"a int64 array; right would be .*`data\.round\(\)\.astype"),
+        ({"data": ONE - 1.5}, "a float64 array; .* from 0 to 255, while these are from -1.5 to -1.5"),
+        ({"data": ONE * np.nan}, "a float64 array; .* while these are from nan to nan"),
+        ({"data": ONE.astype(float)[:0]}, r"a float64 array; right would be a NumPy array of uint8\.$"),
         ({"data": ONE[:0]}, "no images"),
         ({"data": ONE[0]}, r"shape \[32, 32, 3\]; right would be"),
         ({"data": np.zeros((2, 28, 28, 1), np.uint8)}, r"shape \[2, 28, 28, 1\]"),
@@ -132,6 +173,7 @@ TWO = np.zeros((2, 32, 32, 3), np.uint8)
         (b"\x93NUMPY\1", "is an array that numpy.save has written; right would be"),
         (b"<!DOCTYPE html><html>", "text, which begins '<!DOCTYPE html><html'; right would be"),
         (b"BM\0\0", "The file is not a pickle of protocol 2 to 5; right would be"),
+        ({"data": TWO, "ids": None}, "ids is a NoneType; right would be an array or list"),
         ({"data": TWO, "ids": 5}, "ids is a int; right would be an array or list"),
     ],
 )
