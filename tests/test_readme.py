@@ -97,6 +97,12 @@ def test_runs_on_a_gpu_are_as_told() -> None:
     assert f"epochs, in {json.loads(lines[-1])['seconds']:g} s" in PROSE
 
 
+def test_runs_beside_fast_are_as_told() -> None:
+    for row in results.read():
+        if row.recipe in ("seresnet", "distilled"):
+            assert f"{percent(row.accuracy)} in {row.seconds / 60:.1f} minutes" in PROSE
+
+
 def test_layouts_of_a_gpu_are_as_told() -> None:
     content = json.loads((FOLDER / "results" / "cuda-layout.json").read_text())
     half = [part["images_per_second"] for part in content["rates"] if part["precision"] == "fp16"]
