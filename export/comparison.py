@@ -16,22 +16,22 @@ from training.data import Images, Source
 
 @dataclass(frozen=True)
 class TestImages:
-    """Test images from ``source``, ``cifar10`` or ``sample``; their logits are float32 [N, 10]."""
+    """Test images from ``source``; their logits are float32 [N, 10]."""
 
     images: Images
     source: Source
 
     @classmethod
-    def load(cls, wanted: Source = "cifar10") -> "TestImages":
+    def load(cls, wanted: Source | None = None) -> "TestImages":
         """Load the test images of the data set on this machine, else those of the bundled sample.
 
-        If ``sample`` is ``wanted``, the bundled sample is taken even where CIFAR-10 is present.
+        The bundled sample is also taken where the data set is another one than ``wanted``.
 
         Raises:
             DataError: a data set that is present, or that ``CIFAR10_ROOT`` names, cannot be read.
         """
         dataset = data.load_present()
-        if (dataset.source, wanted) == ("cifar10", "sample"):
+        if wanted not in (None, dataset.source):
             dataset = data.load_sample()
         return cls(dataset.test, dataset.source)
 

@@ -54,7 +54,7 @@ class Parity:
     Attributes:
         reference: ``PyTorch``, ``fp32`` (the fp32 file on the same provider; for ``PyTorch, rounded`` on
             the CPU's) or a provider's name.
-        images: the number of test images; ``source`` is ``cifar10`` or ``sample``.
+        images: the number of test images; ``source`` is as in ``DataSet``.
         max_scaled_difference: the largest absolute difference from the reference's logits, divided by
             the largest absolute value of these.
         top1_agreement: the fraction of images with the same most probable class.

@@ -128,7 +128,7 @@ def _calibration_error(
 ) -> Finding:
     """The calibration error of logits, compared with ``right`` if that was measured on these images."""
     measured = reliability.measure(logits, test.labels).error
-    if (values.parity.source, values.parity.images) != (test.source, len(test.images)):
+    if values.parity.source != test.source:
         return Finding(what, percent(measured), limit="", passed=True)
     return _as_recorded(what, measured, right, ECE_MARGIN)
 

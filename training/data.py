@@ -1,13 +1,16 @@
 """CIFAR-10 as uint8 tensors, from the official files through torchvision or a small sample file."""
 
+import hashlib
+import io
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from training.errors import ExplainedError
@@ -18,8 +21,8 @@ SAMPLE = Path(__file__).parent / "cifar10_sample.npz"
 FOLDER = "cifar-10-batches-py"
 VALIDATION_SEED = 10  # one split for all runs, whatever their seed, so that runs can be compared
 
-
-Source = Literal["cifar10", "sample"]
+# CIFAR-10, the bundled sample or, with a digest of its bytes, another file like the sample.
+Source = Annotated[str, Field(pattern="^(cifar10|sample(-[0-9a-f]{12})?)$")]
 
 
 class DataError(ExplainedError):
@@ -113,22 +116,29 @@ def load_present() -> DataSet:
     return load() if here else load_sample()
 
 
-def load_sample(path: Path = SAMPLE) -> DataSet:
+def load_sample(path: Path | None = None) -> DataSet:
     """Load a sample file: ``train_images``, ``train_labels``, ``test_images`` and ``test_labels``.
+
+    Without ``path`` it is the bundled one, the only one whose source is ``sample``: a run on another
+    file held other images out.
 
     Raises:
         DataError: it is missing, not such a file, or has arrays of other shapes or types.
     """
+    path = path or SAMPLE
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            train, test = (_sample_part(arrays, part) for part in ("train", "test"))
+        content, bundled = path.read_bytes(), SAMPLE.read_bytes()
     except OSError as error:
         raise DataError(f"could not read the sample of CIFAR-10: {error}") from error
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            train, test = (_sample_part(arrays, part) for part in ("train", "test"))
     except Exception as error:  # NumPy and zipfile raise nearly anything for damaged or foreign bytes
         raise DataError(
             f"{path}: not a sample of CIFAR-10 as training/data.py describes: {error}"
         ) from error
-    return DataSet(train, test, "sample")
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return DataSet(train, test, "sample" if content == bundled else f"sample-{digest}")
 
 
 def split(train: Images, fraction: float) -> tuple[Images, Images]:

@@ -116,13 +116,12 @@ def test_logits_that_are_no_numbers(bundled: Bundled) -> None:
         temperature.of([diverged], [])
 
 
-def test_images_of_another_data_set_are_not_taken(
-    bundled: Bundled,
-) -> None:
+@pytest.mark.parametrize("source", ["cifar10", "sample-0123456789ab"])
+def test_images_of_another_data_set_are_not_taken(source: str, bundled: Bundled) -> None:
     path = bundled(0.2)
     state = load(path, None).checkpoint
-    state.run["data"] = "cifar10"
+    state.run["data"] = source
     elsewhere = [Member(state, "0" * 64, state.parsed_recipe())]
     found = temperature.of(elsewhere, [])
     assert found.value == 1
-    assert "are from cifar10, but the data set here is sample" in found.origin
+    assert f"are from {source}, but the data set here is sample" in found.origin

@@ -83,6 +83,20 @@ def test_a_file_of_the_samples_accuracy_where_the_data_set_is(
     assert f"{out} is good\n" in capsys.readouterr().out
 
 
+def test_a_file_written_with_other_images_than_are_here(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "model.onnx", tmp_path / "other.npz"
+    with np.load(data.SAMPLE) as sample:
+        labels = (sample["test_labels"] + 1) % 10  # all others, so that the accuracy is another
+        np.savez(other, **dict(sample) | {"test_labels": labels}, allow_pickle=False)
+    for written_with, verified_with in ((other, data.SAMPLE), (data.SAMPLE, other)):
+        monkeypatch.setenv(data.ROOT_VARIABLE, str(written_with))
+        assert main(["write", str(train("fast")), str(out)]) == 0
+        monkeypatch.setenv(data.ROOT_VARIABLE, str(verified_with))
+        assert main(["verify", str(out)]) == 0
+
+
 def test_other_weights_than_the_metadata_says(
     files: dict[str, Path], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,9 +229,9 @@ def test_a_calibration_error_that_is_not_the_files(
     assert "the same without temperature" in capsys.readouterr().err
 
     # The error on other images cannot be compared.
-    entry(model, "calibration").value = json.dumps(better | {"test_images": 10_000})
+    entry(model, "calibration").value = json.dumps(better)
     parity = json.loads(entry(model, "parity").value)
-    entry(model, "parity").value = json.dumps(parity | {"images": 10_000})
+    entry(model, "parity").value = json.dumps(parity | {"source": "cifar10"})
     assert main(["verify", saved(model, Path(path))]) == 0
 
 

@@ -16,7 +16,7 @@ from export.__main__ import main
 from export.ensemble import Ensemble, half
 from export.member import load
 from export.provider import CPU
-from tests.export.conftest import BUNDLED, TEST, Bundled, Train, described
+from tests.export.conftest import BUNDLED, TEST, WHOLE_SAMPLE, Bundled, Train, described
 from training import checkpoint, data, recipe
 from training.evaluate import Classifier
 from training.model import CLASSES, parameter_count
@@ -66,7 +66,7 @@ def test_recipe_in_the_metadata_is_the_resolved_one(
 def test_every_precision_comes_from_one_command_within_its_limits(
     files: dict[parity.Precision, Path],
 ) -> None:
-    images, logits = data.load_sample().test.first(TEST + UNSEEN), {}
+    images, logits = data.load_sample(WHOLE_SAMPLE).test.first(TEST + UNSEEN), {}
     seen, all_of_them = (comparison.TestImages(part, "sample") for part in (images.first(TEST), images))
     for precision, path in files.items():  # fp32 first
         values = described(path)

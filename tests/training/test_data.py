@@ -29,6 +29,21 @@ def test_sample_has_real_images_of_all_classes() -> None:
     assert set(sample.train.labels.tolist()) == set(sample.test.labels.tolist()) == set(range(10))
 
 
+def test_another_file_than_the_bundled_sample_is_another_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    copy, other = tmp_path / "copy.npz", tmp_path / "other.npz"
+    shutil.copy(data.SAMPLE, copy)
+    arrays = dict(np.load(data.SAMPLE, allow_pickle=False))
+    np.savez(other, **arrays | {"train_images": arrays["train_images"][::-1]}, allow_pickle=False)
+    sources = []
+    for path in (copy, other):
+        monkeypatch.setenv(data.ROOT_VARIABLE, str(path))
+        sources.append(data.load().source)
+    digest = hashlib.sha256(other.read_bytes()).hexdigest()
+    assert sources == ["sample", f"sample-{digest[:12]}"]
+
+
 @needs_cifar10
 def test_sample_is_the_beginning_of_the_data_set() -> None:
     sample, whole = data.load_sample(), data.load()
