@@ -15,7 +15,7 @@ from export.comparison import TestImages
 from export.ensemble import Ensemble, half
 from export.graph import GraphError
 from export.member import Member
-from export.parity import ELSEWHERE, LIMITS, PYTORCH, Parity, Precision
+from export.parity import ELSEWHERE, LIMITS, PYTORCH, Parity, ParityError, Precision
 from export.provider import CPU
 from export.reliability import Bins
 from export.temperature import Temperature
@@ -83,7 +83,14 @@ def write(
         make_place(path)
     fitted = temperature.of(members, trials)
     reference = _Reference.build(members, fitted)
-    made = [reference.in_precision(precision, path) for precision, path in files.items()]
+    made = []
+    for precision, path in files.items():
+        try:
+            made.append(reference.in_precision(precision, path))
+        except ParityError as error:
+            others = " or ".join(f"--precision {each}" for each in files if each != precision)
+            advice = f"; {others} writes another precision alone" * bool(others)
+            raise ParityError(f"{path} in {precision}: {error}{advice}") from error
 
     with ExitStack() as stack:  # all files are on the disk before the first takes its place
         for model, written in made:

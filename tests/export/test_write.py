@@ -214,7 +214,9 @@ def test_a_broken_fp16_file_leaves_none_of_all_three(
     monkeypatch.setattr("export.write.half", broken)
     arguments = ["write", str(bundled(views="none")), str(tmp_path / "model.onnx")]
     assert main([*arguments, "--precision", "all"]) == 1
-    assert f"the model file on {CPU.name} differs from fp32" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'model.fp16.onnx'} in fp16: the model file on {CPU.name} differs from" in error
+    assert error.endswith("; --precision fp32 or --precision int8 writes another precision alone\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -238,7 +240,7 @@ def test_a_broken_int8_file_leaves_none_of_all_three(
     monkeypatch.setattr(quantize, "int8", broken)
     arguments = ["write", str(bundled(views="none")), str(tmp_path / "model.onnx")]
     assert main([*arguments, "--precision", "all"]) == 1
-    assert "differs from fp32" in capsys.readouterr().err
+    assert f"{tmp_path / 'model.int8.onnx'} in int8: the model file on" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
