@@ -97,6 +97,7 @@ class Checkpoint(BaseModel):
     history: list[dict[str, Any]] = []
     sessions: list[Session] = []
     result: dict[str, Any] | None = None
+    _place: str = "the checkpoint"  # its file's path, once it is read from one
 
     def parsed_recipe(self) -> Recipe:
         """The recipe, validated anew.
@@ -104,7 +105,7 @@ class Checkpoint(BaseModel):
         Raises:
             RecipeError: it is not valid in this program. Whatever needs the recipe raises this too.
         """
-        return parse(self.recipe, f"recipe {self.recipe_name} in the checkpoint")
+        return parse(self.recipe, f"recipe {self.recipe_name} in {self._place}")
 
     @property
     def commit(self) -> str:
@@ -159,9 +160,13 @@ class Checkpoint(BaseModel):
         try:
             network.load_state_dict(weights)
         except (RuntimeError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"the weights do not fit recipe {self.recipe_name}: {error}"
-            ) from error
+            raise self.misfit("weights", error) from error
+
+    def misfit(self, part: str, error: Exception) -> CheckpointError:
+        """The error that says that a part of this checkpoint does not fit its recipe."""
+        return CheckpointError(
+            f"{self._place}: the {part} do not fit recipe {self.recipe_name}: {error}"
+        )
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -285,6 +290,8 @@ def decode(content: bytes, path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a checkpoint of this program (format {FORMAT})")
     del data["format"]
     try:
-        return Checkpoint.model_validate(data)
+        state = Checkpoint.model_validate(data)
     except ValidationError as error:
         raise CheckpointError(f"{path}: damaged or not a checkpoint: {first_of(error)}") from error
+    state._place = str(path)
+    return state

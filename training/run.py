@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training import checkpoint as checkpoints
 from training import data, device, model, optimizer, provenance
-from training.checkpoint import Checkpoint, CheckpointError
+from training.checkpoint import Checkpoint
 from training.data import DataSet, Images
 from training.evaluate import SHARES, Evaluation, at_once, evaluate
 from training.files import replacing
@@ -185,9 +185,7 @@ class Run:
             for part, part_state in zip(self.learner.optimizers, state.optimizers, strict=True):
                 optimizer.load(part, part_state)
         except ValueError as error:
-            raise CheckpointError(
-                f"the optimizers do not fit recipe {state.recipe_name}: {error}"
-            ) from error
+            raise state.misfit("optimizers", error) from error
 
     def _compile(self, epochs: list[int], watch: Watch) -> None:
         """Compile before the run's clock starts: the time depends on what was compiled here before."""

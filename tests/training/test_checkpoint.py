@@ -11,6 +11,7 @@ from training import checkpoint, data, provenance, recipe
 from training.checkpoint import Checkpoint, CheckpointError
 from training.model import CLASSES, build
 from training.processes import Processes
+from training.recipe import RecipeError
 from training.run import Run
 
 
@@ -140,11 +141,25 @@ def test_optimizers_of_another_network_are_refused(uninterrupted: Path, tmp_path
     empty: dict[str, Any] = {"state": {}, "param_groups": []}
     for optimizers in ([], [empty]):
         changed = state.model_copy(update={"optimizers": optimizers, "result": None})
-        with pytest.raises(CheckpointError, match="the optimizers do not fit recipe short"):
+        with pytest.raises(CheckpointError, match=r"\.pt: the optimizers do not fit recipe short"):
             Run(tmp_path, changed, data.load_sample(), Processes(), Console(quiet=True))
 
 
-def test_weights_of_another_network_are_refused(state: Checkpoint) -> None:
+def test_weights_of_another_network_are_refused(state: Checkpoint, tmp_path: Path) -> None:
     state.model = build(recipe.load("fast").model).state_dict()
-    with pytest.raises(CheckpointError, match="do not fit recipe A1"):
-        state.network()
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(state, path)
+    with pytest.raises(CheckpointError) as raised:
+        checkpoint.load(path).network()
+    assert str(raised.value).startswith(f"{path}: the weights do not fit recipe A1: ")
+
+
+def test_a_recipe_that_is_not_valid_here_is_named_with_the_file(
+    state: Checkpoint, tmp_path: Path
+) -> None:
+    state.recipe["epochs"] = 0
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(state, path)
+    with pytest.raises(RecipeError) as raised:
+        checkpoint.load(path).parsed_recipe()
+    assert str(raised.value).startswith(f"recipe A1 in {path}: key epochs: ")
