@@ -21,6 +21,7 @@ from training.errors import ExplainedError, first_of
 from training.files import replacing
 from training.provenance import Session
 from training.recipe import Recipe, parse
+from training.results import Result
 
 FILE = "checkpoint.pt"  # in a run's folder
 FORMAT = 1
@@ -49,6 +50,14 @@ def _as_ours(classes: list[str]) -> list[str]:
     if classes != list(model.CLASSES):
         raise ValueError(f"right would be {', '.join(model.CLASSES)}, in this order")
     return classes
+
+
+def _as_row(result: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Result.model_validate(result, strict=True)
+    except ValidationError as error:
+        raise ValueError(first_of(error)) from error
+    return result
 
 
 Natural = Annotated[int, Field(ge=0)]
@@ -96,7 +105,7 @@ class Checkpoint(BaseModel):
     correct: int = 0
     history: list[dict[str, Any]] = []
     sessions: list[Session] = []
-    result: dict[str, Any] | None = None
+    result: Annotated[dict[str, Any], AfterValidator(_as_row)] | None = None
     _place: str = "the checkpoint"  # its file's path, once it is read from one
 
     def parsed_recipe(self) -> Recipe:
