@@ -8,7 +8,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from export.ensemble import ROUNDED, Ensemble, rounded
-from export.parity import Parity
+from export.parity import Parity, ParityError
 from export.provider import BATCH, CPU, others
 from training import data, evaluate
 from training.data import Images, Source
@@ -56,12 +56,21 @@ class TestImages:
     def compare(
         self, expected: NDArray[np.float32], actual: NDArray[np.float32], reference: str, provider: str
     ) -> Parity:
-        """Compare the ``actual`` logits of ``provider`` with the ``expected`` ones of ``reference``."""
+        """Compare the ``actual`` logits of ``provider`` with the ``expected`` ones of ``reference``.
+
+        Raises:
+            ParityError: the ``expected`` ones are not finite.
+        """
+        if not np.isfinite(expected).all():
+            raise ParityError(
+                f"the logits of {reference} are no finite numbers: of a network that diverged"
+            )
+        largest = max(np.abs(expected).max(), np.finfo(np.float32).tiny)  # they may all be 0
         return Parity(
             reference=reference,
             images=len(self.images),
             source=self.source,
-            max_scaled_difference=float(np.abs(actual - expected).max() / np.abs(expected).max()),
+            max_scaled_difference=float(np.abs(actual - expected).max()) / float(largest),
             top1_agreement=float((actual.argmax(1) == expected.argmax(1)).mean()),
             accuracy=self.accuracy(actual),
             # From counts: rounding could put the difference of two fractions beyond a limit it is at.

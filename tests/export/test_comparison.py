@@ -10,7 +10,7 @@ from export import comparison
 from export.__main__ import main
 from export.provider import CPU
 from tests.export.conftest import Train, described
-from training import data
+from training import checkpoint, data
 from training.data import Images
 
 
@@ -26,6 +26,28 @@ def test_figures_of_a_comparison() -> None:
     assert (found.images, found.top1_agreement) == (1000, 0.997)
     assert found.max_scaled_difference == 10 / 8
     assert (found.accuracy, found.accuracy_loss) == (0.998, 0.001)
+
+
+def test_logits_that_are_all_zero_are_equal() -> None:
+    zeros: NDArray[np.float32] = np.zeros((20, 10), np.float32)
+    found = comparison.TestImages(data.load_sample().test.first(20), "sample").compare(
+        zeros, zeros, "PyTorch", "CPU"
+    )
+    assert (found.max_scaled_difference, found.top1_agreement) == (0, 1)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_network_that_diverged_is_told_as_such(
+    value: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = checkpoint.load(train("A1"))
+    list(state.model.values())[-1].fill_(float(value))  # the biases of the classes
+    checkpoint.save(state, tmp_path / "checkpoint.pt")
+    out = tmp_path / "model.onnx"
+    assert main(["write", str(tmp_path / "checkpoint.pt"), str(out)]) == 1
+    told = "error: the logits of PyTorch are no finite numbers: of a network that diverged\n"
+    assert capsys.readouterr().err == told
+    assert not out.exists()
 
 
 class Rounding:
