@@ -65,7 +65,8 @@ def write(
             finished.
         TemperatureError: the temperature cannot be fitted.
         DataError: a data set that is present, or that ``CIFAR10_ROOT`` names, cannot be read.
-        GraphError: a file's name does not end in ``.onnx``, or the graph does not keep the contract.
+        GraphError: a file's name does not end in ``.onnx`` or is that of a checkpoint, or the graph does
+            not keep the contract.
         ParityError, ProviderError: a file does not compute what it should, or a provider cannot run it.
             None of the files is written then.
         OSError: a file cannot be written.
@@ -80,6 +81,8 @@ def write(
     member.check_different(members)
     member.check_different(trials)
     for path in files.values():
+        if path.exists() and any(map(path.samefile, [*checkpoints, *temperature_from])):
+            raise GraphError(f"{path} is one of the checkpoints; right would be a file of another name")
         make_place(path)
     fitted = temperature.of(members, trials)
     reference = _Reference.build(members, fitted)

@@ -366,6 +366,20 @@ def test_a_checkpoint_in_the_place_of_the_file_is_left_alone(
     assert not second.with_name("checkpoint.fp16.pt").exists()
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx", "link.onnx"])
+def test_a_checkpoint_whose_name_ends_as_a_model_file_s_is_left_alone(
+    name: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(train("A1").read_bytes())
+    out = tmp_path / "model.onnx"
+    if name == "link.onnx":
+        out.symlink_to(path)
+    assert main(["write", str(path), str(out), "--precision", "all"]) == 1
+    assert " is one of the checkpoints; right would be a file of another name" in capsys.readouterr().err
+    assert path.read_bytes() == train("A1").read_bytes()
+
+
 def test_an_unfinished_run_is_refused(
     trained: Path, bundled: Bundled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
