@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Annotated, Literal
 
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -172,12 +172,23 @@ def read(model: ModelProto) -> Description:
     ):
         if value != other:
             raise GraphError(f"{what} {value:g} in the metadata, and elsewhere in them {other:g}")
+    if (computed := _precision(model)) != found.precision:
+        raise GraphError(
+            f"precision {found.precision} in the metadata, but that of the graph is {computed}"
+        )
     if (version_here := version(model)) != found.version:
         raise GraphError(
             f"version {found.version} in the metadata, but that of the graph is {version_here}: it was "
             f"changed after it was written"
         )
     return found
+
+
+def _precision(model: ModelProto) -> Precision:
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        return "int8"
+    halves = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    return "fp16" if halves else "fp32"
 
 
 def _told(details: ErrorDetails) -> str:

@@ -247,6 +247,19 @@ def test_metadata_that_contradict_themselves(
     assert f"calibration.{key} {value:g} in the metadata, and elsewhere" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("precision", "said"), [("fp32", "int8"), ("fp32", "fp16"), ("fp16", "int8"), ("int8", "fp32")]
+)
+def test_another_precision_than_the_graph_s(
+    precision: str, said: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(files[precision])
+    entry(model, "precision").value = said
+    assert main(["verify", saved(model, tmp_path / "edited.onnx")]) == 1
+    told = f"precision {said} in the metadata, but that of the graph is {precision}"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("part", [b"images", b"airplane", b"parity"])
 def test_a_bit_flipped_in_a_text(
     part: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
