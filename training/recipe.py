@@ -522,13 +522,16 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a BOM
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or absurdly long or deep
         raise RecipeError(f"{path}: not a TOML file: {error}") from error
-    for override in overrides:
+    source, changes = str(path), list(overrides)
+    for override in changes:
         _override(data, override)
-    return parse(data, str(path))
+    if changes:  # the file may be sound without them
+        source += f" with --set {' '.join(change[:100] for change in changes)}"
+    return parse(data, source)
 
 
 def parse(data: Mapping[str, Any], source: str) -> Recipe:
-    """Validate a recipe's data; ``source`` (a file's name) begins every line of an error.
+    """Validate a recipe's data; ``source`` (a file's name, say) begins every line of an error.
 
     Raises:
         RecipeError: an unknown, missing or ill-typed key.
@@ -545,7 +548,7 @@ def parse(data: Mapping[str, Any], source: str) -> Recipe:
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
+    key, separator, text = (part.strip() for part in override.partition("="))
     if not separator or not key:
         raise RecipeError(f"--set {override}: write key=value, for example optimizer.lr=0.1")
     try:
