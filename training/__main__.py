@@ -138,8 +138,7 @@ def _create(options: argparse.Namespace, console: Console) -> tuple[Path, data.D
     usual = Path("runs") / f"{name}-seed{options.seed}{trial}"
     folder = options.out or _free_folder(usual)
     if not options.out and folder != usual:
-        command = checkpoint.resume_command(usual)
-        console.print(f"{usual} holds another run; to go on with that: {command}")
+        console.print(f"{usual} holds {_held(usual)}")
     if not complete and chosen.data.validation == 0:
         console.print(f"a {UNJUDGED}")
     dataset = data.load()
@@ -192,6 +191,15 @@ def _free_folder(folder: Path) -> Path:
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
+
+
+def _held(folder: Path) -> str:
+    try:
+        if checkpoint.load_last(folder / checkpoint.FILE)[0].ended:
+            return "a finished run"
+    except ExplainedError:
+        pass  # which the advice will tell
+    return f"another run; to go on with that: {checkpoint.resume_command(folder)}"
 
 
 def _list(console: Console, markdown: bool) -> None:

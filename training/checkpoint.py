@@ -128,6 +128,11 @@ class Checkpoint(BaseModel):
         """Whether all epochs are trained."""
         return self.epoch >= self.parsed_recipe().epochs
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to do: a complete run is evaluated too."""
+        return self.finished and not (self.run["complete"] and self.result is None)
+
     def check_finished(self, path: Path) -> None:
         """Raise CheckpointError, naming ``path``, if epochs are left to train."""
         if not self.finished:

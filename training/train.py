@@ -145,8 +145,7 @@ def resume(
         if state.run["data"] != dataset.source:
             raise TrainingError(f"{folder} trains on {state.run['data']}, not on {dataset.source}")
         _check_unchanged(folder / RECIPE, state)
-        complete = state.run["complete"]
-        if not state.finished or (complete and state.result is None):
+        if not state.ended:
             if state.run.get("deterministic"):
                 device.be_deterministic()
             run = Run(
@@ -154,7 +153,7 @@ def resume(
             )
             with watch.signals():
                 run.train(watch)
-                if complete:
+                if state.run["complete"]:
                     run.test(watch)
         if processes.first and state.result is not None and dataset.source == "cifar10":
             results.record(Result.model_validate(state.result))
