@@ -7,7 +7,7 @@ Runtime) and with the service's engine and int8 file, which tells engine and ser
 
 ``python -m benchmarks.serving`` measures, writes ``benchmarks/serving.json`` and each load's raw figures
 to ``results/serving.jsonl`` beside it; ``--markdown`` prints the former as a table. The committed file
-is of ``--seconds 3 --rounds 3``, ``serving-a1.json`` of ``--network A1 --seconds 4``, as A1's engine
+is of ``--seconds 4 --rounds 3``, ``serving-a1.json`` of ``--network A1 --seconds 4``, as A1's engine
 takes so little time that it shows the servers themselves, and ``serving-avx2.json`` of
 ``--servers 'the service' FastAPI LitServe --seconds 8``.
 """
