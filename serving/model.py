@@ -13,6 +13,7 @@ from serving.engine import Engine
 from serving.errors import ModelError, StartError
 from serving.providers import CPU, session_options
 from serving.settings import Provider
+from serving.version import version
 
 CONTRACT = "1"
 REQUIRED = ("contract", "name", "version", "classes", "precision")
@@ -60,13 +61,15 @@ class Model:
             ProviderError: `provider` is a provider's name and it cannot be used here.
         """
         try:
-            opened = _opened(path, _read(path))
+            content = _read(path)
+            opened = _opened(path, content)
             _check_operators(path, opened)
             self.metadata = _metadata(path, opened)
             self.name: str = self.metadata["name"]
             self.version: str = self.metadata["version"]
             self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
             _check_signature(path, opened, len(self.classes))
+            _check_version(path, content, self.version)
             _check_runs(path, opened, len(self.classes))
             self._engine = Engine(path, provider, threads, min(runs, max_batch_size))
             self.provider, self.provider_reason = self._engine.provider, self._engine.reason
@@ -188,6 +191,14 @@ def _check_signature(path: Path, session: ort.InferenceSession, classes: int) ->
     if (name, kind) != ("logits", "tensor(float)") or shape[1:] != [classes]:
         raise ModelError(
             f"{path} gives {outputs}; right would be one output, logits float32 [N, {classes}]."
+        )
+
+
+def _check_version(path: Path, content: bytes, claimed: str) -> None:
+    if (found := version(content)) != claimed:
+        raise ModelError(
+            f"{path} says that it is version {claimed}, but its graph is {found}: it was changed or "
+            "damaged after `python -m export write` had written it."
         )
 
 

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from export.metadata import version
+
 CLASSES = [
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
@@ -17,7 +19,7 @@ CLASSES = [
 METADATA = {
     "contract": "1",
     "name": "tiny",
-    "version": "12e456789012",
+    "version": "",  # which `write_model` sets
     "classes": json.dumps(CLASSES),
     "precision": "fp32",
     "parameters": "30720",
@@ -36,7 +38,10 @@ def write_model(
     input_shape: Sequence[int | str] = ("N", 32, 32, 3),
     outputs: int = 10,
 ) -> Path:
-    """Write a model file whose graph leads from the input to `logits`."""
+    """Write a model file whose graph leads from the input to `logits`.
+
+    The version in the metadata, if there is one, is the graph's, which has the file's name.
+    """
     graph = helper.make_graph(
         nodes,
         path.stem,
@@ -47,6 +52,8 @@ def write_model(
     domains = {"", *(node.domain for node in nodes)}
     imports = [helper.make_opsetid(domain, 1 if domain else 17) for domain in sorted(domains)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=9)
+    if "version" in metadata:
+        metadata = metadata | {"version": version(model)}
     helper.set_model_props(model, metadata)
     onnx.save(model, path)
     return path

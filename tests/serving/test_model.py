@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from export.metadata import version
 from serving.errors import ModelError
 from serving.model import Model
 from serving.settings import BUNDLED_MODEL
@@ -46,8 +47,9 @@ def test_takes_views_in_any_strides(model_file: ModelFile, images: npt.NDArray[n
 
 
 def test_metadata_is_decoded_but_texts_stay_texts(model_file: ModelFile) -> None:
-    model = load(model_file())
-    assert model.version == "12e456789012"
+    path = model_file()
+    model = load(path)
+    assert model.version == version(onnx.load(path))
     assert model.metadata["parameters"] == 30720
     assert model.metadata["parity"] == {"images": 1000, "top1_agreement": 1.0}
     assert model.provider == "CPUExecutionProvider"
@@ -159,6 +161,22 @@ def test_a_graph_for_small_batches_only(tmp_path: Path) -> None:
     load(path)
     with pytest.raises(ModelError, match=r"small\.onnx cannot be used: "):
         Model(path, "cpu", 1, max_batch_size=64)
+
+
+@pytest.mark.parametrize("part", ["weights", "opset"])
+def test_a_graph_that_is_not_of_its_version(model_file: ModelFile, part: str) -> None:
+    path = model_file()
+    model = onnx.load(path)
+    before = version(model)
+    if part == "weights":
+        (weights,) = model.graph.initializer
+        weights.raw_data = weights.raw_data[:-1] + bytes([weights.raw_data[-1] ^ 1])
+    else:
+        model.opset_import[0].version += 1
+    onnx.save(model, path)
+    told = f"says that it is version {before}, but its graph is {version(model)}: it was changed or"
+    with pytest.raises(ModelError, match=told):
+        load(path)
 
 
 def test_damaged_weights_whose_logits_are_no_numbers(model_file: ModelFile) -> None:

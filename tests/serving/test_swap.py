@@ -17,22 +17,18 @@ import pytest
 from benchmarks.server import is_ready, reached
 from serving.deployment import file_state, replacements
 from serving.model import Model
+from serving.version import version
 from tests.serving.figures import read, value
-from tests.serving.models import METADATA, write_slow_model
+from tests.serving.models import write_slow_model
 from tests.serving.raw import connected, post
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import Server, running, wait_for_workers, wait_until
 
-FIRST, SECOND = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
-
 
 @pytest.fixture
 def contents(model_file: Callable[..., Path]) -> tuple[bytes, bytes]:
-    """The contents of model files of the first and of the second version."""
-    first, second = (
-        model_file(METADATA | {"version": version}, name=f"{version}.onnx").read_bytes()
-        for version in (FIRST, SECOND)
-    )
+    """The contents of model files of two versions."""
+    first, second = (model_file(name=name).read_bytes() for name in ("first.onnx", "second.onnx"))
     return first, second
 
 
@@ -53,18 +49,15 @@ def outcomes(client: httpx.Client) -> dict[str, float]:
 def test_a_new_file_takes_over_between_requests_and_a_bad_one_is_refused(
     tmp_path: Path, model_file: Callable[..., Path], images: npt.NDArray[np.uint8]
 ) -> None:
-    versions = {
-        version: model_file(METADATA | {"version": version}, scale=scale, name=f"{version}.onnx")
-        for version, scale in ((FIRST, 1 / 255), (SECOND, -1 / 255))
-    }
+    paths = [model_file(scale=scale, name=f"{scale}.onnx") for scale in (1 / 255, -1 / 255)]
+    models = [Model(path, "cpu", 1) for path in paths]
+    first, second = (model.version for model in models)
+    right = {model.version: model.logits(images[:50]).argmax(axis=1).tolist() for model in models}
+    files = {model.version: path.read_bytes() for model, path in zip(models, paths, strict=True)}
     served = tmp_path / "served.onnx"
-    served.write_bytes(versions[FIRST].read_bytes())
-    right = {
-        version: Model(path, "cpu", 1).logits(images[:50]).argmax(axis=1).tolist()
-        for version, path in versions.items()
-    }
-    assert not set(zip(right[FIRST], range(50), strict=True)) & set(
-        zip(right[SECOND], range(50), strict=True)
+    served.write_bytes(files[first])
+    assert not set(zip(right[first], range(50), strict=True)) & set(
+        zip(right[second], range(50), strict=True)
     ), "the answers tell the versions apart"
 
     stop = threading.Event()
@@ -100,33 +93,33 @@ def test_a_new_file_takes_over_between_requests_and_a_bad_one_is_refused(
                 assert not any(load.done() for load in loads)
 
         loads = [pool.submit(ask_on, number) for number in range(4)]
-        wait_for(FIRST)
-        replace(served, versions[SECOND].read_bytes())
-        wait_for(SECOND)
-        replace(served, versions[FIRST].read_bytes()[:-1000])
+        wait_for(first)
+        replace(served, files[second])
+        wait_for(second)
+        replace(served, files[first][:-1000])
         while outcomes(client)["refused"] == 0:
             assert not any(load.done() for load in loads)
-        assert client.get("/model").json()["version"] == SECOND
+        assert client.get("/model").json()["version"] == second
         served.unlink()
         assert client.get("/readyz").status_code == 200
-        replace(served, versions[FIRST].read_bytes())
-        wait_for(FIRST)
+        replace(served, files[first])
+        wait_for(first)
         stop.set()
         for load in loads:
             load.result()
-        assert [versions[0] for versions in seen] == [FIRST] * 4
+        assert [versions[0] for versions in seen] == [first] * 4
         assert outcomes(client) == {"done": 2, "refused": 1}
         shown = {
             dict(labels)["version"]: figure
             for (name, labels), figure in read(client).items()
             if name == "cifar10_model_info"
         }
-        assert shown == {FIRST: 1, SECOND: 0}
+        assert shown == {first: 1, second: 0}
         csv = client.post("/submission", files={"file": ("a.pkl", pickled({"data": images[:50]}))})
-        assert csv.text.split() == ["ID,Labels", *(f"{i},{x}" for i, x in enumerate(right[FIRST]))]
+        assert csv.text.split() == ["ID,Labels", *(f"{i},{x}" for i, x in enumerate(right[first]))]
     log = server.log.read_text()
-    assert f"tiny {SECOND} took over from tiny {FIRST}" in log
-    assert f"tiny {SECOND} goes on; the new model file is refused: " in log
+    assert f"tiny {second} took over from tiny {first}" in log
+    assert f"tiny {second} goes on; the new model file is refused: " in log
 
 
 def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
@@ -153,9 +146,9 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
         wait_for_workers(server, 1, without=worker.pid)
         wait_until(lambda: reached(server.url, is_ready), server)
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            assert client.get("/model").json()["version"] == SECOND
+            assert client.get("/model").json()["version"] == version(second)
             replace(served, first)
-            wait_until(lambda: client.get("/model").json()["version"] == FIRST, server)
+            wait_until(lambda: client.get("/model").json()["version"] == version(first), server)
     log = server.log.read_text()
     assert "the last model file that passed serves on; the present one is refused: " in log
 
@@ -163,6 +156,7 @@ def test_a_worker_that_starts_beside_a_bad_file_serves_the_last_good_one(
 def test_a_newer_model_does_not_wait_for_requests_of_the_one_before(
     tmp_path: Path, contents: tuple[bytes, bytes], images: npt.NDArray[np.uint8]
 ) -> None:
+    first, second = contents
     served = write_slow_model(tmp_path)
     file = pickled({"data": np.concatenate([images] * 10)})
     with (
@@ -176,10 +170,10 @@ def test_a_newer_model_does_not_wait_for_requests_of_the_one_before(
         body, kind = upload.read(), upload.headers["Content-Type"]
         slow.sendall(post("/submission", len(body), kind) + body)
         wait_until(lambda: value(read(client), "cifar10_batch_images_sum") > 0, server)
-        replace(served, contents[0])
-        wait_until(lambda: serves(server, FIRST), server)
-        replace(served, contents[1])
-        wait_until(lambda: serves(server, SECOND), server)
+        replace(served, first)
+        wait_until(lambda: serves(server, version(first)), server)
+        replace(served, second)
+        wait_until(lambda: serves(server, version(second)), server)
         slow.setblocking(False)
         with pytest.raises(BlockingIOError):  # it has no answer yet
             slow.recv(1)
@@ -194,12 +188,12 @@ def test_who_does_not_watch_keeps_the_model(tmp_path: Path, contents: tuple[byte
     ) as server:
         for _ in range(3):  # who watched would have taken the first of them by the end of the last
             asyncio.run(found(served, second))
-        assert serves(server, FIRST)
+        assert serves(server, version(first))
         (worker,) = server.workers()
         os.kill(worker, signal.SIGKILL)
         wait_for_workers(server, 1, without=worker)
         wait_until(lambda: reached(server.url, is_ready), server)
-        assert serves(server, FIRST), "as the workers that were not replaced do"
+        assert serves(server, version(first)), "as the workers that were not replaced do"
 
 
 async def found(file: Path, content: bytes) -> None:
