@@ -26,8 +26,8 @@ class Model:
     """A model file in an engine that is safe to call from any thread.
 
     The file keeps contract 1: input `images` uint8 [N, 32, 32, 3] RGB, output `logits` float32
-    [N, classes], operators of ONNX's own domain, and metadata with at least contract, name, version,
-    classes and precision.
+    [N, classes], operators of ONNX's own domain, and metadata with at least contract, name, version (as
+    `serving.version` computes it), classes and precision.
 
     Attributes:
         metadata: everything the file says about itself, with JSON values decoded.

@@ -133,8 +133,9 @@ def _check_order(data: npt.NDArray[np.uint8], *, in_planes: bool) -> None:
     """Raise `PickleError` if images have been reshaped where they had to be transposed.
 
     In a picture, a pixel is most like the one below it, which is 32 values further where each colour
-    has a plane of its own, and 96 where a pixel's three colours are side by side. Of CIFAR-10's images,
-    any ten differ at the right distance by less than 0.6 of what they do at the wrong one.
+    has a plane of its own, and 96 where a pixel's three colours are side by side. Measured at the right
+    distance, CIFAR-10's images differ by less than 0.6 of what they do at the wrong one (ten by ten in
+    their order; one by one, by less than 1.1 of it).
     """
     rows = data[: COMPARED[-1]].reshape(-1, 3072).astype(np.int16)
     if len(rows) not in COMPARED:

@@ -22,6 +22,7 @@ METADATA = {
     "version": "",  # which `write_model` sets
     "classes": json.dumps(CLASSES),
     "precision": "fp32",
+    "commit": "12e456789012",
     "parameters": "30720",
     "parity": json.dumps({"images": 1000, "top1_agreement": 1.0}),
 }

@@ -50,6 +50,7 @@ def test_metadata_is_decoded_but_texts_stay_texts(model_file: ModelFile) -> None
     path = model_file()
     model = load(path)
     assert model.version == version(onnx.load(path))
+    assert model.metadata["commit"] == "12e456789012"
     assert model.metadata["parameters"] == 30720
     assert model.metadata["parity"] == {"images": 1000, "top1_agreement": 1.0}
     assert model.provider == "CPUExecutionProvider"
