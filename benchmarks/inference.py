@@ -167,11 +167,12 @@ def _built(name: str, precisions: Sequence[str], folder: Path) -> Model:
         graphs["fp16"] = graph.build(half(classifier))
     if "int8" in precisions:
         graphs["int8"] = quantize.int8(graphs["fp32"])
-    described = {"contract": CONTRACT, "name": name, "version": "random", "classes": json.dumps(CLASSES)}
+    described = {"contract": CONTRACT, "name": name, "classes": json.dumps(CLASSES)}
     folder.mkdir()
     files = {}
     for precision, content in graphs.items():
-        onnx.helper.set_model_props(content, {**described, "precision": precision})
+        own = {"version": metadata.version(content), "precision": precision}
+        onnx.helper.set_model_props(content, described | own)
         files[precision] = folder / f"{precision}.onnx"
         onnx.save(content, files[precision])
     return Model(name, chosen.views, files)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.metadata import version
+from serving.version import version
 
 CLASSES = [
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -54,7 +54,7 @@ def write_model(
     imports = [helper.make_opsetid(domain, 1 if domain else 17) for domain in sorted(domains)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=9)
     if "version" in metadata:
-        metadata = metadata | {"version": version(model)}
+        metadata = metadata | {"version": version(model.SerializeToString())}
     helper.set_model_props(model, metadata)
     onnx.save(model, path)
     return path
