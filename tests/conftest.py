@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import httpx
@@ -15,7 +16,8 @@ MOST_WORKERS = 4  # each takes memory for torch and for the servers that it star
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Set before torch is imported, here and in the processes that tests start: more threads would only
-    # wait for those of the other workers.
+    # wait for those of the other workers, and a run with another number of them gives other bits.
+    assert "torch" not in sys.modules
     threads = max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
