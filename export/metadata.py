@@ -1,6 +1,5 @@
 """A model file's metadata: what the service, and anyone who finds the file, can learn about it."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from onnx import ModelProto, TensorProto
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 from pydantic_core import ErrorDetails
 
+import serving.version
 from export import reliability
 from export.graph import OPSET, GraphError
 from export.member import Member
@@ -139,10 +139,7 @@ def version(model: ModelProto) -> str:
 
     Another precision, temperature or choice of views therefore gives another version.
     """
-    bare = ModelProto()
-    bare.CopyFrom(model)
-    del bare.metadata_props[:]
-    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()[:12]
+    return serving.version.version(model.SerializeToString(deterministic=True))
 
 
 def read(model: ModelProto) -> Description:

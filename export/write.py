@@ -75,8 +75,8 @@ def write(
         if path.suffix != ".onnx":  # perhaps the last of several checkpoints, and OUT.onnx was forgotten
             raise GraphError(f"{path}: the model file comes last, and its name must end in .onnx")
     members = [member.load(path, views) for path in checkpoints]
-    for path, part in zip(checkpoints, members, strict=True):
-        part.checkpoint.check_finished(path)
+    for part in members:
+        part.checkpoint.check_finished()
     trials = [member.load(path, views) for path in temperature_from]
     member.check_different(members)
     member.check_different(trials)
@@ -92,7 +92,7 @@ def write(
             made.append(reference.in_precision(precision, path))
         except ParityError as error:
             others = " or ".join(f"--precision {each}" for each in files if each != precision)
-            advice = f"; {others} writes another precision alone" * bool(others)
+            advice = f"; {others} writes another precision alone" if others else ""
             raise ParityError(f"{path} in {precision}: {error}{advice}") from error
 
     with ExitStack() as stack:  # all files are on the disk before the first takes its place

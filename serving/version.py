@@ -10,8 +10,8 @@ BYTES = 2  # the wire type of a field whose length precedes it
 def version(content: bytes) -> str:
     """Return twelve hex digits that change with a model file's graph and weights, not its metadata.
 
-    Of a file that `export` has written they are what it calls the file's version. Without the package
-    onnx, which the service does not need otherwise: https://protobuf.dev/programming-guides/encoding/
+    `export` puts them into the metadata. The bytes are read without the package onnx, which the service
+    does not need otherwise: https://protobuf.dev/programming-guides/encoding/
     """
     digest = hashlib.sha256()
     for field in _without_metadata(memoryview(content)):

@@ -106,7 +106,7 @@ class Checkpoint(BaseModel):
     history: list[dict[str, Any]] = []
     sessions: list[Session] = []
     result: Annotated[dict[str, Any], AfterValidator(_as_row)] | None = None
-    _place: str = "the checkpoint"  # its file's path, once it is read from one
+    _path: Path = Path(FILE)  # of the file that it was read from, if it was
 
     def parsed_recipe(self) -> Recipe:
         """The recipe, validated anew.
@@ -114,7 +114,7 @@ class Checkpoint(BaseModel):
         Raises:
             RecipeError: it is not valid in this program. Whatever needs the recipe raises this too.
         """
-        return parse(self.recipe, f"recipe {self.recipe_name} in {self._place}")
+        return parse(self.recipe, f"recipe {self.recipe_name} in {self._path}")
 
     @property
     def commit(self) -> str:
@@ -133,12 +133,12 @@ class Checkpoint(BaseModel):
         """Whether nothing is left to do: a complete run is evaluated too."""
         return self.finished and not (self.run["complete"] and self.result is None)
 
-    def check_finished(self, path: Path) -> None:
-        """Raise CheckpointError, naming ``path``, if epochs are left to train."""
+    def check_finished(self) -> None:
+        """Raise CheckpointError, naming the file, if epochs are left to train."""
         if not self.finished:
             done = f"epoch {self.epoch} of {self.parsed_recipe().epochs}"
             raise CheckpointError(
-                f"{path}: not finished: {done}; go on with: {resume_command(path.parent)}"
+                f"{self._path}: not finished: {done}; go on with: {resume_command(self._path.parent)}"
             )
 
     def facts(self) -> dict[str, Any]:
@@ -178,9 +178,7 @@ class Checkpoint(BaseModel):
 
     def misfit(self, part: str, error: Exception) -> CheckpointError:
         """The error that says that a part of this checkpoint does not fit its recipe."""
-        return CheckpointError(
-            f"{self._place}: the {part} do not fit recipe {self.recipe_name}: {error}"
-        )
+        return CheckpointError(f"{self._path}: the {part} do not fit recipe {self.recipe_name}: {error}")
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -307,5 +305,5 @@ def decode(content: bytes, path: Path) -> Checkpoint:
         state = Checkpoint.model_validate(data)
     except ValidationError as error:
         raise CheckpointError(f"{path}: damaged or not a checkpoint: {first_of(error)}") from error
-    state._place = str(path)
+    state._path = path
     return state

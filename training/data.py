@@ -127,7 +127,8 @@ def load_sample(path: Path | None = None) -> DataSet:
     """
     path = path or SAMPLE
     try:
-        content, bundled = path.read_bytes(), SAMPLE.read_bytes()
+        content = path.read_bytes()
+        bundled = path == SAMPLE or content == SAMPLE.read_bytes()
     except OSError as error:
         raise DataError(f"could not read the sample of CIFAR-10: {error}") from error
     try:
@@ -137,8 +138,8 @@ def load_sample(path: Path | None = None) -> DataSet:
         raise DataError(
             f"{path}: not a sample of CIFAR-10 as training/data.py describes: {error}"
         ) from error
-    digest = hashlib.sha256(content).hexdigest()[:12]
-    return DataSet(train, test, "sample" if content == bundled else f"sample-{digest}")
+    source = "sample" if bundled else f"sample-{hashlib.sha256(content).hexdigest()[:12]}"
+    return DataSet(train, test, source)
 
 
 def split(train: Images, fraction: float) -> tuple[Images, Images]:

@@ -68,7 +68,7 @@ class Teacher(nn.Module):
     def __init__(self, recipe: Recipe, config: Distillation, path: Path) -> None:
         super().__init__()
         state = checkpoints.load(path)
-        state.check_finished(path)
+        state.check_finished()
         self.weight, self.temperature = config.weight, config.temperature
         network = state.network()
         check_sizes(network, recipe, f"distillation.teacher {path}")

@@ -185,7 +185,7 @@ def _read_teacher(recipe: Recipe, teacher: Path, student: RunFacts) -> bytes:
         )
     content = checkpoints.read(teacher)  # read once: the run that writes it may be going on
     state = checkpoints.decode(content, teacher)
-    state.check_finished(teacher)
+    state.check_finished()
     same_data = state.run["data"] == student["data"]
     if student["complete"] and not (state.run["complete"] and same_data):
         raise TrainingError(
