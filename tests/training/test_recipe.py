@@ -20,7 +20,7 @@ OURS = {
     "accurate": 4636768,
     "fast": 2563104,
     "seresnet": 2580612,
-    "resnext": 4124186,
+    "resnext": 884362,
     "distilled": 645792,
 }
 
