@@ -46,11 +46,11 @@ class Member:
             "commit": run.commit,
             "checkpoint_sha256": self.digest,
         }
-        if run.result is not None:
-            measured = {"none": "single_view_accuracy", run.result["views"]: "accuracy"}
+        if (result := run.result) is not None:
+            measured = {"none": result.single_view_accuracy, result.views: result.accuracy}
             if self.recipe.views in measured:
-                facts["test_accuracy"] = run.result[measured[self.recipe.views]]
-                facts["test_images"] = run.result["test_images"]
+                facts["test_accuracy"] = measured[self.recipe.views]
+                facts["test_images"] = result.test_images
         return facts
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from training import STARTED, checkpoint, data, device, recipe, results, train
+from training import STARTED, checkpoint, data, device, recipe, train
 from training.checkpoint import Checkpoint
 from training.errors import ExplainedError
 from training.files import make_place
@@ -162,8 +162,7 @@ def _open(options: argparse.Namespace) -> tuple[Path, data.DataSet]:
 
 def _outcome(state: Checkpoint, folder: Path) -> str:
     end = f"after {state.seconds:.0f} s; {folder / checkpoint.FILE}"
-    if state.result is not None:
-        result = results.Result.model_validate(state.result)
+    if (result := state.result) is not None:
         single = "" if result.views == "none" else f", {percent(result.single_view_accuracy)} without"
         return (
             f"test accuracy {percent(result.accuracy)} (views: {result.views}{single}) on "

@@ -52,14 +52,6 @@ def _as_ours(classes: list[str]) -> list[str]:
     return classes
 
 
-def _as_row(result: dict[str, Any]) -> dict[str, Any]:
-    try:
-        Result.model_validate(result, strict=True)
-    except ValidationError as error:
-        raise ValueError(first_of(error)) from error
-    return result
-
-
 Natural = Annotated[int, Field(ge=0)]
 
 
@@ -105,7 +97,7 @@ class Checkpoint(BaseModel):
     correct: int = 0
     history: list[dict[str, Any]] = []
     sessions: list[Session] = []
-    result: Annotated[dict[str, Any], AfterValidator(_as_row)] | None = None
+    result: Result | None = None
     _path: Path = Path(FILE)  # of the file that it was read from, if it was
 
     def parsed_recipe(self) -> Recipe:
@@ -152,8 +144,15 @@ class Checkpoint(BaseModel):
             "epochs": self.parsed_recipe().epochs,
             "seconds": round(self.seconds, 1),
             "sessions": self.sessions,
-            "result": self.result,
+            "result": self._result(),
         }
+
+    def values(self) -> dict[str, Any]:
+        """All attributes as tensors and plain values."""
+        return dict(self) | {"result": self._result()}
+
+    def _result(self) -> dict[str, Any] | None:
+        return self.result.model_dump() if self.result else None
 
     def network(self) -> nn.Module:
         """The run's resulting network, on the CPU: the moving average if the recipe has one.
@@ -190,11 +189,10 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     Raises:
         CheckpointError: it could not be written (to a full disk, say); the old ones are untouched.
     """
-    values = {name: getattr(checkpoint, name) for name in Checkpoint.model_fields}
     beside = path.with_name(path.name + ".next")
     try:
         with replacing(beside) as file:
-            torch.save({"format": FORMAT, **values}, file)
+            torch.save({"format": FORMAT, **checkpoint.values()}, file)
         # A damaged checkpoint must not replace the good previous one that the run was resumed from.
         if path.exists() and _whole(path):
             path.replace(previous(path))

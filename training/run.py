@@ -156,7 +156,7 @@ class Run:
         if self.recipe.views != "none":
             single = self._evaluate("test", test_images, "none", go_on)
         sessions = self.state.sessions
-        result = Result(
+        self.state.result = Result(
             date=provenance.now(),
             recipe=self.state.recipe_name,
             recipe_digest=self.recipe.digest(),
@@ -176,7 +176,6 @@ class Run:
             torch=_several([session["torch"] for session in sessions]),
             commit=self.state.commit,
         )
-        self.state.result = result.model_dump()
         self._save()
 
     def _load_optimizers(self) -> None:

@@ -21,7 +21,6 @@ from training.initial import check_alone, check_sizes, initial_network
 from training.learner import TrainingError, count_steps
 from training.processes import Processes
 from training.recipe import Recipe, load
-from training.results import Result
 from training.run import TEACHER, Run
 from training.watch import Watch
 
@@ -156,7 +155,7 @@ def resume(
                 if state.run["complete"]:
                     run.test(watch)
         if processes.first and state.result is not None and dataset.source == "cifar10":
-            results.record(Result.model_validate(state.result))
+            results.record(state.result)
         return state
 
 

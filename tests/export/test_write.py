@@ -44,7 +44,7 @@ def test_metadata_says_what_the_file_is(exported: Path, train: Train) -> None:
     assert int(values["parameters"]) == parameter_count(state.network())
     assert (values["views"], values["precision"]) == ("flip", "fp32")
     assert state.result is not None
-    assert float(values["test_accuracy"]) == state.result["accuracy"]
+    assert float(values["test_accuracy"]) == state.result.accuracy
     assert int(values["test_images"]) == TEST
     assert values["commit"] == state.run["commit"]
     report = json.loads(values["parity"])
@@ -114,8 +114,8 @@ def test_tta_takes_the_place_of_the_recipes_views(train: Train, tmp_path: Path) 
     assert result is not None
     values = described(out)
     assert values["views"] == "none"
-    assert float(values["test_accuracy"]) == result["single_view_accuracy"]
-    assert json.loads(values["parity"])["accuracy"] == result["single_view_accuracy"]
+    assert float(values["test_accuracy"]) == result.single_view_accuracy
+    assert json.loads(values["parity"])["accuracy"] == result.single_view_accuracy
 
     # A run that was not evaluated with these views has no such accuracy, but the file's own is there.
     assert main(["write", str(train("A1")), str(out), "--tta", "flip"]) == 0

@@ -122,7 +122,7 @@ def test_checkpoint_that_cannot_be_read_says_so(tmp_path: Path) -> None:
         ("step", "3", "step"),
         ("run", {"seed": 0}, "run.limit"),
         ("model", {"head.weight": [1.0]}, "model.head.weight"),
-        ("result", {"views": "none"}, "result: date"),
+        ("result", {"views": "none"}, "result.date"),
         ("more", 1, "more"),
     ],
 )

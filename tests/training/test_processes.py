@@ -119,8 +119,8 @@ def test_resume_with_another_number_of_processes(short: Path, tmp_path: Path) ->
         torch.testing.assert_close(state.model[key], value, atol=1e-4, rtol=1e-3)
     assert state.result is not None
     assert expected.result is not None
-    assert state.result["test_images"] == 1000
-    assert state.result["accuracy"] == pytest.approx(expected.result["accuracy"], abs=0.005)
+    assert state.result.test_images == 1000
+    assert state.result.accuracy == pytest.approx(expected.result.accuracy, abs=0.005)
 
 
 def test_error_of_the_first_process_ends_all(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_finished_run_shows_its_result_and_the_test_images(
     page = read(folder / "report.html")
     state = checkpoint.load(folder / "checkpoint.pt")
     assert state.result is not None
-    accuracy = f"{100 * state.result['accuracy']:.2f} %"
+    accuracy = f"{100 * state.result.accuracy:.2f} %"
     assert text(page.find(".//li[@class='first']")) == f"{accuracy} test accuracy on 1,000 images"
     assert text(page.find("head/title")) == f"run: {state.recipe['title']}"
 
@@ -161,7 +161,7 @@ def test_finished_run_shows_its_result_and_the_test_images(
     assert state.parsed_recipe().to_toml() in "".join(page.itertext())
 
     check_predictions(page, state, data.load_sample().test)
-    assert sum(row[i] for i, row in enumerate(confusion(page))) == round(1000 * state.result["accuracy"])
+    assert sum(row[i] for i, row in enumerate(confusion(page))) == round(1000 * state.result.accuracy)
 
 
 def test_page_is_one_file_that_refers_to_nothing(uninterrupted: Path, tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_every_fact_of_the_checkpoint_is_shown(uninterrupted: Path, tmp_path: Pa
     page = report(edited(uninterrupted, tmp_path / "run", **changes), tmp_path)
     shown = facts(page)
     assert state.result is not None
-    assert shown["device"] == state.result["device"]
+    assert shown["device"] == state.result.device
     assert "45.5 s for 3 epochs" in text(page)
     table = page.findall(".//details//table")[0]
     assert text(table.find("caption")) == "Metrics by epoch"
@@ -379,11 +379,11 @@ def test_comparison_has_a_row_and_curves_for_each_run(
     assert rows[0]["run"] == "first"
     assert rows[0]["model"] == "basic_cnn"
     assert rows[0]["recipe"] == "short Basic CNN of the PyTorch tutorial"
-    assert rows[0]["test accuracy"] == f"{100 * states[0].result['accuracy']:.2f} %"
+    assert rows[0]["test accuracy"] == f"{100 * states[0].result.accuracy:.2f} %"
     assert (rows[0]["val accuracy"], rows[0]["epochs"], rows[0]["lr"]) == (NONE, "3", "0.05")
     assert (rows[0]["parameters"], rows[0]["seed"]) == ("62,006", "7")
-    assert rows[0]["device"] == states[0].result["device"]
-    assert rows[0]["timestamp"].startswith(states[0].result["date"][:10])
+    assert rows[0]["device"] == states[0].result.device
+    assert rows[0]["timestamp"].startswith(states[0].result.date[:10])
     assert rows[0]["commit"].startswith(states[0].run["commit"][:10])
     assert rows[1]["test accuracy"] == NONE
     assert rows[1]["val accuracy"] == f"{100 * states[1].history[-1]['val_accuracy']:.2f} %"
@@ -428,9 +428,10 @@ def test_of_many_sessions_the_first_and_the_last_start_are_shown(
 
 def test_the_best_accuracies_of_a_comparison_are_bold(uninterrupted: Path, tmp_path: Path) -> None:
     state, entries = checkpoint.load(uninterrupted / "checkpoint.pt"), []
+    assert state.result is not None
     for name, test, val in (("a", 0.5, 0.75), ("b", 0.6, 0.7), ("c", None, None)):
         history = [state.history[-1] | ({"val_accuracy": val, "val_loss": 1.0} if val else {})]
-        result = (state.result or {}) | {"accuracy": test} if test else None
+        result = state.result.model_copy(update={"accuracy": test}) if test else None
         run = state.model_copy(update={"history": history, "result": result})
         entries.append(pages.Entry(name, tmp_path / name, run, run.parsed_recipe(), run.network()))
     path = tmp_path / pages.COMPARISON

@@ -96,7 +96,7 @@ def test_a_complete_run_has_its_row_once_and_of_all_its_sessions(
     for _ in range(2):
         state = train.resume(out, dataset, console, Watch(), Processes())
         (row,) = results.read(path)
-        assert row.model_dump() == state.result
+        assert row == state.result
     assert row.seconds == state.history[-1]["seconds"] >= 1000
     assert (row.train_images, row.val_accuracy) == (400, state.history[-1]["val_accuracy"])
     assert row.device == f"2 x a GPU + {own['device']}"

@@ -69,7 +69,7 @@ class Entry:
     @property
     def test_accuracy(self) -> float | None:
         """Accuracy on the test images; None if the run was not evaluated on them."""
-        return self.state.result["accuracy"] if self.state.result else None
+        return self.state.result.accuracy if self.state.result else None
 
     @property
     def seconds(self) -> float:
@@ -80,7 +80,7 @@ class Entry:
     def timestamp(self) -> str:
         """When the run was evaluated on the test images, else when it was started."""
         times = [session["started"] for session in self.state.sessions]
-        return _moment(self.state.result["date"] if self.state.result else times[0]) if times else ""
+        return _moment(self.state.result.date if self.state.result else times[0]) if times else ""
 
     def facts(self) -> dict[str, str]:
         """All facts about the run in its checkpoint, as texts by name.
@@ -92,7 +92,8 @@ class Entry:
         for session in self.state.sessions:
             for name, value in session.items():
                 values.setdefault(name, []).append(value)
-        values |= self.state.facts() | {"commit": self.state.commit} | (self.state.result or {})
+        facts = self.state.facts()
+        values |= facts | {"commit": self.state.commit} | (facts["result"] or {})
         texts = {name: _text(name, value) for name, value in values.items() if value is not None}
         if len(starts := values.get("started", [])) > 2:
             texts["started"] = f"{_moment(starts[0])} to {_moment(starts[-1])}, {len(starts)} sessions"
