@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -207,7 +208,7 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
 
 
 def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
-    with _starting_anew(tmp_path, "600") as (server, old):
+    with _starting_anew(tmp_path) as (server, old, _):
         wait_until(lambda: reached(server.url, is_ready), server)
         os.kill(old, signal.SIGKILL)
         wait_until(lambda: not psutil.pid_exists(old), server)
@@ -223,18 +224,24 @@ def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
 
 
 def test_a_stop_while_workers_start_anew_is_heeded(tmp_path: Path) -> None:
-    with _starting_anew(tmp_path, "3") as (server, old):
+    with _starting_anew(tmp_path) as (server, old, slow):
         server.process.send_signal(signal.SIGTERM)
         assert psutil.pid_exists(old)
+        slow.close()  # which is what the old worker, and so the supervisor, waits for
         assert server.process.wait(START_SECONDS) == 0
         assert "another one starts" not in server.log.read_text()
 
 
 @contextmanager
-def _starting_anew(folder: Path, stop_timeout: str) -> Iterator[tuple[Server, int]]:
-    """A server after SIGHUP, with a new worker, and the old one, which waits for a slow request."""
+def _starting_anew(folder: Path) -> Iterator[tuple[Server, int, socket.socket]]:
+    """A server after SIGHUP, with a new worker; the old one, which waits for a request; its client."""
     with (
-        running(folder, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT=stop_timeout) as server,
+        running(
+            folder,
+            SERVING_PROVIDER="cpu",
+            SERVING_STOP_TIMEOUT="600",
+            SERVING_BODY_TIMEOUT="600",
+        ) as server,
         connected(server.url) as slow,
     ):
         (old,) = server.workers()
@@ -244,7 +251,7 @@ def _starting_anew(folder: Path, stop_timeout: str) -> Iterator[tuple[Server, in
                 pass
         server.process.send_signal(signal.SIGHUP)
         wait_for_workers(server, 1, without=old)
-        yield server, old
+        yield server, old, slow
 
 
 def _clients_of_each_worker(server: Server, count: int) -> dict[int, list[httpx.Client]]:
