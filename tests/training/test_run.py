@@ -46,12 +46,28 @@ def assert_same_run(actual: Path, expected: Path) -> None:
     assert [{key: json.loads(line)[key] for key in same} for line in lines] == course
 
 
+# After some steps of the second epoch the run waits for a signal: it would be over before a slow test.
+WAITING = """
+import time
+from training.watch import Watch
+reason, steps = Watch.reason, []
+
+def waited(self, needed):
+    steps.append(needed)
+    while len(steps) > 12 and not self._signals:
+        time.sleep(0.01)
+    return reason(self, needed)
+
+Watch.reason = waited
+"""
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_leaves_a_checkpoint_that_resumes(
     short: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals, code: int
 ) -> None:
     out = tmp_path / "run"
-    command = start("run", str(short), "--out", str(out), "--seed", "7")
+    command = start("run", str(short), "--out", str(out), "--seed", "7", before=WAITING)
     assert any(line.startswith("epoch 1") for line in command.stdout)
     assert command.process.pid is not None
     os.kill(command.process.pid, signum)
