@@ -226,8 +226,10 @@ def test_nobody_reads_the_last_line(tiny: Path, test_pickle: Path, tmp_path: Pat
     assert csv.read_text().startswith("ID,Labels\n")
 
 
-def test_ctrl_c_is_told_and_nothing_written(test_pickle: Path, tmp_path: Path) -> None:
-    csv, model = tmp_path / "a.csv", write_slow_model(tmp_path)
+def test_ctrl_c_is_told_and_nothing_written(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
+    csv, model, count = tmp_path / "a.csv", write_slow_model(tmp_path), 20 * len(images)
+    test_pickle = tmp_path / "test.pkl"  # minutes of work, so that it is not done before a slow test
+    test_pickle.write_bytes(pickled({"data": np.concatenate([images] * 20)}))
     before = {*tmp_path.iterdir()}
     settings = {"SERVING_PROVIDER": "cpu", "SERVING_MODEL": str(model), "SERVING_THREADS": "1"}
     with subprocess.Popen(
@@ -239,7 +241,7 @@ def test_ctrl_c_is_told_and_nothing_written(test_pickle: Path, tmp_path: Path) -
     ) as process:
         assert process.stderr is not None
         said = b""
-        while b"/300" not in said:  # the progress bar shows that the work has begun
+        while b"/%d" % count not in said:  # the progress bar shows that the work has begun
             more = os.read(process.stderr.fileno(), 65536)
             assert more, said
             said += more
