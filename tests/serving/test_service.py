@@ -5,8 +5,10 @@ import json
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from select import select
 from typing import Any
 
 import bentoml
@@ -21,6 +23,7 @@ from tests import ROOT
 from tests.listener import listening
 from tests.serving.figures import under_way
 from tests.serving.models import CLASSES
+from tests.serving.raw import connected, last, post
 from tests.serving.samples import EVIL, encoded, pickled
 from tests.serving.server import serving
 
@@ -142,21 +145,26 @@ def test_a_single_image_does_not_wait_for_those_of_a_batch(
 
 
 def test_an_image_does_not_wait_for_large_ones(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
-    large = {"image": ("a.png", encoded(np.zeros((5000, 5000, 3), np.uint8)))}
+    content = encoded(np.zeros((5000, 5000, 3), np.uint8))
+    large = last(post("/classify", len(content))) + content
     small = {"image": ("a.jpg", encoded(images[0], "JPEG"))}
     with (
         serving(tmp_path, SERVING_THREADS="1") as url,
         httpx.Client(base_url=url, timeout=60) as client,
-        ThreadPoolExecutor(4) as pool,
+        ExitStack() as stack,
     ):
-        answers = [
-            pool.submit(httpx.post, f"{url}/classify", files=large, timeout=120) for _ in range(4)
-        ]
-        while under_way(client) < 4:
-            assert not any(answer.done() for answer in answers)
+        connections = [stack.enter_context(connected(url)) for _ in range(8)]
+        for connection in connections:
+            connection.sendall(large[:-1])
+        while under_way(client) < len(connections):
+            pass
+        for connection in connections:  # together, so that they wait for each other
+            connection.sendall(large[-1:])
         assert client.post("/classify", files=small).status_code == 200
-        assert not all(answer.done() for answer in answers)
-        assert [answer.result().status_code for answer in answers] == [200] * 4
+        answered, _, _ = select(connections, [], [], 0)
+        assert len(answered) < len(connections)
+        for connection in connections:
+            assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
 
 
 def test_concurrent_requests_get_their_own_answers(
