@@ -32,11 +32,13 @@ ALERTS = ROOT / "serving" / "alerts.yml"
 
 def test_a_flood_of_reports_is_refused_but_sheds_no_request(url: str, client: httpx.Client) -> None:
     before = value(read(client), "cifar10_shed_requests_total", lacking="queue")
-    with ExitStack() as stack:
-        askers = [stack.enter_context(connected(url)) for _ in range(100)]
-        for asker in askers:
-            asker.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
-        answers = {asker.recv(65536).partition(b"\r\n")[0] for asker in askers}
+    answers: set[bytes] = set()
+    while b"HTTP/1.1 503 Service Unavailable" not in answers:  # what a slow test sends may be no flood
+        with ExitStack() as stack:
+            askers = [stack.enter_context(connected(url)) for _ in range(100)]
+            for asker in askers:
+                asker.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+            answers |= {asker.recv(65536).partition(b"\r\n")[0] for asker in askers}
     assert answers == {b"HTTP/1.1 200 OK", b"HTTP/1.1 503 Service Unavailable"}
     assert value(read(client), "cifar10_shed_requests_total", lacking="queue") == before
 
