@@ -30,6 +30,7 @@ LAST = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def strict_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service that gives clients little time; for tests of that only, which may be slow themselves."""
     folder = tmp_path_factory.mktemp("strict")
     with serving(
         folder,
@@ -127,21 +128,21 @@ def test_a_slow_body_is_answered_as_shown(strict_url: str) -> None:
     assert_as_shown("slow_body", strict_url)
 
 
-def test_who_asks_first_and_is_refused_is_told_that_the_connection_closes(strict_url: str) -> None:
+def test_who_asks_first_and_is_refused_is_told_that_the_connection_closes(url: str) -> None:
     """What the client sends next could be the body or another request."""
     head = post("/classify", 5000, "text/plain").removesuffix(b"\r\n") + b"Expect: 100-continue\r\n\r\n"
-    with connected(strict_url) as connection:
+    with connected(url) as connection:
         connection.sendall(head)
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 415 ")
     assert b"\r\nconnection: close\r\n" in answer.lower()
 
 
-def test_who_sends_on_after_a_refusal_can_read_it(strict_url: str) -> None:
+def test_who_sends_on_after_a_refusal_can_read_it(url: str) -> None:
     """Repeated often enough for the server to read the body's end in pieces of all sizes."""
     body = bytes(8_000_000)
     for _ in range(50):
-        with connected(strict_url) as connection:
+        with connected(url) as connection:
             connection.sendall(post("/classify", len(body)) + body)
             assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -156,10 +157,10 @@ def test_who_sends_on_after_a_refusal_can_read_it(strict_url: str) -> None:
     ],
     ids=["HTTP/1.0", "Connection: close"],
 )
-def test_who_asks_only_once_can_read_a_refusal(strict_url: str, head: bytes) -> None:
+def test_who_asks_only_once_can_read_a_refusal(url: str, head: bytes) -> None:
     """Such as urllib, and nginx by default: they send a whole body before they look for an answer."""
     for _ in range(50):
-        with connected(strict_url) as connection:
+        with connected(url) as connection:
             connection.sendall(head + bytes(8_000_000))
             assert connection.makefile("rb").read().startswith(b"HTTP/1.1 413 ")
 
@@ -172,8 +173,8 @@ def test_who_asks_only_once_can_read_a_refusal(strict_url: str, head: bytes) -> 
     ],
     ids=["requests behind the last one", "body that cannot be read"],
 )
-def test_a_refused_request_is_answered_once(strict_url: str, refused: bytes, rest: bytes) -> None:
-    with connected(strict_url) as connection:
+def test_a_refused_request_is_answered_once(url: str, refused: bytes, rest: bytes) -> None:
+    with connected(url) as connection:
         connection.sendall(refused)
         said = connection.recv(65536)
         connection.sendall(rest)
@@ -182,13 +183,13 @@ def test_a_refused_request_is_answered_once(strict_url: str, refused: bytes, res
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 10])
-def test_trailers_are_no_headers(strict_url: str, images: npt.NDArray[np.uint8], pieces: int) -> None:
+def test_trailers_are_no_headers(url: str, images: npt.NDArray[np.uint8], pieces: int) -> None:
     """A proxy looks at headers only: in trailers it would let through what it drops or sets itself."""
     content = encoded(images[0])
     chunks = b"%x\r\n%b\r\n0\r\n" % (len(content), content)
     trailers = b"Content-Type: text/plain\r\nContent-Encoding: gzip\r\n\r\n"
     sent = (post("/classify", None) + chunks + trailers) * 2 + LAST
-    assert [status for status, _ in answers_to(strict_url, sent, pieces)] == [200] * 3
+    assert [status for status, _ in answers_to(url, sent, pieces)] == [200] * 3
 
 
 @pytest.mark.parametrize(
@@ -202,18 +203,16 @@ def test_trailers_are_no_headers(strict_url: str, images: npt.NDArray[np.uint8],
         (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
     ],
 )
-def test_a_request_has_one_host(strict_url: str, head: bytes, status: int) -> None:
-    assert [status for status, _ in answers_to(strict_url, head)] == [status]
+def test_a_request_has_one_host(url: str, head: bytes, status: int) -> None:
+    assert [status for status, _ in answers_to(url, head)] == [status]
 
 
-def test_a_client_of_http_1_0_is_not_asked_to_go_on(
-    strict_url: str, images: npt.NDArray[np.uint8]
-) -> None:
+def test_a_client_of_http_1_0_is_not_asked_to_go_on(url: str, images: npt.NDArray[np.uint8]) -> None:
     """The client would take `100 Continue` for the answer."""
     content = encoded(images[0])
     head = post("/classify", len(content)).replace(b"HTTP/1.1", b"HTTP/1.0")
     sent = head.removesuffix(b"\r\n") + b"Expect: 100-continue\r\n\r\n" + content
-    assert [status for status, _ in answers_to(strict_url, sent)] == [200]
+    assert [status for status, _ in answers_to(url, sent)] == [200]
 
 
 @pytest.mark.parametrize(
@@ -225,13 +224,13 @@ def test_a_client_of_http_1_0_is_not_asked_to_go_on(
     ],
     ids=["headers", "trailers", "extensions of a chunk"],
 )
-def test_endless_headers_are_hung_up_on(strict_url: str, begin: bytes) -> None:
-    with connected(strict_url) as connection:
+def test_endless_headers_are_hung_up_on(url: str, begin: bytes) -> None:
+    with connected(url) as connection:
         connection.sendall(begin)
         endless = b"".join([b"X-A: " + b"b" * 10_000 + b"\r\n"] * 10_000)
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             connection.sendall(endless if not begin.endswith(b";") else b"b" * 100_000_000)
-    assert httpx.get(f"{strict_url}/healthz").status_code == 200
+    assert httpx.get(f"{url}/healthz").status_code == 200
 
 
 def test_who_does_not_take_the_answers_is_hung_up_on(strict_url: str) -> None:
@@ -356,24 +355,24 @@ def codes(answers: list[tuple[int, bytes]]) -> list[str]:
 @pytest.mark.parametrize("pieces", [1, 2, 50])
 @pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
 def test_a_body_with_an_offer_to_upgrade_is_no_request_of_its_own(
-    strict_url: str, chunked: bool, pieces: int
+    url: str, chunked: bool, pieces: int
 ) -> None:
     smuggled = b"GET /model HTTP/1.1\r\nHost: a\r\n\r\n"
     body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(smuggled), smuggled) if chunked else smuggled
     request = offering(post("/classify", None if chunked else len(smuggled)) + body)
-    answers = answers_to(strict_url, request + LAST, pieces)
+    answers = answers_to(url, request + LAST, pieces)
     assert [status for status, _ in answers] == [400, 200]
     assert b"not a PNG" in answers[0][1]
 
 
 def test_what_comes_behind_offers_to_upgrade_is_answered(
-    strict_url: str, images: npt.NDArray[np.uint8]
+    url: str, images: npt.NDArray[np.uint8]
 ) -> None:
     get = b"GET /model HTTP/1.1\r\nHost: a\r\n\r\n"
     content = encoded(images[0])
     picture = post("/classify", len(content)) + content
     sent = offering(get) * 40 + offering(picture) + get + picture + offering(get) + LAST
-    answers = answers_to(strict_url, sent)
+    answers = answers_to(url, sent)
     assert [status for status, _ in answers] == [200] * 45
     model = answers[0][1]
     assert [body == model for _, body in answers] == [True] * 40 + [False, True, False, True, False]
@@ -390,31 +389,31 @@ def test_what_comes_behind_offers_to_upgrade_is_answered(
     ],
     ids=["size of a chunk", "end of a chunk", "encoding", "length"],
 )
-def test_a_body_that_is_framed_wrongly_is_answered(strict_url: str, request_: bytes) -> None:
-    assert codes(answers_to(strict_url, request_)) == ["bad_request"]
+def test_a_body_that_is_framed_wrongly_is_answered(url: str, request_: bytes) -> None:
+    assert codes(answers_to(url, request_)) == ["bad_request"]
 
 
 @pytest.mark.parametrize("unreadable", [b"HELLO\r\n\r\n", post("/classify", None) + b"zz\r\n"])
 def test_whole_requests_are_answered_before_what_cannot_be_read_ends_the_connection(
-    strict_url: str, images: npt.NDArray[np.uint8], unreadable: bytes
+    url: str, images: npt.NDArray[np.uint8], unreadable: bytes
 ) -> None:
     content = encoded(images[0])
     picture = post("/classify", len(content)) + content
     for whole in (LAST.replace(b"close", b"keep-alive"), picture, picture * 3):
-        answers = answers_to(strict_url, whole + unreadable)
+        answers = answers_to(url, whole + unreadable)
         assert [status for status, _ in answers] == [200] * max(1, whole.count(picture))
 
 
 @pytest.mark.parametrize("request_line", [b"CONNECT a:80 HTTP/1.1", b"CONNECT /model HTTP/1.1"])
-def test_what_comes_behind_connect_is_not_read(strict_url: str, request_line: bytes) -> None:
+def test_what_comes_behind_connect_is_not_read(url: str, request_line: bytes) -> None:
     get = b"GET /model HTTP/1.1\r\nHost: a\r\n\r\n"
     head = request_line + b"\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(get)
-    assert codes(answers_to(strict_url, head + get)) == ["bad_request"]
+    assert codes(answers_to(url, head + get)) == ["bad_request"]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
-def test_curl_that_offers_http_2(strict_url: str) -> None:
-    form = ["-F", f"image=@{ROOT / 'docs' / 'cat.png'}", f"{strict_url}/classify"]
+def test_curl_that_offers_http_2(url: str) -> None:
+    form = ["-F", f"image=@{ROOT / 'docs' / 'cat.png'}", f"{url}/classify"]
     said = subprocess.run(["curl", "--silent", "--http2", *form], check=True, capture_output=True).stdout
     assert json.loads(said)["predictions"]
 
@@ -426,21 +425,21 @@ def test_curl_that_offers_http_2(strict_url: str) -> None:
         b"GET /model HTTP/1.1\r\nHost: a\r\nConnection: close, Upgrade\r\nUpgrade: h2c\r\n\r\n",
     ],
 )
-def test_an_offer_on_a_connection_that_will_close_is_ignored(strict_url: str, head: bytes) -> None:
-    ((status, body),) = answers_to(strict_url, head)
+def test_an_offer_on_a_connection_that_will_close_is_ignored(url: str, head: bytes) -> None:
+    ((status, body),) = answers_to(url, head)
     assert status == 200
     assert json.loads(body)["contract"] == 1
 
 
 @pytest.mark.parametrize("protocol", ["websocket", "h2c"])
-def test_other_offers_to_upgrade_are_ignored(strict_url: str, protocol: str) -> None:
+def test_other_offers_to_upgrade_are_ignored(url: str, protocol: str) -> None:
     headers = {"Connection": "Upgrade", "Upgrade": protocol, "Sec-WebSocket-Key": "a", "A": "b"}
-    with httpx.Client(base_url=strict_url, headers=headers) as client:
+    with httpx.Client(base_url=url, headers=headers) as client:
         assert [client.get("/healthz").status_code for _ in range(3)] == [200] * 3
 
 
-def test_what_is_not_http_is_told_in_our_shape(strict_url: str) -> None:
-    with connected(strict_url) as connection:
+def test_what_is_not_http_is_told_in_our_shape(url: str) -> None:
+    with connected(url) as connection:
         connection.sendall(b"HELLO\r\n\r\n")
         head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
@@ -449,14 +448,14 @@ def test_what_is_not_http_is_told_in_our_shape(strict_url: str) -> None:
     assert json.loads(body) == {"error": {"code": "bad_request", "message": message}}
 
 
-def test_large_headers_within_the_limit_pass(strict_url: str) -> None:
+def test_large_headers_within_the_limit_pass(url: str) -> None:
     headers = {f"X-{i}": "a" * 5000 for i in range(10)}
-    with httpx.Client(base_url=strict_url, headers=headers) as client:
+    with httpx.Client(base_url=url, headers=headers) as client:
         assert [client.get("/healthz").status_code for _ in range(3)] == [200] * 3
 
 
-def test_headers_beyond_the_limit_do_not_pass_even_in_one_piece(strict_url: str) -> None:
-    with connected(strict_url) as connection:
+def test_headers_beyond_the_limit_do_not_pass_even_in_one_piece(url: str) -> None:
+    with connected(url) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 66_000 + b"\r\n\r\n")
         said = connection.makefile("rb").read()
     assert said.startswith(b"HTTP/1.1 400 ")
