@@ -61,32 +61,44 @@ def running(
     Raises:
         ServerError: the server ended, or did not answer in time.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with (folder / LOG).open("wb") as log:
-        early: list[int] = []  # a SIGTERM during the start is obeyed once the server can be stopped
-        before = signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
-        process = psutil.Popen(
-            [sys.executable, *(argument.format(port=port) for argument in command)],
-            cwd=cwd,
-            env=service_environment(folder, **settings),
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        signal.signal(signal.SIGTERM, before)
-        for number in early:
-            signal.raise_signal(number)
-        deadline = time.monotonic() + START_SECONDS
-        while not reached(url, answers):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise ServerError(f"{name} does not answer: {(folder / LOG).read_text()[-1500:]}")
-            time.sleep(0.05)  # nobody listens yet; there is no event to wait for
-        yield url, process
-    finally:
-        _stop(process)
+    with _reserved_port() as port:
+        url = f"http://127.0.0.1:{port}"
+        with (folder / LOG).open("wb") as log:
+            early: list[int] = []  # a SIGTERM during the start is obeyed once the server can be stopped
+            before = signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
+            process = psutil.Popen(
+                [sys.executable, *(argument.format(port=port) for argument in command)],
+                cwd=cwd,
+                env=service_environment(folder, **settings),
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            signal.signal(signal.SIGTERM, before)
+            for number in early:
+                signal.raise_signal(number)
+            deadline = time.monotonic() + START_SECONDS
+            while not reached(url, answers):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise ServerError(f"{name} does not answer: {(folder / LOG).read_text()[-1500:]}")
+                time.sleep(0.05)  # nobody listens yet; there is no event to wait for
+            yield url, process
+        finally:
+            _stop(process)
+
+
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A port that nothing has and, on Linux, that nothing gets by chance while the server starts."""
+    with socket.socket() as holder:
+        if sys.platform == "linux":  # elsewhere, the server could not have it either
+            for sharing in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+                holder.setsockopt(socket.SOL_SOCKET, sharing, 1)
+        holder.bind(("127.0.0.1", 0))
+        port: int = holder.getsockname()[1]
+        if sys.platform != "linux":
+            holder.close()
+        yield port
 
 
 def is_ready(url: str) -> bool:

@@ -10,6 +10,7 @@ import signal
 import struct
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ logger = logging.getLogger("serving")
 PREFIX = "cifar10-server-"
 LOCK = "supervisor.lock"
 ENDING_SECONDS = 10.0  # that a worker needs at most to end, besides the time that its requests have
-BUSY_SECONDS = 0.1  # between two attempts to stop circus
+BUSY_SECONDS = 0.1  # between two attempts to command circus
 YOUNG_SECONDS = 60.0  # within which a starting server has locked its folder
 NO_VALUES = struct.pack("=ii", 8, 0)  # prometheus_client's file without values: its length, padding
 SOCKET_PATH_BYTES = 103  # most in the path of a Unix socket, on macOS; on Linux four more
@@ -51,7 +52,7 @@ def prepare(stop_timeout: float) -> None:
     except OSError as error:
         raise StartError(f"There is no place for the server's own files: {error}") from None
     _instruct_circus(folder, stop_timeout + ENDING_SECONDS)
-    _heed_every_stop()
+    _heed_every_signal()
     os.environ[SUPERVISOR] = str(os.getpid())
     os.environ[METRICS_FOLDER] = str(figures)
     os.environ[KEPT_MODEL] = str(folder / "model.onnx")
@@ -152,20 +153,22 @@ def _clear(figures: Path, process: int) -> None:
                 path.unlink()
 
 
-def _heed_every_stop() -> None:
-    """Make circus obey a stop signal that comes while it replaces workers, which it would drop.
+def _heed_every_signal() -> None:
+    """Make circus obey a signal that comes while it replaces workers, which it would drop.
 
     A second Ctrl-C goes on to the workers, which a terminal does not reach: each has its own session.
     """
 
-    def stop(controller: Controller) -> None:
+    def heed(command: Callable[[Arbiter], object], controller: Controller) -> None:
         try:
-            controller.arbiter.stop()
+            command(controller.arbiter)
         except ConflictError:
-            controller.loop.call_later(BUSY_SECONDS, stop, controller)
-        else:
-            # Workers have their own. Clients that these let in after the last worker would be reset.
-            controller.arbiter.sockets.close_all()
+            controller.loop.call_later(BUSY_SECONDS, heed, command, controller)
+
+    def stop(arbiter: Arbiter) -> None:
+        arbiter.stop()
+        # Workers have their own. Clients that these let in after the last worker would be reset.
+        arbiter.sockets.close_all()
 
     def hurry(controller: Controller) -> None:
         for watcher in controller.arbiter.iter_watchers():
@@ -174,11 +177,15 @@ def _heed_every_stop() -> None:
                     process.send_signal(signal.SIGINT)
 
     def quit(self: SysHandler) -> None:
-        self.controller.loop.add_callback_from_signal(stop, self.controller)
+        self.controller.loop.add_callback_from_signal(heed, stop, self.controller)
+
+    def reload(self: SysHandler) -> None:
+        self.controller.loop.add_callback_from_signal(heed, Arbiter.reload, self.controller)
 
     def interrupt(self: SysHandler) -> None:
         self.controller.loop.add_callback_from_signal(hurry, self.controller)
         self.quit()
 
     SysHandler.quit = quit
+    SysHandler.reload = reload
     SysHandler.handle_int = interrupt

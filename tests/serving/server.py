@@ -13,7 +13,7 @@ from benchmarks.server import running as started
 from tests import ROOT
 from tests.serving.models import write_slow_model
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 
 
 @dataclass(frozen=True)

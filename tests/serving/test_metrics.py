@@ -142,12 +142,16 @@ def test_requests_of_each_kind_count_as_waiting(narrow_url: str, images: npt.NDA
         "/submission": {"files": {"file": pickled({"data": images[:20]})}},
     }
 
-    def ask(path: str) -> int:
-        return httpx.post(f"{narrow_url}{path}", timeout=60, **kinds[path]).status_code
+    with httpx.Client(base_url=narrow_url, timeout=60) as client, ThreadPoolExecutor(8) as pool:
 
-    with ThreadPoolExecutor(8) as pool:
-        found = {path: set(pool.map(ask, [path] * 24)) for path in kinds}
-    assert found == {path: {200, 503} for path in kinds}
+        def ask(path: str) -> int:
+            return client.post(path, **kinds[path]).status_code
+
+        for path in kinds:
+            found: set[int] = set()
+            while found != {200, 503}:  # what a slow test sends may not meet
+                found |= set(pool.map(ask, [path] * 24))
+                assert found <= {200, 503}, path
 
 
 def test_dashboard_shows_only_what_there_is(client: httpx.Client) -> None:

@@ -223,6 +223,15 @@ def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
         assert "cifar10_killed_workers_total 1.0" in metrics, "without the one that ended by itself"
 
 
+def test_a_hangup_while_workers_start_anew_is_heeded(tmp_path: Path) -> None:
+    with _starting_anew(tmp_path) as (server, old, slow):
+        (new,) = server.workers() - {old}
+        server.process.send_signal(signal.SIGHUP)
+        slow.close()  # which is what the old worker, and so the supervisor, waits for
+        wait_until(lambda: not psutil.pid_exists(old), server)
+        wait_for_workers(server, 1, without=new)
+
+
 def test_a_stop_while_workers_start_anew_is_heeded(tmp_path: Path) -> None:
     with _starting_anew(tmp_path) as (server, old, slow):
         server.process.send_signal(signal.SIGTERM)
