@@ -61,6 +61,14 @@ def test_linear_falls_with_every_step_to_zero() -> None:
     assert [learning_rate(linear, 2.0, e, 4) for e in (0, 0.5, 3, 4)] == [2.0, 1.75, 0.5, 0.0]
 
 
+@pytest.mark.parametrize("name", ["A3", "C1", "D1", "E1"])
+def test_the_others_change_between_epochs_only(name: str) -> None:
+    loaded = recipe.load(name)
+    for epoch, rate in enumerate(rates(name, loaded.epochs)):
+        later = learning_rate(loaded.schedule, loaded.optimizer.lr, epoch + 0.75, loaded.epochs)
+        assert later == rate
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("lr", "factor", "patience"),
@@ -80,3 +88,8 @@ def test_plateau_is_torchs(lr: float, factor: float, patience: int, seed: int) -
         if done < len(losses):
             scheduler.step(losses[done])
     assert plateaus(losses, patience) >= 4
+
+
+def test_a_loss_that_hardly_falls_is_a_plateau() -> None:
+    assert plateaus([1.0, 0.99995, 0.99991], patience=1) == 1
+    assert plateaus([1.0, 0.99985, 0.9997], patience=1) == 0
