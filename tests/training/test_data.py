@@ -53,6 +53,19 @@ def test_sample_is_the_beginning_of_the_data_set() -> None:
         assert torch.equal(part.labels, all_images.labels[: len(part)])
 
 
+@needs_cifar10
+def test_the_data_set_in_the_cache_folder_is_present(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(data.ROOT_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert data.load_present().source == "sample"
+    folder = tmp_path / "cifar10"
+    folder.mkdir()
+    (folder / data.FOLDER).symlink_to(Path(CIFAR10) / data.FOLDER)
+    assert data.load_present().source == "cifar10"
+
+
 def test_split_parts_the_images() -> None:
     train = data.load_sample().train
     rest, val = data.split(train, 0.2)
@@ -61,7 +74,7 @@ def test_split_parts_the_images() -> None:
     assert seen == {image.numpy().tobytes() for image in train.pixels}
     again = data.split(train, 0.2)[1]
     assert torch.equal(again.pixels, val.pixels)
-    assert len(data.split(train, 0.0)[1]) == 0
+    assert [len(data.split(train, share)[1]) for share in (0.0, 0.0009, 0.0011)] == [0, 0, 1]
 
 
 def test_missing_data_set_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -198,7 +211,7 @@ def test_a_damaged_download_says_what_to_do(tmp_path: Path) -> None:
     "damage",
     [
         *("not a file of arrays", "shape", "labels", "truncated", "flipped", "empty", "one array"),
-        *("no image", "fewer labels"),
+        *("no image", "fewer labels", "labels of a byte", "fractions"),
         *("encrypted", "compressed by LZMA"),
     ],
 )
@@ -211,6 +224,10 @@ def test_wrong_sample_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         arrays |= {name: arrays[name][:0] for name in ("test_images", "test_labels")}
     elif damage == "labels":
         arrays["train_labels"] = arrays["train_labels"] + 1
+    elif damage == "labels of a byte":
+        arrays["train_labels"] = arrays["train_labels"].astype(np.uint8)
+    elif damage == "fractions":
+        arrays["test_images"] = arrays["test_images"] / 255
     elif damage == "fewer labels":
         arrays["train_labels"] = arrays["train_labels"][:-1]
     np.savez(path, **arrays)
