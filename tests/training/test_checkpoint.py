@@ -95,9 +95,11 @@ def test_commit_is_of_the_sessions_that_trained(state: Checkpoint) -> None:
 
 def test_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
-    torch.save({"state_dict": {}}, path)
-    with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
-        checkpoint.load(path)
+    others: list[dict[str, object]] = [{"state_dict": {}}, {"format": 2, "model": {}}]
+    for other in others:
+        torch.save(other, path)
+        with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
+            checkpoint.load(path)
     torch.save({"format": 1, "model": {}}, path)
     with pytest.raises(CheckpointError, match="recipe: Field required"):
         checkpoint.load(path)
@@ -121,6 +123,7 @@ def test_checkpoint_that_cannot_be_read_says_so(tmp_path: Path) -> None:
         ("epoch", -1, "epoch"),
         ("step", "3", "step"),
         ("run", {"seed": 0}, "run.limit"),
+        ("classes", list(CLASSES[::-1]), "classes"),
         ("model", {"head.weight": [1.0]}, "model.head.weight"),
         ("result", {"views": "none"}, "result.date"),
         ("more", 1, "more"),
