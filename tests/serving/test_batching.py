@@ -138,6 +138,17 @@ def test_each_of_two_threads_takes_its_share_of_what_waits() -> None:
     run(test, threads=2)
 
 
+def test_bulk_work_begins_whichever_thread_became_idle_last() -> None:
+    async def test(engine: Engine, batcher: Batcher) -> None:
+        engine.permission.release(100)
+        for number in range(20):
+            (single,) = await requested(batcher, number)
+            assert int((await single)[0]) == number
+            assert await collected(batcher, 100) == [100]
+
+    run(test, threads=2)
+
+
 def test_who_fails_a_batch_harms_no_other() -> None:
     async def test(engine: Engine, batcher: Batcher) -> None:
         first = await requested(batcher, 0)
