@@ -18,6 +18,7 @@ def report(difference: float, agreement: float, loss: float) -> Parity:
         (LIMITS["fp32"], math.nan, 1.0, 0.0, "scaled difference of logits nan"),
         (LIMITS["fp16"], 1e-2, 0.995, 0.001, ""),
         (LIMITS["fp16"], math.nan, 1.0, 0.0, "scaled difference of logits nan"),
+        (LIMITS["fp16"], math.inf, 1.0, 0.0, "scaled difference of logits inf"),
         (LIMITS["fp16"], 1e-2, 0.994, 0.0, "top-1 agreement 99.40 %"),
         (LIMITS["fp16"], 1e-2, 1.0, 0.002, "accuracy lost 0.20 %"),
         (LIMITS["int8"], 0.1, 0.99, 0.003, ""),
