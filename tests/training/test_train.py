@@ -21,6 +21,7 @@ from training.__main__ import main
 from training.checkpoint import Checkpoint
 from training.evaluate import AT_ONCE, evaluate, predict
 from training.files import held
+from training.learner import TrainingError
 from training.model import CLASSES, build
 from training.processes import Processes
 from training.watch import Stopped, Watch
@@ -352,6 +353,15 @@ def test_divergence_names_the_epoch(tmp_path: Path, capsys: pytest.CaptureFixtur
     # The checkpoint that is left is from before the divergence.
     state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
     assert all(value.isfinite().all() for value in state.model.values())
+
+
+def test_a_run_that_is_stopped_once_it_has_diverged_keeps_its_checkpoint(tmp_path: Path) -> None:
+    dataset, chosen = data.load_sample(), recipe.load("A1", ["batch_size=16", SGD, "optimizer.lr=1e30"])
+    train.create(tmp_path, chosen, "A1", 0, dataset, limit=64)
+    with pytest.raises(TrainingError, match="the loss of epoch 1 is "):
+        train.resume(tmp_path, dataset, Console(quiet=True), Limited(3), Processes())
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert (state.step, state.sessions) == (0, [])
 
 
 @pytest.mark.parametrize(("name", "complete"), [("val", False), ("test", True)])
