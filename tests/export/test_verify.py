@@ -47,8 +47,9 @@ def test_classes_in_another_order(
 def test_another_temperature_than_when_it_was_written(
     bundled: Bundled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "calibrated.onnx"
-    assert main(["write", str(bundled(0.2)), str(out)]) == 0
+    path, out = str(bundled(0.2)), tmp_path / "calibrated.onnx"
+    assert main(["write", path, str(out)]) == 0
+    assert main(["verify", str(out), "--checkpoint", path]) == 0
     model = onnx.load(out)
     (divisor,) = [t for t in model.graph.initializer if t.name == model.graph.node[-1].input[1]]
     temperature = numpy_helper.to_array(divisor)
