@@ -86,17 +86,29 @@ def test_the_payload_is_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [path.name for path in tmp_path.iterdir()] == ["ran"]
 
 
+BYTE = (  # the dtype uint8
+    b"\x8c\x05numpy\x8c\x05dtype\x93\x8c\x02u1\x89\x88\x87R(K\x03\x8c\x01|NNN"
+    + b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+)
+
+
 def header(shape: bytes, payload: bytes = b"C\x01\x00") -> bytes:
     """The pickle of a uint8 array that has one byte but claims a shape."""
     return (
         b"\x80\x04\x8c\x16numpy._core.multiarray\x8c\x0c_reconstruct\x93"
         b"\x8c\x05numpy\x8c\x07ndarray\x93K\x00\x85C\x01b\x87R(K\x01"
         + shape
-        + b"\x8c\x05numpy\x8c\x05dtype\x93\x8c\x02u1\x89\x88\x87R(K\x03\x8c\x01|NNN"
-        + b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        + BYTE
+        + b"\x89"
         + payload
         + b"tb."
     )
+
+
+def ordered(axes: bytes) -> bytes:
+    """The pickle of a uint8 array [2, 3] whose axes are then put in an order."""
+    start = b"\x80\x05\x8c\x13numpy._core.numeric\x8c\x0b_frombuffer\x93(C\x06abcdef"
+    return start + BYTE + b"K\x02K\x03\x86\x8c\x01K" + axes + b"tR."
 
 
 PETABYTE = b"(" + b"J\x00\x00\x10\x00" * 3 + b"t"
@@ -110,6 +122,7 @@ BOMBS = {
     "long bytes": b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"abc.",
     "long bytearray": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"abc.",
     "long text": b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b"abc.",
+    "wide text": pickle.dumps("\u20ac" + "a" * 2**16),
     "long int": b"\x80\x02\x8b\xff\xff\xff\x7fabc.",
     "long line": b"\x80\x02c" + b"a" * 10**6 + b"\nb\n.",
     "many opcodes": b"\x80\x02" + b"]" * (MAX_OPCODES + 1) + b".",
@@ -128,8 +141,10 @@ def test_claims_are_checked_before_memory_is_spent(content: bytes) -> None:
         read(content)
 
 
-def test_the_header_of_the_bombs_is_a_real_one() -> None:
+def test_arrays_made_by_hand_are_real_ones() -> None:
     assert same(read(header(b"K\x01\x85")), np.zeros(1, np.uint8))
+    array = np.frombuffer(b"abcdef", np.uint8).reshape(2, 3)
+    assert same(read(ordered(b"K\x01K\x00\x86")), array.T)
 
 
 def test_nesting_of_any_depth_does_no_harm() -> None:
@@ -168,6 +183,8 @@ def test_memo_index_costs_no_memory(index: int) -> None:
         (b"\x80\x02h\x05.", "has not stored"),
         (b"\x80\x02}(K\x01u.", "key without a value"),
         (b"\x80\x02}]K\x01s.", "keys must be"),
+        (pickle.dumps({2**31: 1}), "A dict key is a int; keys must be str, bytes or small ints"),
+        *((ordered(axes), "order of axes") for axes in (b"K\x01N\x86", b"K\x01\x89\x86", b"K\x01\x85")),
         (b"\x80\x02K\x01K\x01a.", "not a list"),
         (b"\x80\x02\xff.", "damaged"),
         *(

@@ -188,5 +188,6 @@ def test_other_keys_are_ignored(key: str) -> None:
 
 
 def test_too_many_rows() -> None:
+    assert len(read({"data": TWO}, max_rows=2)) == 2
     with pytest.raises(TooLargeError, match="2 images; the limit is 1"):
         read({"data": TWO}, max_rows=1)
