@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.disk import room_for
 from training import results
 from training.results import Result, ResultsError
 
@@ -66,7 +67,9 @@ def test_a_run_has_one_row_however_often_it_is_evaluated(tmp_path: Path) -> None
     path = tmp_path / "results.csv"
     row = result("A1", 0, 0.5, 0.51)
     results.record(row, path)
-    again = {"date": "2026-01-02T00:00:00+00:00", "accuracy": 0.5001, "device": "a processor + a GPU"}
+    again = {"date": "2026-01-02T00:00:00+00:00", "accuracy": 0.5001, "single_view_accuracy": 0.4999,
+             "device": "a processor + a GPU", "precision": "float32 + bfloat16",
+             "python": "3.11.0 + 3.12.0", "torch": "2 + 3"}  # fmt: skip
     results.record(row.model_copy(update=again), path)
     assert results.read(path) == [row]
     others = [row.model_copy(update={key: value}) for key, value in
@@ -74,6 +77,14 @@ def test_a_run_has_one_row_however_often_it_is_evaluated(tmp_path: Path) -> None
     for other in others:
         results.record(other, path)
     assert results.read(path) == [row, *others]
+
+
+def test_a_full_disk_leaves_the_rows_that_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    results.record(result("A1", 0, 0.5), path)
+    with room_for(100), pytest.raises(OSError, match="File too large"):
+        results.record(result("A1", 1, 0.6), path)
+    assert results.read(path) == [result("A1", 0, 0.5)]
 
 
 @pytest.mark.parametrize(
