@@ -36,6 +36,13 @@ def test_fit_is_where_the_likelihood_is_highest() -> None:
     assert loss(found) < min(loss(found * 0.99), loss(found * 1.01))
 
 
+def test_what_is_added_to_all_logits_of_an_image_changes_nothing() -> None:
+    logits, labels = drawn(1.7)
+    added = np.float32(2048) * (np.arange(len(labels)) % 2)[:, np.newaxis].astype(np.float32)
+    found = temperature.fit(logits + added, labels)
+    assert found == pytest.approx(temperature.fit(logits, labels), rel=1e-3)
+
+
 def test_always_right_stays_in_the_range() -> None:
     certain = np.eye(10, dtype=np.float32) * 5
     assert temperature.fit(certain, np.arange(10)) == temperature.RANGE[0]
