@@ -174,6 +174,7 @@ def test_memo_index_costs_no_memory(index: int) -> None:
         (b"\x80\x04\x80\x06K\x01.", "protocol 6"),
         (pickled(b"x" * 1000)[:500], "truncated"),
         (b"\x80\x04\x95" + struct.pack("<Q", 4) + b"K\x01.", "4 bytes are announced, 3 are left"),
+        (b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"abc.", f"{2**40} bytes are announced, 4 are"),
         (b"\x80\x04\x95" + struct.pack("<Q", 2**63) + b"K\x01.", "are announced, 3 are left"),
         (b"\x80\x04\x95" + struct.pack("<Q", 2) + b"J\x01\x00\x00\x00.", "behind the end of its frame"),
         (b"\x80\x04" + (b"\x95" + struct.pack("<Q", 11)) * 2 + b"K\x01.", "frame within a frame"),
