@@ -37,3 +37,35 @@ def test_a_second_ctrl_c_counts_though_the_first_is_not_dealt_with(first: str) -
     script = [sys.executable, "-c", SIGNALLED.format(first=first)]
     run = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout == "The service stopped before the request was finished.\n"
+
+
+STOPPING = """
+import asyncio, os, signal
+import uvicorn
+from serving import drain
+from serving.errors import StoppingError
+
+async def main() -> None:
+    drain.ARRIVING_SECONDS, drain.REFUSING_SECONDS = {arriving}, 600
+    worker, server = drain.Drain(600), uvicorn.Server(uvicorn.Config("none"))
+    worker.listen(server)
+    os.kill(os.getpid(), signal.SIGTERM)
+    for turn in range(20):
+        await asyncio.sleep(0)
+    try:
+        with worker.request():
+            print("taken", worker.stopping, server.should_exit)
+    except StoppingError:
+        print("refused", worker.stopping, server.should_exit)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("arriving", "answer"), [(600, "taken"), (0, "refused")])
+def test_requests_on_their_way_are_taken_and_later_ones_refused_before_the_end(
+    arriving: int, answer: str
+) -> None:
+    script = [sys.executable, "-c", STOPPING.format(arriving=arriving)]
+    run = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout == f"{answer} True False\n"
