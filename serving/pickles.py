@@ -274,7 +274,7 @@ class _Machine:
         for key, value in zip(values[::2], values[1::2], strict=True):
             if not (type(key) in (str, bytes) or (type(key) is int and key in INT_KEYS)):
                 raise PickleError(
-                    f"A dict key is a {type(key).__name__}; keys must be str, bytes or small ints."
+                    f"A dict key is of type {type(key).__name__}; keys must be str, bytes or small ints."
                 )
             target[key] = _finished(value)
 

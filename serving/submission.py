@@ -98,8 +98,9 @@ def _check_other_keys(content: dict[Any, Any]) -> None:
 
 def _images(data: Any) -> npt.NDArray[np.uint8]:
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
-        found = f"{data.dtype} array" if isinstance(data, np.ndarray) else type(data).__name__
-        raise PickleError(f"data is a {found}; right would be a NumPy array of uint8{_remedy(data)}.")
+        array = isinstance(data, np.ndarray)
+        found = f"an array of {data.dtype}" if array else f"of type {type(data).__name__}"
+        raise PickleError(f"data is {found}; right would be a NumPy array of uint8{_remedy(data)}.")
     match data.shape:
         case (0, *_):
             raise PickleError("data has no images (its first extent is 0).")
@@ -157,11 +158,13 @@ def _ids(ids: Any, count: int) -> list[int]:
     if isinstance(ids, np.ndarray):
         if ids.dtype.kind not in "iu" or ids.ndim != 1:
             raise PickleError(
-                f"ids is a {ids.dtype} array of shape {list(ids.shape)}; "
+                f"ids is an array of {ids.dtype}, its shape {list(ids.shape)}; "
                 "right would be integers of shape [N]."
             )
     elif not isinstance(ids, list | tuple):
-        raise PickleError(f"ids is a {type(ids).__name__}; right would be an array or list of integers.")
+        raise PickleError(
+            f"ids is of type {type(ids).__name__}; right would be an array or list of integers."
+        )
     if len(ids) != count:
         raise PickleError(f"There are {len(ids)} ids for {count} images; one an image is right.")
     if isinstance(ids, np.ndarray):

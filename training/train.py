@@ -191,6 +191,12 @@ def _read_teacher(recipe: Recipe, teacher: Path, student: RunFacts) -> bytes:
             f"{teacher} is of a trial, or of other images: a run that is evaluated on the test images "
             "must learn from a complete run; --set distillation.teacher=FILE makes this run a trial too"
         )
+    if recipe.data.validation and not same_data:
+        raise TrainingError(
+            f"{teacher} was trained on other images ({state.run['data']}, not {student['data']}), which "
+            "may be some that this run would hold out; right would be a teacher of these images, or "
+            "data.validation=0"
+        )
     held_out = state.parsed_recipe().data.validation
     if held_out < recipe.data.validation:
         raise TrainingError(

@@ -184,7 +184,7 @@ def test_memo_index_costs_no_memory(index: int) -> None:
         (b"\x80\x02h\x05.", "has not stored"),
         (b"\x80\x02}(K\x01u.", "key without a value"),
         (b"\x80\x02}]K\x01s.", "keys must be"),
-        (pickle.dumps({2**31: 1}), "A dict key is a int; keys must be str, bytes or small ints"),
+        (pickle.dumps({2**31: 1}), "A dict key is of type int; keys must be str, bytes or small ints"),
         *((ordered(axes), "order of axes") for axes in (b"K\x01N\x86", b"K\x01\x89\x86", b"K\x01\x85")),
         (b"\x80\x02K\x01K\x01a.", "not a list"),
         (b"\x80\x02\xff.", "damaged"),

@@ -170,6 +170,21 @@ def test_a_complete_run_learns_from_a_complete_run_on_its_data_set(
     train.create(tmp_path / "run", student, "A1", 0, data.load_sample(), unchanged=False)
 
 
+def test_a_teacher_of_another_data_set_may_have_seen_what_would_be_held_out(
+    teacher: Path, tmp_path: Path
+) -> None:
+    state, other = checkpoint.load(teacher), tmp_path / "other.pt"
+    images = {**state.recipe["data"], "validation": 0.1}
+    change = {"run": {**state.run, "data": "cifar10"}, "recipe": {**state.recipe, "data": images}}
+    checkpoint.save(state.model_copy(update=change), other)
+    distillation = f"distillation={{teacher='{other}', temperature=2.0, weight=1.0}}"
+    student = recipe.load("A1", [distillation, "data.validation=0.1"])
+    with pytest.raises(
+        TrainingError, match=r"other\.pt was trained on other images \(cifar10, not sample\)"
+    ):
+        train.create(tmp_path / "run", student, "A1", 0, data.load_sample(), unchanged=False)
+
+
 def test_teachers_that_cannot_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
