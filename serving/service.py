@@ -33,6 +33,7 @@ from serving.deployment import Deployment, deploy, deploy_first, file_state, kee
 from serving.drain import Drain
 from serving.errors import (
     InternalError,
+    ModelError,
     NotReadyError,
     OverloadedError,
     RequestError,
@@ -132,6 +133,9 @@ def endpoint(
             )
         except ClientDisconnect:
             return Response(status_code=GONE)  # nobody is there to read it
+        except (FloatingPointError, ModelError) as error:  # of the model: where it was run tells no more
+            logger.error("%s (%s) failed: %s", request.url.path, request_id.get(), error)
+            return error_response(InternalError())
         except Exception:
             logger.exception("%s (%s) failed", request.url.path, request_id.get())
             return error_response(InternalError())

@@ -194,7 +194,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
         with replacing(beside) as file:
             torch.save({"format": FORMAT, **checkpoint.values()}, file)
         # A damaged checkpoint must not replace the good previous one that the run was resumed from.
-        if path.exists() and _whole(path):
+        if _whole(path):
             path.replace(previous(path))
         beside.replace(path)
     # torch reports a file that cannot be written to as a RuntimeError of its zip writer.
