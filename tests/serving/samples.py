@@ -44,6 +44,17 @@ class OldPickler(PurePickler):  # type: ignore[misc]
             self.write(b"c" + module.encode() + b"\n" + obj.__name__.encode() + b"\n")
         self.memoize(obj)
 
+    def save_picklebuffer(self, buffer: pickle.PickleBuffer) -> None:
+        """Write an array's bytes as an object of their own.
+
+        Python's own method takes an empty bytearray and every `b""` for the same object, so that what
+        it writes cannot be read if that is a key.
+        """
+        with buffer.raw() as content:
+            self.save(bytes(content) if content.readonly else bytearray(content))
+
+    dispatch = PurePickler.dispatch | {pickle.PickleBuffer: save_picklebuffer}
+
 
 class Python2Pickler(OldPickler):
     """Writes bytes as Python 2 wrote a str."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
@@ -73,6 +73,7 @@ values = st.recursive(
 
 @settings(deadline=None, max_examples=50)
 @given(values, st.integers(2, 5), st.booleans())
+@example([np.zeros(0, np.uint8), {b"": 0}], 5, True)
 def test_what_is_written_is_read(value: Any, protocol: int, old: bool) -> None:
     content = pickled(value, protocol, old=old)
     with nothing_run():
