@@ -56,6 +56,7 @@ soak: .venv/.bench  ## ten minutes of mixed load and bad input against a server 
 
 fuzz: .venv/.dev  ## search for bytes that break the service's readers (SECONDS=120 for each of three)
 	.venv/bin/python -m tests.serving.fuzz --seconds $(SECONDS)
+	.venv/bin/pytest --hypothesis-profile=search $(addprefix tests/serving/test_, fuzz.py images.py pickles.py)
 
 image:  ## build the Docker image (GPU=1 for CUDA)
 	docker build --tag cifar10 --build-arg GPU=$(GPU) .

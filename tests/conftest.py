@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import httpx
 import loky
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.serving.server import serving
 
@@ -20,6 +21,15 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     assert "torch" not in sys.modules
     threads = max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ["OMP_NUM_THREADS"] = str(threads)
+
+# A test's outcome depends neither on the machine's speed nor on chance; `make fuzz` is for the latter.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "search", settings.get_profile("repeatable"), derandomize=False, max_examples=5000
+)
+settings.load_profile("repeatable")
 
 # A process started in the background of a script ignores Ctrl-C, and so do the processes it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

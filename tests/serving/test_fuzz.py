@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
@@ -71,7 +71,6 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=50)
 @given(values, st.integers(2, 5), st.booleans())
 @example([np.zeros(0, np.uint8), {b"": 0}], 5, True)
 def test_what_is_written_is_read(value: Any, protocol: int, old: bool) -> None:
@@ -95,7 +94,6 @@ SEEDS = {
 }
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(SEEDS["pickles"])), st.data())
 def test_what_is_taken_is_what_pickle_makes_of_it(name: str, data: st.DataObject) -> None:
     content = damaged(SEEDS["pickles"][name], data)
@@ -142,7 +140,6 @@ def damaged(content: bytes, data: st.DataObject) -> bytes:
 
 
 @pytest.mark.parametrize("reader", TARGETS)
-@settings(deadline=None)
 @given(data=st.data())
 def test_damaged_files_only_raise_what_a_client_may_see(reader: str, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(SEEDS[reader])))
@@ -179,7 +176,6 @@ requests = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(requests, st.sampled_from([b"", b"\0" * 3072]), st.none() | st.integers(-3, 3))
 def test_inference_requests(request: Any, binary: bytes, off: int | None) -> None:
     head = json.dumps(request).encode()
