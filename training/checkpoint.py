@@ -300,7 +300,8 @@ def decode(content: bytes, path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a checkpoint of this program (format {FORMAT})")
     del data["format"]
     try:
-        state = Checkpoint.model_validate(data)
+        # Strict in what it contains, too: a row of results.csv is text, but a result here is not.
+        state = Checkpoint.model_validate(data, strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{path}: damaged or not a checkpoint: {first_of(error)}") from error
     state._path = path

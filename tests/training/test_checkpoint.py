@@ -126,6 +126,7 @@ def test_checkpoint_that_cannot_be_read_says_so(tmp_path: Path) -> None:
         ("classes", list(CLASSES[::-1]), "classes"),
         ("model", {"head.weight": [1.0]}, "model.head.weight"),
         ("result", {"views": "none"}, "result.date"),
+        ("result", {"date": "", "recipe": "", "recipe_digest": "", "seed": "0"}, "result.seed"),
         ("more", 1, "more"),
     ],
 )
