@@ -51,9 +51,15 @@ class Processes:
         if self.count == 1:
             yield
             return
+        # This module's functions take the group as it is at the import, which DDP would do later, for a
+        # default, and so would keep it.
+        import torch.distributed.nn
+
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
         yield
+        # With the last reference to the group, gloo's threads end. They may still have a tensor to free,
+        # and one that does so while the interpreter ends would abort a process that is done.
         dist.destroy_process_group()
 
     def rows(self, count: int) -> slice:
