@@ -37,7 +37,7 @@ def test_from_recipe_to_submission(tmp_path: Path) -> None:
     pickled = tmp_path / "cifar_test_nolabel.pkl"
     pickled.write_bytes(pickle.dumps({b"data": test.pixels.numpy()[order], b"ids": ids}, protocol=4))
     with serving(tmp_path, SERVING_MODEL=str(model_file), SERVING_PROVIDER="cpu") as url:
-        served = httpx.get(f"{url}/model").json()
+        served = httpx.get(f"{url}/model", timeout=60).json()
         with pickled.open("rb") as file:
             answer = httpx.post(f"{url}/submission", files={"file": file}, timeout=120)
     assert answer.status_code == 200, answer.text

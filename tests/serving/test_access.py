@@ -45,9 +45,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_the_key_opens(server: Server, name: str, value: str) -> None:
     headers = {name.encode(): value.encode()}
     for path in ("/classify", "/v2/models/fast/infer"):
-        answer = httpx.post(f"{server.url}{path}", files=PICTURE, headers=headers)
+        answer = httpx.post(f"{server.url}{path}", files=PICTURE, headers=headers, timeout=60)
         assert answer.status_code != 401
-    assert httpx.get(f"{server.url}/model", headers=headers).status_code == 200
+    assert httpx.get(f"{server.url}/model", headers=headers, timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_key_opens(server: Server, name: str, value: str) -> None:
 )
 @pytest.mark.parametrize("path", ["/classify", "/v2/models/fast/infer", "/model", "/nothing"])
 def test_nothing_else_does(server: Server, path: str, headers: dict[bytes, bytes]) -> None:
-    answer = httpx.post(f"{server.url}{path}", files=PICTURE, headers=headers)
+    answer = httpx.post(f"{server.url}{path}", files=PICTURE, headers=headers, timeout=60)
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
     assert PLAIN not in answer.text
@@ -73,7 +73,7 @@ def test_nothing_else_does(server: Server, path: str, headers: dict[bytes, bytes
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/models/fast"])
 def test_under_v2_a_missing_key_has_the_protocols_error(server: Server, path: str) -> None:
-    answer = httpx.get(f"{server.url}{path}")
+    answer = httpx.get(f"{server.url}{path}", timeout=60)
     assert answer.status_code == 401
     assert answer.json()["error"].startswith("The service asks for its key")
 
@@ -84,20 +84,20 @@ def test_a_missing_key_is_answered_as_shown(server: Server) -> None:
 
 @pytest.mark.parametrize("path", WATCHED)
 def test_what_watches_the_service_needs_no_key(server: Server, path: str) -> None:
-    assert httpx.get(f"{server.url}{path}").status_code == 200
+    assert httpx.get(f"{server.url}{path}", timeout=60).status_code == 200
 
 
 def test_the_page_needs_no_key_and_says_where_one_is_needed(server: Server) -> None:
     for path in ("/", "/static_content/swagger-ui.css"):
-        assert httpx.get(f"{server.url}{path}").status_code == 200
-    document = httpx.get(f"{server.url}/docs.json").json()
+        assert httpx.get(f"{server.url}{path}", timeout=60).status_code == 200
+    document = httpx.get(f"{server.url}/docs.json", timeout=60).json()
     schemes = document["components"]["securitySchemes"]
     assert document["security"] == [{name: []} for name in schemes]
     open_paths = {
         path for path, item in document["paths"].items() if item.get("get", {}).get("security") == []
     }
     assert open_paths == {*WATCHED}
-    answer = httpx.get(f"{server.url}/static_content/%2e%2e/model")
+    answer = httpx.get(f"{server.url}/static_content/%2e%2e/model", timeout=60)
     assert answer.status_code == 404
 
 
@@ -105,7 +105,7 @@ def test_keys_are_not_in_the_log(server: Server) -> None:
     wrong, asked = "of-the-cellar", []
     for key, status in ((KEY, 200), (f"clé {wrong}", 401)):
         for name, value in ((b"Authorization", f"Bearer {key}"), (b"X-API-Key", key)):
-            answer = httpx.get(f"{server.url}/model", headers={name: value.encode()})
+            answer = httpx.get(f"{server.url}/model", headers={name: value.encode()}, timeout=60)
             assert answer.status_code == status
             asked.append(answer.headers["x-request-id"])
     # A request's line is logged after its answer.
@@ -148,7 +148,7 @@ def test_the_page_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
 def test_a_client_s_mistake_is_no_traceback_in_the_log(server: Server) -> None:
     headers = {b"X-API-Key": KEY.encode(), b"Content-Type": b"application/vnd.bentoml+pickle"}
     for path in ("/classify", "/submission", "/nothing"):
-        answer = httpx.post(f"{server.url}{path}", content=b"x", headers=headers)
+        answer = httpx.post(f"{server.url}{path}", content=b"x", headers=headers, timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
     assert "Traceback" not in server.log.read_text()
 
@@ -165,13 +165,14 @@ def test_each_request_is_a_line_of_json(server: Server) -> None:
             b"X-Forwarded-For": BEHIND_IT.encode(),  # believed from the proxy only
             b"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01".encode(),
         },
+        timeout=60,
     )
     assert answer.status_code == 200
-    httpx.get(f"{server.url}/no%0athing%22", headers={"X-Request-Id": "yours"})
+    httpx.get(f"{server.url}/no%0athing%22", headers={"X-Request-Id": "yours"}, timeout=60)
     proxied = {"X-Request-Id": "proxied", "X-Forwarded-For": BEHIND_IT}
-    with httpx.Client(transport=httpx.HTTPTransport(local_address=PROXY)) as proxy:
+    with httpx.Client(transport=httpx.HTTPTransport(local_address=PROXY), timeout=60) as proxy:
         proxy.get(f"{server.url}/{'a' * 300}", headers=proxied)
-    httpx.head(f"{server.url}/healthz", headers={"X-Request-Id": "last"})
+    httpx.head(f"{server.url}/healthz", headers={"X-Request-Id": "last"}, timeout=60)
     while '"last"' not in (log := server.log.read_text()):  # it is logged after its answer
         pass
     lines = [json.loads(line) for line in log.splitlines() if line[:1] == "{"]

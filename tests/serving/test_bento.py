@@ -90,7 +90,7 @@ def test_a_built_bento_serves_from_another_folder(
         assert len(response.json()["predictions"]) == 5
     own = model_file(name="own.onnx").rename(elsewhere / "own.onnx")
     with serving(tmp_path, "cifar10:latest", cwd=elsewhere, SERVING_MODEL=own.name) as url:
-        answer = httpx.get(f"{url}/model").json()
+        answer = httpx.get(f"{url}/model", timeout=60).json()
     assert answer["name"] == "tiny"
     assert (
         f"tiny {answer['version']} on {answer['provider']}: {answer['provider_reason']}"

@@ -230,11 +230,11 @@ def test_endless_headers_are_hung_up_on(url: str, begin: bytes) -> None:
         endless = b"".join([b"X-A: " + b"b" * 10_000 + b"\r\n"] * 10_000)
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             connection.sendall(endless if not begin.endswith(b";") else b"b" * 100_000_000)
-    assert httpx.get(f"{url}/healthz").status_code == 200
+    assert httpx.get(f"{url}/healthz", timeout=60).status_code == 200
 
 
 def test_who_does_not_take_the_answers_is_hung_up_on(strict_url: str) -> None:
-    with connected(strict_url) as connection, httpx.Client(base_url=strict_url) as client:
+    with connected(strict_url) as connection, httpx.Client(base_url=strict_url, timeout=60) as client:
         connection.settimeout(0.01)
         deadline, hung_up = time.monotonic() + PATIENCE, False
         while not hung_up and time.monotonic() < deadline:
@@ -263,7 +263,7 @@ def test_who_floods_with_connections_pushes_out_the_own_ones(
         ExitStack() as stack,
     ):
         asked.sendall(submission(pickled({"data": images[:500]})))
-        with httpx.Client(base_url=url) as client:
+        with httpx.Client(base_url=url, timeout=60) as client:
             # Under way is not enough: as long as its body is being read, it may be hung up on, too.
             while not value(read(client), "cifar10_queue_seconds_count"):
                 pass
@@ -273,13 +273,13 @@ def test_who_floods_with_connections_pushes_out_the_own_ones(
             flood[-1].sendall(begin)
             if begin.startswith(whole):  # once this is answered, the server waits for the next request
                 assert flood[-1].recv(65536)
-        assert httpx.get(f"{url}/healthz").status_code == 200
+        assert httpx.get(f"{url}/healthz", timeout=60).status_code == 200
         for connection in flood[:-6]:
             with suppress(ConnectionResetError):
                 while connection.recv(65536):
                     pass
         assert asked.recv(65536).startswith(b"HTTP/1.1 200 ")
-        with httpx.Client(base_url=url) as client:
+        with httpx.Client(base_url=url, timeout=60) as client:
             evicted = value(read(client), "cifar10_evicted_connections_total")
     assert len(flood) - 6 < evicted <= len(flood) + 2
 
@@ -313,7 +313,7 @@ def test_where_few_files_may_be_open_fewer_requests_wait_than_there_are_connecti
             if key.data.recv(65536).startswith(b"HTTP/1.1 503 "):
                 break
             key.data.sendall(request)
-        assert httpx.get(f"{url}/healthz").status_code == 200
+        assert httpx.get(f"{url}/healthz", timeout=60).status_code == 200
     assert f"{fitting} connections at once, not 1024" in (tmp_path / LOG).read_text()
 
 
@@ -432,7 +432,7 @@ def test_an_offer_on_a_connection_that_will_close_is_ignored(url: str, head: byt
 @pytest.mark.parametrize("protocol", ["websocket", "h2c"])
 def test_other_offers_to_upgrade_are_ignored(url: str, protocol: str) -> None:
     headers = {"Connection": "Upgrade", "Upgrade": protocol, "Sec-WebSocket-Key": "a", "A": "b"}
-    with httpx.Client(base_url=url, headers=headers) as client:
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
         assert [client.get("/healthz").status_code for _ in range(3)] == [200] * 3
 
 
@@ -448,7 +448,7 @@ def test_what_is_not_http_is_told_in_our_shape(url: str) -> None:
 
 def test_large_headers_within_the_limit_pass(url: str) -> None:
     headers = {f"X-{i}": "a" * 5000 for i in range(10)}
-    with httpx.Client(base_url=url, headers=headers) as client:
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
         assert [client.get("/healthz").status_code for _ in range(3)] == [200] * 3
 
 

@@ -69,7 +69,7 @@ def test_why_a_request_failed_is_in_the_log_under_its_id(
     fragile: Server, pixel: int, begin: str, told: str
 ) -> None:
     picture = encoded(np.full((32, 32, 3), pixel, np.uint8))
-    answer = httpx.post(f"{fragile.url}/classify", files={"image": picture})
+    answer = httpx.post(f"{fragile.url}/classify", files={"image": picture}, timeout=60)
     assert answer.status_code == 500
     failed = f"/classify ({answer.headers['x-request-id']}) failed{begin}"
     wait_until(lambda: told in fragile.log.read_text().partition(failed)[2], fragile)
@@ -77,11 +77,11 @@ def test_why_a_request_failed_is_in_the_log_under_its_id(
 
 def test_a_request_that_takes_too_long(tmp_path: Path) -> None:
     with serving(tmp_path, SERVING_REQUEST_TIMEOUT="0.0001") as url:
-        response = httpx.post(f"{url}/classify", files={"image": DARK})
+        response = httpx.post(f"{url}/classify", files={"image": DARK}, timeout=60)
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "timeout"
         assert_as_shown("timeout", url)
-        assert httpx.get(f"{url}/readyz").status_code == 200
+        assert httpx.get(f"{url}/readyz", timeout=60).status_code == 200
 
 
 def test_overload_says_when_to_come_again() -> None:

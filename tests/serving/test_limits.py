@@ -61,7 +61,7 @@ def test_requests_that_wait_for_an_answer_before_theirs_are_bounded(url: str) ->
             while more := connection.recv(65536):
                 answers += more
     assert answers.count(line) < 20 * MAX_PIPELINED
-    assert httpx.get(f"{url}/healthz").status_code == 200
+    assert httpx.get(f"{url}/healthz", timeout=60).status_code == 200
 
 
 @pytest.fixture(scope="module")

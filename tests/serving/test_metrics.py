@@ -199,12 +199,12 @@ def test_figures_begin_at_0_and_a_second_server_leaves_those_of_the_first_alone(
     model = str(model_file())
 
     def answered(url: str) -> float:
-        with httpx.Client(base_url=url) as client:
+        with httpx.Client(base_url=url, timeout=60) as client:
             client.get("/model")
             return value(read(client), "cifar10_requests_total", route="/model", status="200")
 
     with running(tmp_path, SERVING_MODEL=model, SERVING_PROVIDER="cpu") as first:
-        with httpx.Client(base_url=first.url) as client:
+        with httpx.Client(base_url=first.url, timeout=60) as client:
             begun = read(client)
         for label in CLASSES:
             assert begun["cifar10_predictions_total", frozenset({("label", label)})] == 0

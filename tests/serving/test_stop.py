@@ -74,9 +74,9 @@ def test_a_stop_answers_what_was_accepted_and_refuses_the_rest(
         server.process.send_signal(signal.SIGTERM)
         for load in loads:
             load.result()
-        unready = httpx.get(f"{server.url}/readyz")
-        alive = httpx.get(f"{server.url}/healthz")
-        refused = httpx.post(f"{server.url}/classify", files=picture)
+        unready = httpx.get(f"{server.url}/readyz", timeout=60)
+        alive = httpx.get(f"{server.url}/healthz", timeout=60)
+        refused = httpx.post(f"{server.url}/classify", files=picture, timeout=60)
         assert_as_shown("stopping", server.url)
         answers = [job.result() for job in submissions]
         slow.sendall(content[100:])
@@ -100,7 +100,7 @@ def test_a_stop_answers_what_was_accepted_and_refuses_the_rest(
 
 def test_a_stop_does_not_wait_for_ever(tmp_path: Path) -> None:
     with running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="0.5") as server:
-        with connected(server.url) as slow, httpx.Client(base_url=server.url) as client:
+        with connected(server.url) as slow, httpx.Client(base_url=server.url, timeout=60) as client:
             slow.sendall(post("/classify", 100) + b"beginning")
             while under_way(client) < 1:
                 pass
@@ -145,7 +145,7 @@ def test_ctrl_c_again_ends_what_waits(tmp_path: Path) -> None:
     with (
         running(tmp_path, SERVING_PROVIDER="cpu", SERVING_STOP_TIMEOUT="600") as server,
         connected(server.url) as slow,
-        httpx.Client(base_url=server.url) as client,
+        httpx.Client(base_url=server.url, timeout=60) as client,
     ):
         slow.sendall(post("/classify", 100) + b"beginning")
         while under_way(client) < 1:
@@ -169,7 +169,7 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
         running(tmp_path, SERVING_PROVIDER="cpu", SERVING_WORKERS="2", SERVING_THREADS="1") as server,
         ThreadPoolExecutor(4) as pool,
         connected(server.url) as slow,
-        httpx.Client(base_url=server.url) as client,
+        httpx.Client(base_url=server.url, timeout=60) as client,
     ):
         slow.sendall(post("/classify", 100) + b"beginning")
         while under_way(client) < 1:
@@ -201,7 +201,7 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
         for load in doomed:  # a client either sees its broken connection as an error or reconnects
             assert load.exception() is None or isinstance(load.exception(), httpx.TransportError)
         assert under_way(spared[0]) == 0, "without the request that has died with its worker"
-        metrics = httpx.get(f"{server.url}/metrics").text
+        metrics = httpx.get(f"{server.url}/metrics", timeout=60).text
         for own in [*lost, *spared, *(own for some in found.values() for own in some)]:
             own.close()
     assert "cifar10_model_info{" in metrics
@@ -212,14 +212,14 @@ def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
         wait_until(lambda: reached(server.url, is_ready), server)
         os.kill(old, signal.SIGKILL)
         wait_until(lambda: not psutil.pid_exists(old), server)
-        with httpx.Client(base_url=server.url) as client:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
             assert under_way(client) == 0, "without the request that has died with its worker"
         (idle,) = server.workers()
         server.process.send_signal(signal.SIGHUP)
         wait_for_workers(server, 1, without=idle)
         wait_until(lambda: not psutil.pid_exists(idle), server)
         wait_until(lambda: reached(server.url, is_ready), server)
-        metrics = httpx.get(f"{server.url}/metrics").text
+        metrics = httpx.get(f"{server.url}/metrics", timeout=60).text
         assert "cifar10_killed_workers_total 1.0" in metrics, "without the one that ended by itself"
 
 
@@ -255,7 +255,7 @@ def _starting_anew(folder: Path) -> Iterator[tuple[Server, int, socket.socket]]:
     ):
         (old,) = server.workers()
         slow.sendall(post("/classify", 100) + b"beginning")
-        with httpx.Client(base_url=server.url) as client:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
             while under_way(client) < 1:
                 pass
         server.process.send_signal(signal.SIGHUP)

@@ -74,7 +74,7 @@ def test_what_a_killed_server_left_is_gone_and_nothing_else(server: Server) -> N
 
 
 def test_onnx_runtime_keeps_nothing_for_its_makers(server: Server) -> None:
-    assert httpx.get(f"{server.url}/readyz").is_success
+    assert httpx.get(f"{server.url}/readyz", timeout=60).is_success
     assert not (server.log.parent / "home" / ".cache").exists()
     assert list((server.log.parent / "tmp").glob(".ses*")) == []
 
@@ -85,17 +85,17 @@ def test_a_dead_worker_is_replaced_in_an_image_of_bentomls_too(server: Server) -
     wait_for_workers(server, 1, without=worker)
     wait_until(lambda: reached(server.url, is_ready), server)
     assert f"worker {worker} ended by SIGKILL; another one starts" in server.log.read_text()
-    assert "cifar10_killed_workers_total 1.0" in httpx.get(f"{server.url}/metrics").text
+    assert "cifar10_killed_workers_total 1.0" in httpx.get(f"{server.url}/metrics", timeout=60).text
 
 
 def test_it_is_told_that_somebody_has_removed_the_folder(server: Server) -> None:
     (folder,) = (path.parent for path in (server.log.parent / "tmp").glob(f"{PREFIX}*/control"))
     shutil.rmtree(folder)
     for path in ("/readyz", "/v2/health/ready", "/metrics"):
-        answer = httpx.get(f"{server.url}{path}")
+        answer = httpx.get(f"{server.url}{path}", timeout=60)
         assert answer.status_code == 503
         assert "The folder of the server's own files is gone; restart the service." in answer.text
-    assert httpx.get(f"{server.url}/healthz").is_success
+    assert httpx.get(f"{server.url}/healthz", timeout=60).is_success
     assert "Traceback" not in server.log.read_text()
 
 
@@ -155,9 +155,9 @@ def test_a_full_disk_kills_no_worker(tmp_path: Path, tmp_path_factory: pytest.Te
                     file.write(bytes(4096))
             assert shutil.disk_usage(disk).free == 0
             for path in ("/nothing", "/model", "/v2/models/none", "/docs.json", "/metrics", "/"):
-                assert httpx.get(f"{server.url}{path}").status_code in (200, 404)
+                assert httpx.get(f"{server.url}{path}", timeout=60).status_code in (200, 404)
             for path in ("/classify", "/classify_batch", "/submission", "/v2/models/none/infer"):
-                assert httpx.post(f"{server.url}{path}", json={}).is_client_error
+                assert httpx.post(f"{server.url}{path}", json={}, timeout=60).is_client_error
             assert server.workers() == {worker}
 
             os.kill(worker, signal.SIGKILL)
@@ -168,14 +168,14 @@ def test_a_full_disk_kills_no_worker(tmp_path: Path, tmp_path_factory: pytest.Te
             (folder,) = disk.glob(f"{PREFIX}*")
             assert list(folder.glob("bentoml-client-*"))
             assert not list(disk.glob("bentoml-client-*"))
-            assert httpx.get(f"{server.url}/metrics").status_code == 200
+            assert httpx.get(f"{server.url}/metrics", timeout=60).status_code == 200
 
             # Once there is room, a worker whose figures can be read takes its place.
             (worker,) = server.workers()
             (disk / "fill").unlink()
             wait_for_workers(server, 1, without=worker)
             wait_until(lambda: reached(server.url, is_ready), server)
-            figures = httpx.get(f"{server.url}/metrics").text
+            figures = httpx.get(f"{server.url}/metrics", timeout=60).text
             assert "cifar10_model_info{" in figures
             assert "cifar10_killed_workers_total 1.0" in figures
     finally:

@@ -204,4 +204,4 @@ async def found(file: Path, content: bytes) -> None:
 
 
 def serves(server: Server, version: str) -> bool:
-    return bool(httpx.get(f"{server.url}/model").json()["version"] == version)
+    return bool(httpx.get(f"{server.url}/model", timeout=60).json()["version"] == version)

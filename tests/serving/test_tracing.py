@@ -106,12 +106,12 @@ def test_a_collector_that_is_not_there_is_a_line_in_the_log(tmp_path: Path) -> N
         ) as server,
     ):
         traced = parent("4" * 32, recorded=True)
-        answer = httpx.post(f"{server.url}/classify", files=PICTURE, headers=traced)
+        answer = httpx.post(f"{server.url}/classify", files=PICTURE, headers=traced, timeout=60)
         assert answer.status_code == 200
         port = collector.rpartition(":")[2]
         told = re.compile(rf"\[WARNING\] .*host='127\.0\.0\.1', port={port}\b.* while exporting spans")
         wait_until(lambda: told.search(server.log.read_text()) is not None, server)
-        answer = httpx.post(f"{server.url}/classify", files=PICTURE, headers=traced)
+        answer = httpx.post(f"{server.url}/classify", files=PICTURE, headers=traced, timeout=60)
         assert answer.status_code == 200
 
 
@@ -143,6 +143,8 @@ def test_without_it_there_are_none(tmp_path: Path, spans: tuple[str, Spans]) -> 
         OTEL_EXPORTER_OTLP_ENDPOINT=collector,
         OTEL_BSP_SCHEDULE_DELAY="1",
     ) as url:
-        answer = httpx.post(f"{url}/classify", files=PICTURE, headers=parent("3" * 32, recorded=True))
+        answer = httpx.post(
+            f"{url}/classify", files=PICTURE, headers=parent("3" * 32, recorded=True), timeout=60
+        )
         assert answer.status_code == 200
     assert got.empty()  # any span would have been sent before the service ended

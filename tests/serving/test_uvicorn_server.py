@@ -78,9 +78,9 @@ def test_posts_to_these_paths_go_past_the_servers_application(proxy_headers: boo
         bypass(server, {"/ours"}, application("ours"))
 
     with running(application("long"), prepare, proxy_headers=proxy_headers) as (_, url):
-        assert httpx.post(f"{url}/ours", headers=headers).text == f"ours for {client}"
-        assert httpx.get(f"{url}/ours", headers=headers).text == f"long for {client}"
-        assert httpx.post(f"{url}/other", headers=headers).text == f"long for {client}"
+        assert httpx.post(f"{url}/ours", headers=headers, timeout=60).text == f"ours for {client}"
+        assert httpx.get(f"{url}/ours", headers=headers, timeout=60).text == f"long for {client}"
+        assert httpx.post(f"{url}/other", headers=headers, timeout=60).text == f"long for {client}"
 
 
 class Answers:
@@ -170,7 +170,7 @@ def test_who_does_not_take_answers_makes_room_for_new_connections() -> None:
             assert answers.paused.acquire(timeout=PATIENCE)
         with ExitStack() as others:
             for count in range(1, 4):
-                other = others.enter_context(httpx.Client())
+                other = others.enter_context(httpx.Client(timeout=60))
                 assert len(other.get(f"{url}/1000").content) == 1000
                 assert answers.evicted == count
 
@@ -296,7 +296,7 @@ def test_idle_connections_are_kept(configured: int, seconds: int) -> None:
 
     with (
         running(answers, prepare, timeout_keep_alive=configured) as (server, url),
-        httpx.Client(base_url=url) as client,
+        httpx.Client(base_url=url, timeout=60) as client,
     ):
         assert client.get("/1000").status_code == 200
         assert answers.answered.acquire(timeout=PATIENCE)
