@@ -25,6 +25,13 @@ def test_error_is_the_gap_between_confidence_and_accuracy() -> None:
     assert bins.error == pytest.approx(0.6 * (0.9 - 2 / 3))
 
 
+def test_bins_have_the_same_width() -> None:
+    middles = (np.arange(2, reliability.BINS) + 0.5) / reliability.BINS
+    each = np.concatenate([logits(middle, 1) for middle in middles])
+    bins = reliability.measure(each, np.zeros(len(middles), np.int64))
+    np.testing.assert_allclose(bins.confidence[2:], middles)
+
+
 def test_certainty_has_a_bin() -> None:
     certain = np.zeros((4, 10))
     certain[:, 2] = 1000
@@ -39,3 +46,19 @@ def test_plot_is_the_kind_of_file_that_its_name_says(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(start)
     with pytest.raises(PlotError, match=r"plot\.txt"):
         reliability.plot({"before": bins}, "title", tmp_path / "plot.txt")
+
+
+def test_plot_has_a_point_for_each_bin_that_is_not_empty(tmp_path: Path) -> None:
+    path, points = tmp_path / "plot.svg", []
+    for confidences in ([0.9], [0.9, 0.5]):
+        some = np.concatenate([logits(confidence, 5) for confidence in confidences])
+        bins = reliability.measure(some, np.zeros(len(some), np.int64))
+        reliability.plot({"all": bins}, "title", path)
+        points.append(path.read_text().count("<use "))
+    assert points[1] == points[0] + 1
+
+
+def test_title_is_shown_as_it_is(tmp_path: Path) -> None:
+    bins = reliability.measure(logits(0.9, 10), np.zeros(10, np.int64))
+    reliability.plot({"all": bins}, "$^$.onnx on the test images", tmp_path / "plot.svg")
+    assert "<!-- $^$.onnx on the test images -->" in (tmp_path / "plot.svg").read_text()
