@@ -7,13 +7,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
+from torch import Tensor, nn
 
 from export import graph
 from export.ensemble import Ensemble, half, rounded
 from export.member import load
 from export.provider import CPU
 from tests.export.conftest import Train
-from training import data
+from training import data, recipe
+from training.evaluate import Classifier
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
@@ -93,6 +95,39 @@ def test_rounded_is_half_within_the_rounding_of_sums(trained: Path, pixels: NDAr
     assert error > 0
     assert 0 < (in_float - exact).abs().max() < 3 * error
     assert (in_float - in_half).abs().max() < 3 * error
+
+
+class Sum(nn.Module):
+    """Gives each class ``weight`` times the sum of ``count`` outputs of a layer, each of ``value``."""
+
+    def __init__(self, value: float, count: int, weight: float) -> None:
+        super().__init__()
+        self.count, self.first, self.last = count, nn.Linear(32, 1), nn.Linear(1, 10)
+        for parameter, each in zip(self.parameters(), (0, value, weight, 0), strict=True):
+            nn.init.constant_(parameter, each)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.count * self.first(x[:, 0, 0]))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "weight"),
+    [(4e4, 1, 2), (4e4, 2, 0.5), (0.1, 1, 1e5)],
+    ids=["output", "input", "weight"],
+)
+def test_rounded_overflows_where_half_does(
+    value: float, count: int, weight: float, pixels: NDArray[np.uint8]
+) -> None:
+    ensemble = Ensemble([Classifier(Sum(value, count, weight), recipe.load("A1", ["views=none"]))])
+    with torch.no_grad():
+        exact, in_half, in_float = (
+            part.eval()(torch.from_numpy(pixels[:2]))
+            for part in (ensemble, half(ensemble), rounded(ensemble))
+        )
+    assert exact.isfinite().all()
+    assert in_half.isinf().all()
+    assert in_float.isinf().all()
 
 
 def test_half_has_its_weights_in_fp16_and_leaves_the_original(trained: Path) -> None:
