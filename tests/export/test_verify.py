@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, StringStringEntryProto, numpy_helper
+from onnx import ModelProto, StringStringEntryProto, TensorProto, helper, numpy_helper
 
 from export import metadata
 from export.__main__ import main
 from export.graph import GraphError
 from export.verify import read
 from tests.cifar10 import CIFAR10, needs_cifar10
-from tests.export.conftest import BUNDLED, Bundled, Train
+from tests.export.conftest import BUNDLED, TEST, Bundled, Train
 from training import data
 from training.model import CLASSES
 
@@ -125,12 +125,36 @@ def test_logits_that_are_no_numbers(
 ) -> None:
     model = onnx.load(files["fp32"])
     (head,) = [t for t in model.graph.initializer if t.name.endswith("head.weight")]
-    head.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(head) * np.float32("nan"), head.name))
+    weights = numpy_helper.to_array(head).copy()
+    weights[0] = np.nan  # the others' logits are numbers
+    head.CopyFrom(numpy_helper.from_array(weights, head.name))
     (version,) = [entry for entry in model.metadata_props if entry.key == "version"]
     version.value = metadata.version(model)
     onnx.save(model, tmp_path / "diverged.onnx")
     assert main(["verify", str(tmp_path / "diverged.onnx")]) == 1
     assert "error: the model file gives logits that are no finite" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_run(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the logits it adds a row of a table that ends before the brightest pixels."""
+    model = onnx.load(files["fp32"])
+    model.graph.node[-1].output[0] = "right"
+    model.graph.node.extend(
+        [
+            helper.make_node("Cast", ["images"], ["integers"], to=TensorProto.INT64),
+            helper.make_node("ReduceMax", ["integers", "axes"], ["brightest"], keepdims=0),
+            helper.make_node("Gather", ["table", "brightest"], ["added"]),
+            helper.make_node("Add", ["right", "added"], ["logits"]),
+        ]
+    )
+    for name, values in (("axes", np.array([1, 2, 3])), ("table", np.zeros((128, 10), np.float32))):
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    entry(model, "version").value = metadata.version(model)
+    assert main(["verify", saved(model, tmp_path / "edited.onnx")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: CPUExecutionProvider does not run the model: ")
 
 
 def test_another_provider_computes_something_else(
@@ -198,6 +222,10 @@ def test_what_is_no_file_of_ours(
         ("sample_accuracy", "none", "sample_accuracy: Input should be a valid number"),
         ("temperature", "nan", "temperature: Input should be a finite number"),
         ("checkpoint_sha256", None, "members.0.checkpoint_sha256: Field required"),
+        ("checkpoint_sha256", "f" * 63, "members.0.checkpoint_sha256: String should match pattern"),
+        ("members", "[]", "members: Value should have at least 1 item"),
+        ("contract", "2", "contract: Input should be '1', got 2"),
+        ("version", None, "version: Field required"),
         ("precision", "fp64", "precision: Input should be 'fp32', 'fp16' or 'int8', got fp64"),
     ],
 )
@@ -211,6 +239,18 @@ def test_metadata_that_say_something_else(key: str, value: str | None, message: 
     with pytest.raises(GraphError) as raised:
         metadata.read(model)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("images", "code"), [(-2, 1), (-1, 0), (1, 0), (2, 1)])
+def test_an_accuracy_may_be_another_by_the_limit_for_other_providers(
+    images: int, code: int, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(files["fp32"])
+    parity = json.loads(entry(model, "parity").value)
+    parity["accuracy"] = round(parity["accuracy"] * TEST - images) / TEST
+    entry(model, "parity").value = json.dumps(parity)
+    assert main(["verify", saved(model, tmp_path / "elsewhere.onnx")]) == code
+    assert ("accuracy on the test images of sample" in capsys.readouterr().err) == bool(code)
 
 
 def test_a_calibration_error_that_is_not_the_files(
