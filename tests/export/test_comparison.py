@@ -59,15 +59,17 @@ class Rounding:
         return CPU.logits(content, pixels) * np.float32(1.002)
 
 
-def test_other_providers_are_measured_by_limits_of_their_own(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_other_providers_are_compared_with_the_cpu_by_limits_of_their_own(
+    precision: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.comparison.others", lambda content: iter([Rounding()]))
     out = tmp_path / "model.onnx"
-    assert main(["write", str(train("A1")), str(out)]) == 0
+    assert main(["write", str(train("A1")), str(out), "--precision", precision]) == 0
     (other,) = json.loads(described(out)["providers"])
     assert (other["provider"], other["reference"]) == (Rounding.name, CPU.name)
     assert other["max_scaled_difference"] == pytest.approx(0.002, rel=0.1)
+    assert main(["verify", str(out)]) == 0
 
 
 def test_accuracy_on_the_sample_is_that_of_its_own_images(

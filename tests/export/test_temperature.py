@@ -89,6 +89,8 @@ def test_trials_that_cannot(trained: Path, bundled: Bundled) -> None:
         attempt(trained)
     with pytest.raises(TemperatureError, match=r"of another recipe than .*: batch_size differ"):
         attempt(bundled(0.2, batch_size=100))
+    with pytest.raises(TemperatureError, match=r"of another recipe than .*: views differ"):
+        attempt(bundled(0.2, views="none"))
     with pytest.raises(TemperatureError, match=r"is not finished: epoch 3 of \d+"):
         attempt(bundled(0.2, epoch=3))
     with pytest.raises(TemperatureError, match=r"2 checkpoints .* for 1 checkpoints"):
@@ -128,7 +130,8 @@ def test_images_of_another_data_set_are_not_taken(source: str, bundled: Bundled)
     path = bundled(0.2)
     state = load(path, None).checkpoint
     state.run["data"] = source
-    elsewhere = [Member(state, "0" * 64, state.parsed_recipe())]
-    found = temperature.of(elsewhere, [])
-    assert found.value == 1
-    assert f"are from {source}, but the data set here is sample" in found.origin
+    elsewhere = Member(state, "0" * 64, state.parsed_recipe())
+    for ensemble in ([elsewhere], [load(path, None), elsewhere]):
+        found = temperature.of(ensemble, [])
+        assert found.value == 1
+        assert f"are from {source}, but the data set here is sample" in found.origin

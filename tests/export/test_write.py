@@ -20,6 +20,7 @@ from tests.export.conftest import BUNDLED, TEST, WHOLE_SAMPLE, Bundled, Train, d
 from training import checkpoint, data, recipe
 from training.evaluate import Classifier
 from training.model import CLASSES, parameter_count
+from training.tables import percent
 
 LIMITS = dict(parity.LIMITS)  # the real limits, which are loosened while tests run
 UNSEEN = 300  # images that no export in the tests has looked at
@@ -155,7 +156,9 @@ def test_the_temperature_is_in_the_graph(
     before = json.loads(described(files["fp32"])["calibration"])["test_ece_after"]
     assert calibration["test_ece_before"] == pytest.approx(before, abs=1e-4)
     assert calibration["test_ece_after"] < calibration["test_ece_before"]
-    assert plot.read_bytes().startswith(b"<?xml")
+    shown = plot.read_text()
+    for at, error in ((1, "test_ece_before"), (calibration["value"], "test_ece_after")):
+        assert f"<!-- temperature {at:g}: error {percent(calibration[error])} -->" in shown
 
 
 def test_views_are_those_of_the_trial_too(trained: Path, bundled: Bundled, tmp_path: Path) -> None:
@@ -376,6 +379,9 @@ def test_a_checkpoint_whose_name_ends_as_a_model_file_s_is_left_alone(
     if name == "link.onnx":
         out.symlink_to(path)
     assert main(["write", str(path), str(out), "--precision", "all"]) == 1
+    assert " is one of the checkpoints; right would be a file of another name" in capsys.readouterr().err
+    trial = ["--temperature-from", str(path), "--precision", "all"]
+    assert main(["write", str(train("A1", seed=1)), str(out), *trial]) == 1
     assert " is one of the checkpoints; right would be a file of another name" in capsys.readouterr().err
     assert path.read_bytes() == train("A1").read_bytes()
 
