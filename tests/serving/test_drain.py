@@ -27,6 +27,11 @@ async def main() -> None:
         await asyncio.wait_for(waiting, 60)
     except StoppingError as error:
         print(error)
+    try:
+        with drain.request():
+            print("taken")
+    except StoppingError:
+        print("refused")
 
 asyncio.run(main())
 """
@@ -36,7 +41,7 @@ asyncio.run(main())
 def test_a_second_ctrl_c_counts_though_the_first_is_not_dealt_with(first: str) -> None:
     script = [sys.executable, "-c", SIGNALLED.format(first=first)]
     run = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
-    assert run.stdout == "The service stopped before the request was finished.\n"
+    assert run.stdout == "The service stopped before the request was finished.\nrefused\n"
 
 
 STOPPING = """
@@ -69,3 +74,38 @@ def test_requests_on_their_way_are_taken_and_later_ones_refused_before_the_end(
     script = [sys.executable, "-c", STOPPING.format(arriving=arriving)]
     run = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout == f"{answer} True False\n"
+
+
+TERMINATED = """
+import asyncio, os, signal
+import uvicorn
+from serving.drain import Drain
+
+async def main() -> None:
+    drain = Drain(600)
+    drain.listen(uvicorn.Server(uvicorn.Config("none")))
+
+    async def request() -> None:
+        with drain.request():
+            await answered.wait()
+
+    answered = asyncio.Event()
+    waiting = asyncio.create_task(request())
+    await asyncio.sleep(0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+        for turn in range(20):
+            await asyncio.sleep(0)
+    answered.set()
+    await waiting
+    print("answered", drain.stopping)
+
+asyncio.run(main())
+"""
+
+
+def test_sigterm_again_cuts_no_request_off() -> None:
+    """Such as that for the end of the supervisor, after the supervisor's own."""
+    script = [sys.executable, "-c", TERMINATED]
+    run = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout == "answered True\n"
