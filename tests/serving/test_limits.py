@@ -1,5 +1,6 @@
 """The budget of what all requests hold together, by itself and in a real service."""
 
+import asyncio
 import contextlib
 import select
 import time
@@ -9,9 +10,12 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
 
 from serving.errors import OverloadedError
 from serving.limits import Budget
+from serving.middleware import FREE_BYTES, Reception
 from tests.serving.raw import PATIENCE, connected, post
 from tests.serving.samples import encoded
 from tests.serving.server import serving
@@ -41,6 +45,34 @@ def test_a_share_is_given_back_also_after_an_error() -> None:
         assert not budget.spent
         1 / 0  # noqa: B018
     budget.take(2)
+
+
+def test_a_body_gives_back_what_it_took_and_no_more() -> None:
+    """In pieces, of which the last one may find no room."""
+    room, piece = 100_000, FREE_BYTES // 2
+    budget = Budget(room, "uploads", "None left.")
+
+    async def read(scope: Scope, receive: Receive, send: Send) -> None:
+        async for _ in Request(scope, receive).stream():
+            pass
+
+    async def receive() -> Message:
+        pieces.pop()
+        return {"type": "http.request", "body": bytes(piece), "more_body": bool(pieces)}
+
+    async def send(message: Message) -> None:
+        pass
+
+    reception = Reception(read, 10**6, 60, budget)
+    for count in (2, 4, 6, 5, 6):
+        pieces = [None] * count
+        scope = {"type": "http", "headers": []}
+        refused = count * piece - FREE_BYTES > room
+        with pytest.raises(OverloadedError) if refused else contextlib.nullcontext():
+            asyncio.run(reception(scope, receive, send))
+        budget.take(room)
+        assert budget.spent
+        budget.give_back(room)
 
 
 def test_requests_that_wait_for_an_answer_before_theirs_are_bounded(url: str) -> None:

@@ -363,7 +363,7 @@ def test_hostile_pickles(client: httpx.Client, content: bytes) -> None:
     assert not (ROOT / "ran").exists()
 
 
-TOO_MANY_BYTES = 5_000_000
+MOST_BYTES, TOO_MANY_BYTES = 4_000_000, 5_000_000
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
@@ -387,6 +387,14 @@ def test_too_many_bytes(client: httpx.Client, path: str, kind: str, chunked: boo
     content = parts() if chunked else b"".join(parts())
     response = client.post(path, content=content, headers={"Content-Type": kind})
     assert error_of(response)[:2] == (413, "too_large")
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
+def test_as_many_bytes_as_the_limit_are_taken(client: httpx.Client, chunked: bool) -> None:
+    for length, right in ((MOST_BYTES, (400, "bad_image")), (MOST_BYTES + 1, (413, "too_large"))):
+        content = iter([bytes(length)]) if chunked else bytes(length)
+        response = client.post("/classify", content=content, headers={"Content-Type": "image/png"})
+        assert error_of(response)[:2] == right
 
 
 def test_a_url_is_never_fetched(client: httpx.Client) -> None:
