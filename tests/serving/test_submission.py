@@ -102,6 +102,11 @@ def test_images_reshaped_instead_of_transposed_are_refused(
     )
 
 
+def test_many_images_in_the_wrong_order_are_refused_too(images: npt.NDArray[np.uint8]) -> None:
+    with pytest.raises(PickleError, match="its values lie as in"):
+        read({"data": np.concatenate([images, images]).reshape(-1, 3072)})
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_the_order_is_no_matter_of_what_the_images_show(
     images: npt.NDArray[np.uint8], layout: Any
@@ -172,6 +177,7 @@ TWO = np.zeros((2, 32, 32, 3), np.uint8)
         ({"data": TWO, "ids": [True, False]}, "ids has a bool that is no 64-bit integer"),
         ({"data": TWO, "ids": [1, "2"]}, "ids has a str that is no 64-bit integer"),
         ({"data": TWO, "ids": [1, 2**64]}, "ids has a int that is no 64-bit integer"),
+        ({"data": TWO, "ids": [1, -(2**63) - 1]}, "ids has a int that is no 64-bit integer"),
         ({"data": TWO, "id": [1, 2]}, "has the key 'id'; right would be ids"),
         ({"data": TWO, b"Image_IDs": [1, 2]}, "has the key 'Image_IDs'; right would be ids"),
         ({"data": TWO, "index": [1, 2]}, "has the key 'index'; right would be ids"),
@@ -191,9 +197,13 @@ def test_message_says_what_would_be_right(content: Any, message: str) -> None:
         read(content)
 
 
-@pytest.mark.parametrize("key", ["valid", "is_valid", "grid", "fid", "labels", "index\n"])
-def test_other_keys_are_ignored(key: str) -> None:
+@pytest.mark.parametrize("key", ["valid", "is_valid", "grid", "fid", "labels", "index\n", b"\xff", 5])
+def test_other_keys_are_ignored(key: Any) -> None:
     assert read({"data": TWO, key: [1, 2]}).ids == range(2)
+
+
+def test_beside_ids_a_key_that_looks_like_them_is_ignored() -> None:
+    assert read({"data": TWO, "ids": [3, 4], "index": [1, 2]}).ids == [3, 4]
 
 
 def test_too_many_rows() -> None:
