@@ -311,6 +311,13 @@ def test_too_many_pixels_are_refused_from_the_header() -> None:
         decode(bytes(content), LIMIT)
 
 
+@pytest.mark.parametrize(("kind", "pixels"), [("PNG", LIMIT), ("WEBP", LIMIT // 4)])
+def test_as_many_pixels_as_the_limit_are_taken(kind: str, pixels: int) -> None:
+    assert (decode(saved(plain((0, 0, 0), (pixels // 400, 400)), kind), LIMIT) == 0).all()
+    with pytest.raises(TooLargeError):
+        decode(saved(plain((0, 0, 0), (pixels // 400, 401)), kind), LIMIT)
+
+
 def test_the_limit_of_webp_is_told_beside_the_others() -> None:
     with pytest.raises(TooLargeError, match="250000 pixels in all for WebP, and 1000000 for other"):
         decode(saved(plain((0, 0, 0), (600, 600)), "WEBP"), LIMIT)
@@ -363,9 +370,10 @@ def test_damaged_files_decode_or_raise_our_error(kind: str, data: st.DataObject)
 
 
 def test_scans_are_limited_to_more_than_anybody_writes() -> None:
-    assert (decode(many_scans(64, 48, 80), LIMIT) == 0).all()
+    more = 100 - many_scans(64, 48, 0).count(b"\xff\xda\0")
+    assert (decode(many_scans(64, 48, more), LIMIT) == 0).all()
     with pytest.raises(ImageError, match="more than 100 scans; save it anew"):
-        decode(many_scans(64, 48, 100), LIMIT)
+        decode(many_scans(64, 48, more + 1), LIMIT)
 
 
 def test_what_only_looks_like_scans_behind_an_image_is_no_hindrance(

@@ -7,7 +7,7 @@ LABELS = ["a", "b", "c"]
 
 
 def test_probabilities_sum_to_one_for_any_logits() -> None:
-    logits = np.array([[1e4, -1e4, 0], [0, 0, 0], [-1e30, 1e30, 1e30]], np.float32)
+    logits = np.array([[1e4, -1e4, 0], [0, 0, 0], [-1e30, 1e30, 1e30], [0, 0.6, 0.9]], np.float32)
     probabilities = softmax(logits)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-12)
     np.testing.assert_allclose(probabilities[1], 1 / 3)

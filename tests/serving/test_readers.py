@@ -6,6 +6,7 @@ import numpy.typing as npt
 import pytest
 
 from serving import readers
+from serving.errors import ImageError
 from serving.images import LargeImageError, decode
 from serving.readers import READ_AT_ONCE, Readers
 from tests.serving.samples import encoded
@@ -89,4 +90,19 @@ def test_large_images_of_a_request_hold_up_no_others(monkeypatch: pytest.MonkeyP
         threads.stop()
 
     monkeypatch.setattr(readers, "decode", decode_large_later)
+    asyncio.run(main())
+
+
+def test_a_bad_large_image_of_a_request_harms_no_other() -> None:
+    large = encoded(np.zeros((2100, 2000, 3), np.uint8))
+
+    async def main() -> None:
+        threads = Readers(1, 10**7)
+        found = await threads.images([large, large[: len(large) // 2], picture(7)])
+        threads.stop()
+        first, bad, last = found
+        assert (np.asarray(first) == 0).all()
+        assert isinstance(bad, ImageError)
+        assert (np.asarray(last) == 7).all()
+
     asyncio.run(main())
