@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -19,7 +20,12 @@ def field(name: str, content: bytes, *, file: bool = True) -> bytes:
 
 
 def read(
-    body: bytes, *, max_files: int = 2, piece: int = 2**16, kind: str = "multipart/form-data; boundary=x"
+    body: bytes,
+    *,
+    max_files: int = 2,
+    piece: int = 2**16,
+    kind: str = "multipart/form-data; boundary=x",
+    fails: bool = False,
 ) -> list[tuple[str, bool, bytes, bool]]:
     """Read a form: each part's name, whether it is a file, its content, and whether it lay on disk."""
 
@@ -36,9 +42,12 @@ def read(
     async def main() -> list[tuple[str, bool, bytes, bool]]:
         scope: dict[str, Any] = {"type": "http", "headers": [(b"content-type", kind.encode())]}
         kept: list[Part] = []
-        async with received(Request(scope, receive), max_files) as parts:
-            kept += parts
-            found = [(part.name, part.is_file, part.content(), part.on_disk) for part in parts]
+        with suppress(ZeroDivisionError):
+            async with received(Request(scope, receive), max_files) as parts:
+                kept += parts
+                found = [(part.name, part.is_file, part.content(), part.on_disk) for part in parts]
+                if fails:
+                    raise ZeroDivisionError
         async with asyncio.timeout(60):
             while not all(part.file.closed for part in kept):  # those on disk, in a thread
                 await asyncio.sleep(0)
@@ -62,6 +71,11 @@ def test_a_large_file_lies_on_disk() -> None:
     content = bytes(range(256)) * (SPOOLED_BYTES // 256)
     body = field("a", content) + field("b", content + b"!") + b"--x--"
     assert read(body) == [("a", True, content, False), ("b", True, content + b"!", True)]
+
+
+@pytest.mark.parametrize("length", [1, SPOOLED_BYTES + 1], ids=["in memory", "on disk"])
+def test_files_are_closed_after_an_error_too(length: int) -> None:
+    assert len(read(field("a", bytes(length)) + b"--x--", fails=True)) == 1
 
 
 def test_no_room_for_a_file_is_told(caplog: pytest.LogCaptureFixture) -> None:
