@@ -171,7 +171,9 @@ def _ids(ids: Any, count: int) -> list[int]:
         ids = ids.tolist()  # only now that they are counted: Python's integers take far more memory
     wrong = [type(id_).__name__ for id_ in ids if type(id_) is not int or id_ not in IDS]
     if wrong:
-        raise PickleError(f"ids has a {wrong[0]} that is no 64-bit integer; all must be such.")
+        raise PickleError(
+            f"ids has a value of type {wrong[0]} that is no 64-bit integer; all must be such."
+        )
     if len(set(ids)) != count:
         raise PickleError(
             f"{count - len(set(ids))} of the {count} ids occur again; all must be different."
