@@ -10,9 +10,10 @@ Measurements take turns in rounds, so that a change in the machine's speed affec
 has a process of its own.
 
 ``python -m benchmarks.inference`` measures and writes ``benchmarks/inference.json``; ``--markdown``
-prints that file as tables. The committed files were measured on three machines, with other options:
+prints that file as tables. The committed files were measured on four machines, with other options:
 
-- ``inference.json``, for the README: ``--models fast B1 A3 --rounds 2``;
+- ``inference.json``, for the README: ``--rounds 2``;
+- ``inference-intel.json``: ``--models fast B1 A3 --rounds 2``;
 - ``inference-avx2.json``: ``--models accurate --seconds 2``;
 - ``inference-h200.json``: ``--models accurate --seconds 0.5 --rounds 1``, only the engines that run on a
   GPU, and no submissions.

@@ -128,10 +128,8 @@ def test_logits_that_are_no_numbers(
     weights = numpy_helper.to_array(head).copy()
     weights[0] = np.nan  # the others' logits are numbers
     head.CopyFrom(numpy_helper.from_array(weights, head.name))
-    (version,) = [entry for entry in model.metadata_props if entry.key == "version"]
-    version.value = metadata.version(model)
-    onnx.save(model, tmp_path / "diverged.onnx")
-    assert main(["verify", str(tmp_path / "diverged.onnx")]) == 1
+    entry(model, "version").value = metadata.version(model)
+    assert main(["verify", saved(model, tmp_path / "diverged.onnx")]) == 1
     assert "error: the model file gives logits that are no finite" in capsys.readouterr().err
 
 

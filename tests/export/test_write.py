@@ -157,6 +157,7 @@ def test_the_temperature_is_in_the_graph(
     assert calibration["test_ece_before"] == pytest.approx(before, abs=1e-4)
     assert calibration["test_ece_after"] < calibration["test_ece_before"]
     shown = plot.read_text()
+    assert shown.startswith("<?xml")
     for at, error in ((1, "test_ece_before"), (calibration["value"], "test_ece_after")):
         assert f"<!-- temperature {at:g}: error {percent(calibration[error])} -->" in shown
 

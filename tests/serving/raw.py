@@ -2,8 +2,6 @@
 
 import socket
 
-import httpx
-
 PATIENCE = 60.0  # seconds that a test waits for what must come
 
 
@@ -22,10 +20,3 @@ def post(path: str, length: int | None, media_type: str = "image/png") -> bytes:
     """The head of a POST whose body has `length` bytes or, without a length, is chunked."""
     of_body = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
     return f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: {media_type}\r\n{of_body}\r\n\r\n".encode()
-
-
-def submission(pickle: bytes) -> bytes:
-    """A whole request that posts the pickle."""
-    form = httpx.Request("POST", "http://a", files={"file": ("a.pkl", pickle)})
-    body = form.read()
-    return post("/submission", len(body), form.headers["content-type"]) + body

@@ -20,7 +20,7 @@ from benchmarks.server import LOG, is_ready, running
 from tests import ROOT
 from tests.serving.figures import Samples, read, under_way, value
 from tests.serving.models import write_slow_model
-from tests.serving.raw import PATIENCE, connected, last, post, submission
+from tests.serving.raw import PATIENCE, connected, last, post
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import serving, serving_slowly
 from tests.transcripts import assert_as_shown
@@ -47,6 +47,13 @@ def strict_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def images_run(samples: Samples) -> float:
     return value(samples, "cifar10_batch_images_sum")
+
+
+def submission(pickle: bytes) -> bytes:
+    """A whole request that posts the pickle."""
+    form = httpx.Request("POST", "http://a", files={"file": ("a.pkl", pickle)})
+    body = form.read()
+    return post("/submission", len(body), form.headers["content-type"]) + body
 
 
 def trickle(connection: socket.socket, piece: bytes) -> bytes:

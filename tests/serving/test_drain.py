@@ -5,6 +5,13 @@ import sys
 
 import pytest
 
+
+def printed(program: str) -> str:
+    """What a program prints, in a process of its own that signals may be sent to."""
+    script = [sys.executable, "-c", program]
+    return subprocess.run(script, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
 SIGNALLED = """
 import asyncio, os, signal
 import uvicorn
@@ -39,9 +46,10 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("first", ["signal.SIGTERM", "signal.SIGINT"])
 def test_a_second_ctrl_c_counts_though_the_first_is_not_dealt_with(first: str) -> None:
-    script = [sys.executable, "-c", SIGNALLED.format(first=first)]
-    run = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
-    assert run.stdout == "The service stopped before the request was finished.\nrefused\n"
+    assert (
+        printed(SIGNALLED.format(first=first))
+        == "The service stopped before the request was finished.\nrefused\n"
+    )
 
 
 STOPPING = """
@@ -71,9 +79,7 @@ asyncio.run(main())
 def test_requests_on_their_way_are_taken_and_later_ones_refused_before_the_end(
     arriving: int, answer: str
 ) -> None:
-    script = [sys.executable, "-c", STOPPING.format(arriving=arriving)]
-    run = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
-    assert run.stdout == f"{answer} True False\n"
+    assert printed(STOPPING.format(arriving=arriving)) == f"{answer} True False\n"
 
 
 TERMINATED = """
@@ -106,6 +112,4 @@ asyncio.run(main())
 
 def test_sigterm_again_cuts_no_request_off() -> None:
     """Such as that for the end of the supervisor, after the supervisor's own."""
-    script = [sys.executable, "-c", TERMINATED]
-    run = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
-    assert run.stdout == "answered True\n"
+    assert printed(TERMINATED) == "answered True\n"

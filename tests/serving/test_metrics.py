@@ -21,7 +21,7 @@ from serving.predictions import softmax
 from tests import ROOT
 from tests.serving.figures import read, value
 from tests.serving.models import CLASSES
-from tests.serving.raw import PATIENCE, connected, post, submission
+from tests.serving.raw import connected, post
 from tests.serving.samples import encoded, pickled
 from tests.serving.server import running, serving_slowly
 from tests.transcripts import assert_as_shown
@@ -99,17 +99,15 @@ def test_full_service_says_so_and_counts_whom_it_refuses(
     narrow_url: str, images: npt.NDArray[np.uint8]
 ) -> None:
     picture = {"image": ("a.png", encoded(images[0]))}
-    with httpx.Client(base_url=narrow_url, timeout=60) as client, connected(narrow_url) as bulk:
-
-        def wait_for_readiness(status: int) -> None:
-            deadline = time.monotonic() + PATIENCE
-            while client.get("/v2/health/ready").status_code != status:
-                assert time.monotonic() < deadline
-
+    bulk = {
+        "file": ("a.pkl", pickled({"data": images}))
+    }  # takes far longer than all that comes meanwhile
+    with httpx.Client(base_url=narrow_url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
         before = read(client)
-        wait_for_readiness(200)
-        bulk.sendall(submission(pickled({"data": np.tile(images, (10, 1, 1, 1))})))  # a minute's work
-        wait_for_readiness(503)
+        assert client.get("/v2/health/ready").status_code == 200
+        submission = pool.submit(httpx.post, f"{narrow_url}/submission", files=bulk, timeout=60)
+        while client.get("/v2/health/ready").status_code == 200:
+            assert not submission.done()
         answer = client.post("/classify", files=picture)
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
@@ -119,8 +117,8 @@ def test_full_service_says_so_and_counts_whom_it_refuses(
         assert_as_shown("overloaded", narrow_url)
         assert_as_shown("not_ready", narrow_url)
         assert client.get("/readyz").headers["retry-after"] == "1"
-        bulk.close()
-        wait_for_readiness(200)
+        assert submission.result().status_code == 200
+        assert client.get("/v2/health/ready").status_code == 200
         after = read(client)
 
     def more(name: str, /, **labels: str) -> float:
