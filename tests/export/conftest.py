@@ -118,7 +118,9 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
                 path = out / "fast.toml"
                 path.write_text(recipe.load("fast", ["epochs=1", "batch_size=250", *narrow]).to_toml())
                 arguments = [str(path)]
-            assert main(["run", *arguments, "--seed", str(seed), "--out", str(out)]) == 0
+            with pytest.MonkeyPatch.context() as patch:  # the test that asks first may use other images
+                patch.setenv(data.ROOT_VARIABLE, str(data.SAMPLE))
+                assert main(["run", *arguments, "--seed", str(seed), "--out", str(out)]) == 0
             made[name, seed] = out / "checkpoint.pt"
         return made[name, seed]
 
