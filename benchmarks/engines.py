@@ -60,9 +60,9 @@ def bound(provider: "ProviderName", device: str) -> Engine:
     def engine(variant: Variant) -> Run:
         from onnxruntime import OrtValue
 
-        from serving.providers import open_session
+        from serving.sessions import OnnxRuntimeSession
 
-        session = open_session(variant.file, provider, loky.cpu_count())
+        session = OnnxRuntimeSession(variant.file, provider, loky.cpu_count()).session
         binding = session.io_binding()
         kept: dict[int, tuple[OrtValue, OrtValue]] = {}
 
@@ -99,10 +99,11 @@ def onnxruntime(variant: Variant) -> Run:
 
 def openvino(variant: Variant) -> Run:
     """OpenVINO's own runtime."""
-    import openvino as ov
+    from serving.openvino import import_openvino
 
     threads = {"INFERENCE_NUM_THREADS": loky.cpu_count()}
-    request = ov.Core().compile_model(variant.file, "CPU", threads).create_infer_request()
+    model = import_openvino().Core().compile_model(variant.file, "CPU", threads)
+    request = model.create_infer_request()
 
     def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = request.infer([images], share_inputs=True)[0]

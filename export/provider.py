@@ -7,9 +7,9 @@ import loky
 import numpy as np
 from numpy.typing import NDArray
 
-from export.graph import INPUT, OUTPUT
 from serving.errors import NoProviderError, ProviderError
-from serving.providers import FULL_NAMES, open_session
+from serving.providers import FULL_NAMES
+from serving.sessions import open_session
 from serving.settings import ProviderName
 
 BATCH = 250
@@ -17,13 +17,13 @@ BATCH = 250
 
 @dataclass(frozen=True)
 class Provider:
-    """An execution provider of ONNX Runtime; ``short_name`` is the service's name for it."""
+    """A provider of the service; ``short_name`` is its setting's name for it."""
 
     short_name: ProviderName
 
     @property
     def name(self) -> str:
-        """ONNX Runtime's name for it."""
+        """Its own name."""
         return FULL_NAMES[self.short_name]
 
     def logits(self, model: bytes, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -35,7 +35,7 @@ class Provider:
         session = open_session(model, self.short_name, loky.cpu_count())
         batches = (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
         try:
-            return np.concatenate([session.run([OUTPUT], {INPUT: batch})[0] for batch in batches])
+            return np.concatenate([session.run(batch) for batch in batches])
         except Exception as error:  # onnxruntime has a dozen kinds of its own
             raise ProviderError(f"{self.name} does not run the model: {error}") from error
 

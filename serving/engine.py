@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from serving.errors import NoProviderError, ProviderError
-from serving.providers import CUDA, FULL_NAMES, SHORT_NAMES, TENSORRT, obstacle, open_session
+from serving.providers import FULL_NAMES, obstacle
+from serving.sessions import Session, open_session
 from serving.settings import Provider, ProviderName
 
 logger = logging.getLogger("serving")
@@ -31,7 +31,7 @@ class Engine:
     """Runs a model file; safe to call from any thread.
 
     Attributes:
-        provider: the execution provider that runs it, by ONNX Runtime's name.
+        provider: the provider that runs it, by its own name.
         reason: why that provider was chosen.
         runs: how many calls of `run` at a time make full use of the device.
         enough: batch size from which on a run is no faster per image; None if larger is always faster.
@@ -51,16 +51,17 @@ class Engine:
             ProviderError: a provider that was asked for by name cannot be used here.
         """
         if provider == "auto":
-            self._alone, self.reason = _best(path, threads)
+            name, self._alone, self.reason = _best(path, threads)
         else:
-            self._alone, self.reason = _named(path, provider, threads), "asked for by name"
-        self.provider: str = self._alone.get_providers()[0]
-        self._pads = self.provider in (CUDA, TENSORRT)
+            name, self._alone = provider, _named(path, provider, threads)
+            self.reason = "asked for by name"
+        self.provider = FULL_NAMES[name]
+        self._pads = name in ("cuda", "tensorrt")
         self.runs = 1 if self._pads else min(runs, threads)
         self.enough = None if self._pads else IMAGES_PER_THREAD * (threads // self.runs)
         self._beside = self._alone
         if self.runs > 1:
-            self._beside = open_session(path, SHORT_NAMES[self.provider], threads, self.runs)
+            self._beside = open_session(path, name, threads, self.runs)
         self._running = 0
         self._lock = threading.Lock()
 
@@ -76,7 +77,7 @@ class Engine:
             self._running += 1
             session = self._alone if self._running == 1 else self._beside
         try:
-            return _logits(session, batch)[: len(images)]
+            return session.run(batch)[: len(images)]
         finally:
             with self._lock:
                 self._running -= 1
@@ -91,7 +92,7 @@ class Engine:
         sizes = [largest >> shift for shift in range(largest.bit_length())] if self._pads else [largest]
         for size in sizes:
             for session in dict.fromkeys((self._alone, self._beside)):
-                _logits(session, np.zeros((size, 32, 32, 3), np.uint8))
+                session.run(np.zeros((size, 32, 32, 3), np.uint8))
 
 
 def _bucket(count: int) -> int:
@@ -105,52 +106,49 @@ def _padded(batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
 
 
-def _logits(session: ort.InferenceSession, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    logits: npt.NDArray[np.float32] = session.run(["logits"], {"images": batch})[0]
-    return logits
-
-
-def _named(path: Path, provider: ProviderName, threads: int) -> ort.InferenceSession:
+def _named(path: Path, provider: ProviderName, threads: int) -> Session:
     try:
         return open_session(path, provider, threads)
     except ProviderError as error:
         raise ProviderError(f"{error} Or set SERVING_PROVIDER=cpu.") from error
 
 
-def _best(path: Path, threads: int) -> tuple[ort.InferenceSession, str]:
-    """Return the session that "auto" means and why; what does not start is skipped with a warning."""
+def _best(path: Path, threads: int) -> tuple[ProviderName, Session, str]:
+    """Return the provider that "auto" means, a session with it and why.
+
+    What does not start is left out, with a warning.
+    """
     if not obstacle("cuda"):
         try:
-            return open_session(path, "cuda", threads), "a GPU is here and CUDA works"
+            return "cuda", open_session(path, "cuda", threads), "a GPU is here and CUDA works"
         except ProviderError as error:
             logger.warning("%s Going on without it.", error)
-    sessions: dict[ProviderName, ort.InferenceSession] = {"cpu": open_session(path, "cpu", threads)}
+    sessions: dict[ProviderName, Session] = {"cpu": open_session(path, "cpu", threads)}
     try:
         sessions["openvino"] = open_session(path, "openvino", threads)
     except NoProviderError as lack:
-        return sessions["cpu"], f"there is no other. {lack}"
+        return "cpu", sessions["cpu"], f"there is no other. {lack}"
     except ProviderError as error:
         logger.warning("%s Going on without it.", error)
-        return sessions["cpu"], "there is no other that starts"
+        return "cpu", sessions["cpu"], "there is no other that starts"
     rates = _rates(sessions)
     fastest = max(rates, key=lambda name: rates[name])
     measured = ", ".join(f"{FULL_NAMES[name]} {rate:,.0f}" for name, rate in rates.items())
-    return sessions[fastest], (
-        f"the fastest at start, in images/s by batches of {TRIAL_BATCH_SIZE}: {measured}"
-    )
+    why = f"the fastest at start, in images/s by batches of {TRIAL_BATCH_SIZE}: {measured}"
+    return fastest, sessions[fastest], why
 
 
-def _rates(sessions: Mapping[ProviderName, ort.InferenceSession]) -> dict[ProviderName, float]:
+def _rates(sessions: Mapping[ProviderName, Session]) -> dict[ProviderName, float]:
     """Return images/s in each session's fastest run; they take turns, so that load slows all alike."""
     batch = np.zeros((TRIAL_BATCH_SIZE, 32, 32, 3), np.uint8)
     for session in sessions.values():
-        _logits(session, batch)
+        session.run(batch)
     seconds = dict.fromkeys(sessions, float("inf"))
     deadline = time.perf_counter() + TRIAL_SECONDS
     while True:
         for name, session in sessions.items():
             began = time.perf_counter()
-            _logits(session, batch)
+            session.run(batch)
             seconds[name] = min(seconds[name], time.perf_counter() - began)
         if time.perf_counter() >= deadline:
             return {name: TRIAL_BATCH_SIZE / fastest for name, fastest in seconds.items()}

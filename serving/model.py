@@ -11,7 +11,8 @@ import onnxruntime as ort
 
 from serving.engine import Engine
 from serving.errors import ModelError, StartError
-from serving.providers import CPU, session_options
+from serving.providers import CPU
+from serving.sessions import session_options
 from serving.settings import Provider
 from serving.version import version
 

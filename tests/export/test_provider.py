@@ -5,9 +5,10 @@ import onnxruntime
 import pytest
 
 import serving.providers
+import serving.sessions
 from export.provider import CPU, others
 from serving.errors import ProviderError
-from serving.providers import CUDA, obstacle
+from serving.providers import CUDA, OPENVINO, obstacle
 from training import data
 
 
@@ -15,9 +16,7 @@ def test_others_run_the_file_too_where_there_are_any(files: dict[str, Path]) -> 
     content, pixels = files["fp32"].read_bytes(), data.load_sample().test.pixels[:50].numpy()
     found = list(others(content))
     assert CPU not in found
-    assert ("OpenVINOExecutionProvider" in {other.name for other in found}) == (
-        obstacle("openvino") is None
-    )
+    assert (OPENVINO in {other.name for other in found}) == (obstacle("openvino") is None)
     expected = CPU.logits(content, pixels)
     for provider in found:
         actual = provider.logits(content, pixels)
@@ -30,7 +29,7 @@ def test_others_run_the_file_too_where_there_are_any(files: dict[str, Path]) -> 
 )
 def test_a_gpu_that_cannot_run_the_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving.providers, "_gpu_count", lambda: 1)
-    monkeypatch.setattr(serving.providers, "obstacle", lambda name: None if name == "cuda" else "No")
+    monkeypatch.setattr(serving.sessions, "obstacle", lambda name: None if name == "cuda" else "No")
     with pytest.raises(ProviderError, match=f"{CUDA} does not run the model"):
         list(others(b"nonsense"))
 

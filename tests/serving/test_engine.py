@@ -1,43 +1,43 @@
 import logging
+import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from onnxruntime import InferenceSession
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from serving import engine as engines
 from serving.engine import Engine
 from serving.errors import ProviderError
 from serving.model import Model
 from serving.providers import CPU, CUDA, OPENVINO, TENSORRT, obstacle
+from serving.sessions import OnnxRuntimeSession, Session
 from serving.settings import BUNDLED_MODEL, ProviderName
 
 Images = npt.NDArray[np.uint8]
 ModelFile = Callable[..., Path]
 
-PLUG_IN = "onnxruntime_ep_openvino"
 needs_openvino = pytest.mark.skipif(
-    obstacle("openvino") is not None, reason="OpenVINO's plug-in is not for this machine"
+    obstacle("openvino") is not None, reason="OpenVINO is not installed on this kind of machine"
 )
 without_gpu = pytest.mark.skipif(obstacle("cuda") is None, reason="CUDA goes before the others")
 
 
 @needs_openvino
 def test_openvino_computes_what_the_cpu_provider_computes(images: Images) -> None:
-    expected = Engine(BUNDLED_MODEL, "cpu", 1).run(images[:200])
+    expected = Engine(BUNDLED_MODEL, "cpu", 1).run(images)
     engine = Engine(BUNDLED_MODEL, "openvino", 1)
     assert (engine.provider, engine.reason) == (OPENVINO, "asked for by name")
-    actual = engine.run(images[:200])
-    # No closer, since OpenVINO computes in bfloat16 where the processor multiplies it natively.
-    assert np.abs(actual - expected).max() <= 0.05 * np.abs(expected).max()
+    actual = engine.run(images)
+    # No closer, since bfloat16, in which OpenVINO computes what is not int8 where the processor
+    # multiplies it natively, puts some values on another of int8's steps.
+    assert np.sqrt(np.square(actual - expected).mean()) <= 0.02 * np.abs(expected).max()
     assert (actual.argmax(1) == expected.argmax(1)).mean() >= 0.99
 
 
@@ -60,50 +60,68 @@ def test_auto_measures_and_takes_the_fastest(model_file: ModelFile) -> None:
     engine = Engine(model_file(), "auto", 1)
     rates = {
         name: float(rate.replace(",", ""))
-        for name, rate in re.findall(r"(\w+Provider) ([\d,]+)", engine.reason)
+        for name, rate in re.findall(r"(\w+) ([\d,]+)(?:, |$)", engine.reason)
     }
     assert set(rates) == {CPU, OPENVINO}
     assert rates[engine.provider] == max(rates.values()) > 0
 
 
 @without_gpu
-def test_without_the_plug_in(model_file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, PLUG_IN, None)  # how Python marks a module that cannot be imported
-    with pytest.raises(
-        ProviderError, match=r"pip install onnxruntime-ep-openvino.* SERVING_PROVIDER=cpu"
-    ):
+def test_without_openvino(model_file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    # How Python marks a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ProviderError, match=r"`pip install openvino`.* SERVING_PROVIDER=cpu"):
         Engine(model_file(), "openvino", 1)
     engine = Engine(model_file(), "auto", 1)
     assert engine.provider == CPU
-    assert "pip install onnxruntime-ep-openvino" in engine.reason
+    assert "`pip install openvino`" in engine.reason
 
 
 @without_gpu
-@pytest.mark.skipif(find_spec(PLUG_IN) is None, reason="there is no wheel for this machine")
-def test_on_a_processor_that_the_plug_in_does_not_take(
-    model_file: ModelFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("serving.providers._openvino_cpu", lambda: None)
-    with pytest.raises(ProviderError, match=r"takes Intel's\. Or set SERVING_PROVIDER=cpu"):
-        Engine(model_file(), "openvino", 1)
-    engine = Engine(model_file(), "auto", 1)
-    assert engine.provider == CPU
-    assert "takes no processor of this machine" in engine.reason
-
-
-@without_gpu
-def test_a_plug_in_that_does_not_start_is_left_out(
+def test_an_openvino_that_does_not_start_is_left_out(
     model_file: ModelFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def damaged() -> None:
         raise OSError("libopenvino.so: file too short")
 
-    monkeypatch.setattr("serving.providers._openvino_cpu", damaged)
-    monkeypatch.setattr("serving.engine.obstacle", lambda name: None if name == "openvino" else "none")
+    monkeypatch.setattr("serving.openvino.import_openvino", damaged)
+    monkeypatch.setattr("serving.sessions.obstacle", lambda name: None)
     with caplog.at_level(logging.WARNING, "serving"):
         engine = Engine(model_file(), "auto", 1)
     assert (engine.provider, engine.reason) == (CPU, "there is no other that starts")
-    assert "libopenvino.so: file too short" in caplog.text
+    assert "OpenVINO does not run the model: libopenvino.so: file too short" in caplog.text
+
+
+@needs_openvino
+def test_openvino_does_not_report_to_its_makers(tmp_path: Path) -> None:
+    """Its import otherwise starts a process that does, and leaves an identity in the user's home."""
+    program = f"""
+import sys
+from pathlib import Path
+from serving.engine import Engine
+assert Engine(Path({str(BUNDLED_MODEL)!r}), "openvino", 1).provider == "OpenVINO"
+print([name for name in sys.modules if "telemetry" in name and name.startswith("openvino")])
+"""
+    known = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}  # CI would keep it from reporting
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=known, capture_output=True, text=True, timeout=300
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_openvino
+def test_many_threads_may_run_openvino_at_a_time(images: Images) -> None:
+    engine = Engine(BUNDLED_MODEL, "openvino", 2, runs=2)
+    counts = [1 + index % 5 for index in range(80)]
+    expected = engine.run(images[:5])
+    with ThreadPoolExecutor(16) as threads:
+        results = list(threads.map(lambda count: engine.run(images[:count]), counts))
+    kept = [result.copy() for result in results]
+    engine.run(images[5:10])
+    for count, result, copy in zip(counts, results, kept, strict=True):
+        assert np.abs(result - expected[:count]).max() <= 0.05 * np.abs(expected).max()
+        np.testing.assert_array_equal(result, copy)  # no later run writes into it
 
 
 @pytest.mark.parametrize(("name", "full_name"), [("cuda", CUDA), ("tensorrt", TENSORRT)])
@@ -122,13 +140,13 @@ def test_a_gpu_asked_for_by_name_is_there_or_an_error(
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records the sizes of the batches that sessions run."""
     sizes: list[int] = []
-    run = engines._logits
+    run = OnnxRuntimeSession.run
 
-    def recorded(session: object, batch: Images) -> npt.NDArray[np.float32]:
+    def recorded(session: OnnxRuntimeSession, batch: Images) -> npt.NDArray[np.float32]:
         sizes.append(len(batch))
         return run(session, batch)
 
-    monkeypatch.setattr(engines, "_logits", recorded)
+    monkeypatch.setattr(OnnxRuntimeSession, "run", recorded)
     return sizes
 
 
@@ -136,6 +154,7 @@ def test_a_gpus_batches_are_padded_to_few_sizes(
     model_file: ModelFile, images: Images, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(model_file(), "cpu", 1)
+    sizes.clear()
     expected = engine.run(images[:5])
     monkeypatch.setattr(engine, "_pads", True)
     np.testing.assert_allclose(engine.run(images[:5]), expected, rtol=1e-5)
@@ -153,7 +172,7 @@ def test_on_a_cpu_each_session_runs_one_batch_of_single_images_at_start(
 ) -> None:
     model = Model(model_file(), "cpu", 2, runs=2, max_batch_size=64)
     assert (model.chunk_size, model.batch_size) == (32, 8)
-    assert sizes == [8, 8]
+    assert sizes == [1, 1, 8, 8]
 
 
 @pytest.mark.parametrize("provider", ["cpu", pytest.param("openvino", marks=needs_openvino)])
@@ -161,21 +180,21 @@ def test_runs_at_the_same_time_share_the_threads(
     images: Images, provider: ProviderName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(BUNDLED_MODEL, provider, 2, runs=2)
-    with pytest.raises(InvalidArgument, match="invalid dimensions"):
+    with pytest.raises((InvalidArgument, RuntimeError), match=r"invalid dimensions|incompatible with"):
         engine.run(images[:8, :16])  # a run that fails must count as over, too
     alone = engine.run(images[:8])
-    both_began, sessions = threading.Barrier(engine.runs, timeout=60), []
-    run = engines._logits
+    both_began, sessions = threading.Barrier(engine.runs, timeout=60), list[Session]()
+    kind = type(engine._alone)
+    run = kind.run
 
-    def recorded(session: InferenceSession, batch: Images) -> npt.NDArray[np.float32]:
+    def recorded(session: Session, batch: Images) -> npt.NDArray[np.float32]:
         sessions.append(session)
         both_began.wait()
         return run(session, batch)
 
-    monkeypatch.setattr(engines, "_logits", recorded)
+    monkeypatch.setattr(kind, "run", recorded)
     with ThreadPoolExecutor(engine.runs) as threads:
         results = list(threads.map(engine.run, [images[:8]] * engine.runs))
-    assert [session.get_providers()[0] for session in sessions] == [engine.provider] * 2
     assert len(set(sessions)) == 2
     for result in results:
         assert np.abs(result - alone).max() <= 0.05 * np.abs(alone).max()
