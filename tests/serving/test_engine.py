@@ -56,14 +56,19 @@ def test_openvino_takes_any_batch_in_any_strides(
 
 @needs_openvino
 @without_gpu
-def test_auto_measures_and_takes_the_fastest(model_file: ModelFile) -> None:
-    engine = Engine(model_file(), "auto", 1)
+@pytest.mark.parametrize(("gain", "taken"), [(0.0, OPENVINO), (1e9, CPU)])
+def test_auto_measures_and_takes_openvino_if_it_is_clearly_faster(
+    model_file: ModelFile, gain: float, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.engine.OPENVINO_GAIN", gain)
+    engine = Engine(model_file(), "auto", 2, runs=2)
     rates = {
         name: float(rate.replace(",", ""))
-        for name, rate in re.findall(r"(\w+) ([\d,]+)(?:, |$)", engine.reason)
+        for name, rate in re.findall(rf"({CPU}|{OPENVINO}) ([\d,]+),", engine.reason)
     }
-    assert set(rates) == {CPU, OPENVINO}
-    assert rates[engine.provider] == max(rates.values()) > 0
+    assert "by 2 batches of 8 at a time" in engine.reason
+    assert min(rates[CPU], rates[OPENVINO]) > 0
+    assert engine.provider == taken
 
 
 @without_gpu
