@@ -60,7 +60,7 @@ from training.tables import markdown_table
 BATCH_SIZES = (1, 8, 32, 128, 512)
 PYTORCH_BATCH = 128
 MODELS = ("accurate", "B1", "A3")
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino", "openvino", "torch")
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch")
 
 CONSOLE = Console(stderr=True)
 REFERENCE = ("onnxruntime", "fp32")  # the ratios are multiples of its rates

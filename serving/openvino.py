@@ -1,6 +1,6 @@
-"""OpenVINO's own runtime, which computes fp32 in bfloat16 where the processor multiplies it natively.
+"""OpenVINO's own runtime; its plug-in for ONNX Runtime takes Intel's processors only.
 
-ONNX Runtime's plug-in for OpenVINO is no faster, and takes Intel's processors only.
+It computes fp32 models in bfloat16 where the processor multiplies that natively.
 """
 
 import sys
