@@ -99,10 +99,10 @@ def onnxruntime(variant: Variant) -> Run:
 
 def openvino(variant: Variant) -> Run:
     """OpenVINO's own runtime."""
-    from serving.openvino import import_openvino
+    from serving.openvino import core
 
     threads = {"INFERENCE_NUM_THREADS": loky.cpu_count()}
-    model = import_openvino().Core().compile_model(variant.file, "CPU", threads)
+    model = core().compile_model(variant.file, "CPU", threads)
     request = model.create_infer_request()
 
     def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -3,23 +3,28 @@
 It computes fp32 models in bfloat16 where the processor multiplies that natively.
 """
 
+import functools
 import sys
 from collections import deque
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 
-def import_openvino() -> ModuleType:
-    """Import OpenVINO without its model converter, which reports each import to OpenVINO's makers."""
+@functools.cache
+def core() -> Any:
+    """Return OpenVINO's core, without its model converter, which reports each import to its makers.
+
+    There is one for the process and to its end. Each core gives its thread a stack for signals and, when
+    it goes, puts back the one that it found, even if that went with another core; the next signal then
+    ends the process.
+    """
     sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]  # so that it is skipped
     import openvino
 
-    module: ModuleType = openvino
-    return module
+    return openvino.Core()
 
 
 class OpenVINOSession:
@@ -39,8 +44,7 @@ class OpenVINOSession:
         }
         # By its bytes, as OpenVINO would judge a path by its suffix.
         content = model if isinstance(model, bytes) else model.read_bytes()
-        core = import_openvino().Core()
-        self._model = core.compile_model(core.read_model(content), "CPU", options)
+        self._model = core().compile_model(core().read_model(content), "CPU", options)
         self._idle: deque[Any] = deque()  # requests; each has memory of its own for one run at a time
 
     def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

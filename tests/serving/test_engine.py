@@ -89,7 +89,7 @@ def test_an_openvino_that_does_not_start_is_left_out(
     def damaged() -> None:
         raise OSError("libopenvino.so: file too short")
 
-    monkeypatch.setattr("serving.openvino.import_openvino", damaged)
+    monkeypatch.setattr("serving.openvino.core", damaged)
     monkeypatch.setattr("serving.sessions.obstacle", lambda name: None)
     with caplog.at_level(logging.WARNING, "serving"):
         engine = Engine(model_file(), "auto", 1)
@@ -113,6 +113,23 @@ print([name for name in sys.modules if "telemetry" in name and name.startswith("
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_openvino
+def test_signals_are_received_after_sessions_with_openvino_have_gone() -> None:
+    """Each of OpenVINO's cores changes the stack on which Python receives them."""
+    program = f"""
+import signal
+from pathlib import Path
+from serving.engine import Engine
+engines = [Engine(Path({str(BUNDLED_MODEL)!r}), "openvino", 1) for count in range(3)]
+while engines:
+    del engines[0]
+signal.signal(signal.SIGTERM, lambda number, frame: print("received", number))
+signal.raise_signal(signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "received 15\n", "")
 
 
 @needs_openvino
