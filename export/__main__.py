@@ -123,6 +123,8 @@ def _write(options: argparse.Namespace, console: Console) -> None:
     for file in written:
         console.print(_report(file))
         console.print(f"wrote {file.path} ({file.path.stat().st_size:,} bytes)")
+        if file.full_precision:
+            console.print("it asks for full precision: in a shorter type it is beyond the limits")
     fitted = written[0].temperature
     console.print(f"temperature {fitted.value:g}: {fitted.origin}")
     if options.plot is not None:

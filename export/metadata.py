@@ -17,6 +17,7 @@ from export.member import Member
 from export.parity import Parity, Precision
 from export.reliability import Bins
 from export.temperature import Temperature
+from serving.openvino import FULL_PRECISION
 from training.data import Source
 from training.model import CLASSES, parameter_count
 from training.recipe import Views
@@ -84,6 +85,7 @@ def write(
     model: ModelProto,
     members: Sequence[Member],
     precision: Precision,
+    full_precision: bool,
     temperature: Temperature,
     with_pytorch: Parity,
     parity: Parity,
@@ -98,6 +100,7 @@ def write(
         members: what it was made from. The facts of a single member become keys of the file; those of
             several become objects in the list ``members``.
         precision: fp32, fp16 or int8.
+        full_precision: whether the file asks providers not to compute in a shorter type.
         temperature: the temperature that is folded into the graph.
         with_pytorch: the comparison of the fp32 graph with PyTorch.
         parity: the same for fp32; for another precision, the comparison with the fp32 graph.
@@ -112,6 +115,7 @@ def write(
         "version": version(model),
         "classes": list(CLASSES),
         "precision": precision,
+        FULL_PRECISION: full_precision,
         "opset": OPSET,
         "parameters": sum(parameter_count(member.checkpoint.network()) for member in members),
     }

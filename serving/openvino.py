@@ -1,6 +1,7 @@
 """OpenVINO's own runtime; its plug-in for ONNX Runtime takes Intel's processors only.
 
-It computes fp32 models in bfloat16 where the processor multiplies that natively.
+It computes fp32 models in bfloat16 where the processor multiplies that natively, unless their metadata
+ask for full precision.
 """
 
 import functools
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+FULL_PRECISION = "full_precision"  # the metadata's key
 
 
 @functools.cache
@@ -36,7 +39,7 @@ class OpenVINOSession:
         Raises:
             ImportError, OSError, RuntimeError: OpenVINO cannot be loaded, or does not take the model.
         """
-        options = {
+        options: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": runs,
             # Threads bound to cores would meet those of other workers on the same cores.
@@ -44,7 +47,11 @@ class OpenVINOSession:
         }
         # By its bytes, as OpenVINO would judge a path by its suffix.
         content = model if isinstance(model, bytes) else model.read_bytes()
-        self._model = core().compile_model(core().read_model(content), "CPU", options)
+        graph = core().read_model(content)
+        place = ["framework", FULL_PRECISION]  # where OpenVINO keeps an ONNX file's metadata
+        if graph.has_rt_info(place) and graph.get_rt_info(place).astype(str) == "true":
+            options["INFERENCE_PRECISION_HINT"] = "f32"
+        self._model = core().compile_model(graph, "CPU", options)
         self._idle: deque[Any] = deque()  # requests; each has memory of its own for one run at a time
 
     def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -66,9 +67,36 @@ def test_other_providers_are_compared_with_the_cpu_by_limits_of_their_own(
     monkeypatch.setattr("export.comparison.others", lambda content: iter([Rounding()]))
     out = tmp_path / "model.onnx"
     assert main(["write", str(train("A1")), str(out), "--precision", precision]) == 0
+    assert described(out)["full_precision"] == "false"
     (other,) = json.loads(described(out)["providers"])
     assert (other["provider"], other["reference"]) == (Rounding.name, CPU.name)
     assert other["max_scaled_difference"] == pytest.approx(0.002, rel=0.1)
+    assert main(["verify", str(out)]) == 0
+
+
+class Shortening:
+    """A provider that computes in a type far too short, unless the file asks for full precision."""
+
+    name = "ShorteningExecutionProvider"
+
+    def logits(self, content: bytes, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        values = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
+        exact = CPU.logits(content, pixels)
+        return exact if values["full_precision"] == "true" else np.round(exact / exact.max())
+
+
+def test_a_provider_whose_shorter_type_is_beyond_the_limits_is_asked_for_full_precision(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("export.comparison.others", lambda content: iter([Shortening()]))
+    out = tmp_path / "model.onnx"
+    assert main(["write", str(train("A1")), str(out)]) == 0
+    assert "it asks for full precision: in a shorter type it is beyond the limits" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    values = described(out)
+    (other,) = json.loads(values["providers"])
+    assert (values["full_precision"], other["top1_agreement"]) == ("true", 1.0)
     assert main(["verify", str(out)]) == 0
 
 

@@ -16,9 +16,11 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from serving.engine import Engine
 from serving.errors import ProviderError
 from serving.model import Model
+from serving.openvino import FULL_PRECISION
 from serving.providers import CPU, CUDA, OPENVINO, TENSORRT, obstacle
 from serving.sessions import OnnxRuntimeSession, Session
 from serving.settings import BUNDLED_MODEL, ProviderName
+from tests.serving.models import METADATA
 
 Images = npt.NDArray[np.uint8]
 ModelFile = Callable[..., Path]
@@ -95,6 +97,17 @@ def test_an_openvino_that_does_not_start_is_left_out(
         engine = Engine(model_file(), "auto", 1)
     assert (engine.provider, engine.reason) == (CPU, "there is no other that starts")
     assert "OpenVINO does not run the model: libopenvino.so: file too short" in caplog.text
+
+
+@needs_openvino
+def test_openvino_computes_a_file_in_full_precision_that_asks_for_it(
+    model_file: ModelFile, images: Images
+) -> None:
+    """On a processor that multiplies bfloat16, it otherwise takes that."""
+    path = model_file(METADATA | {FULL_PRECISION: "true"})
+    expected = Engine(path, "cpu", 1).run(images)
+    actual = Engine(path, "openvino", 1).run(images)
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @needs_openvino
