@@ -19,8 +19,8 @@ logger = logging.getLogger("serving")
 
 TRIAL_SECONDS = 0.3  # of the runs that decide which provider is the faster
 
-# How many times as fast as the CPU provider OpenVINO has to be, as it takes some 100 MB more and is
-# slower than in the trial if the sizes of batches change, as they do in a service.
+# How many times as fast as the CPU provider OpenVINO has to be, as it takes more memory and is slower
+# than in the trial if the sizes of batches change, as they do in a service.
 OPENVINO_GAIN = 1.1
 
 # How many a server makes at a time. The threads of a run wait for each other at every layer, all the

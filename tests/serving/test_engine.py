@@ -1,5 +1,6 @@
 import logging
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -7,18 +8,20 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from serving.engine import Engine
 from serving.errors import ProviderError
 from serving.model import Model
-from serving.openvino import FULL_PRECISION
+from serving.openvino import FULL_PRECISION, OpenVINOSession
 from serving.providers import CPU, CUDA, OPENVINO, TENSORRT, obstacle
-from serving.sessions import OnnxRuntimeSession, Session
+from serving.sessions import OnnxRuntimeSession
 from serving.settings import BUNDLED_MODEL, ProviderName
 from tests.serving.models import METADATA
 
@@ -26,7 +29,8 @@ Images = npt.NDArray[np.uint8]
 ModelFile = Callable[..., Path]
 
 needs_openvino = pytest.mark.skipif(
-    obstacle("openvino") is not None, reason="OpenVINO is not installed on this kind of machine"
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="OpenVINO is installed on x86-64 Linux only",
 )
 without_gpu = pytest.mark.skipif(obstacle("cuda") is None, reason="CUDA goes before the others")
 
@@ -101,13 +105,20 @@ def test_an_openvino_that_does_not_start_is_left_out(
 
 @needs_openvino
 def test_openvino_computes_a_file_in_full_precision_that_asks_for_it(
-    model_file: ModelFile, images: Images
+    model_file: ModelFile, images: Images, tmp_path: Path
 ) -> None:
     """On a processor that multiplies bfloat16, it otherwise takes that."""
     path = model_file(METADATA | {FULL_PRECISION: "true"})
     expected = Engine(path, "cpu", 1).run(images)
     actual = Engine(path, "openvino", 1).run(images)
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+    bundled, asking = onnx.load(BUNDLED_MODEL), tmp_path / "asking.onnx"
+    bundled.metadata_props.add(key=FULL_PRECISION, value="true")
+    onnx.save(bundled, asking)
+    expected = Engine(BUNDLED_MODEL, "cpu", 1).run(images[:200])
+    actual = Engine(asking, "openvino", 1).run(images[:200])
+    assert np.abs(actual - expected).max() <= 0.05 * np.abs(expected).max()
+    assert (actual.argmax(1) == expected.argmax(1)).mean() >= 0.99
 
 
 @needs_openvino
@@ -218,18 +229,22 @@ def test_runs_at_the_same_time_share_the_threads(
     with pytest.raises((InvalidArgument, RuntimeError), match=r"invalid dimensions|incompatible with"):
         engine.run(images[:8, :16])  # a run that fails must count as over, too
     alone = engine.run(images[:8])
-    both_began, sessions = threading.Barrier(engine.runs, timeout=60), list[Session]()
-    kind = type(engine._alone)
+    both_began, sessions = threading.Barrier(engine.runs, timeout=60), list[Any]()
+    kind: Any = OpenVINOSession if provider == "openvino" else OnnxRuntimeSession
     run = kind.run
 
-    def recorded(session: Session, batch: Images) -> npt.NDArray[np.float32]:
+    def recorded(session: object, batch: Images) -> npt.NDArray[np.float32]:
         sessions.append(session)
         both_began.wait()
-        return run(session, batch)
+        logits: npt.NDArray[np.float32] = run(session, batch)
+        return logits
 
     monkeypatch.setattr(kind, "run", recorded)
     with ThreadPoolExecutor(engine.runs) as threads:
         results = list(threads.map(engine.run, [images[:8]] * engine.runs))
+    assert [type(session) for session in sessions] == [kind] * 2
+    if kind is OnnxRuntimeSession:
+        assert [session.session.get_providers()[0] for session in sessions] == [engine.provider] * 2
     assert len(set(sessions)) == 2
     for result in results:
         assert np.abs(result - alone).max() <= 0.05 * np.abs(alone).max()
