@@ -1,8 +1,8 @@
 """Images per second of the training job, for the reports' recipes beside a plain PyTorch loop.
 
 The plain loop is like the reports': a DataLoader with two workers, torchvision transforms image by
-image, the default memory format, and float32 unless the report used mixed precision (on a GPU). Both
-train the recipe's network with its batch size; the job's steps are compiled on a GPU, as in a run. A
+image, the default memory format, and float32, or on a GPU the recipe's mixed precision. Both train the
+recipe's network with its batch size; the job's steps are compiled on a GPU, as in a run. A
 third measurement is the training job without augmentation. Recipes of ours have no plain loop, and are
 measured with the size of images that they begin with. Measurements take turns in rounds, so that a
 change in the machine's speed affects all of them, and each has a process of its own: otherwise the job's
@@ -159,7 +159,7 @@ def plain(recipe: Recipe, dataset: data.DataSet) -> Iterator[int]:
 
 
 def plain_precision(recipe: Recipe, place: torch.device) -> torch.dtype:
-    """The report's mixed precision on a GPU, float32 on a CPU, where it had no effect."""
+    """The recipe's mixed precision on a GPU, float32 on a CPU, where the reports' had no effect."""
     return device.precision(recipe.amp, place) if place.type == "cuda" else torch.float32
 
 
