@@ -377,7 +377,7 @@ def test_comparison_has_a_row_and_curves_for_each_run(
     assert states[0].result is not None
     assert rows[0]["number"] == "1"
     assert rows[0]["run"] == "first"
-    assert rows[0]["model"] == "basic_cnn"
+    assert rows[0]["model"] == "basic cnn"
     assert rows[0]["recipe"] == "short Basic CNN of the PyTorch tutorial"
     assert rows[0]["test accuracy"] == f"{100 * states[0].result.accuracy:.2f} %"
     assert (rows[0]["val accuracy"], rows[0]["epochs"], rows[0]["lr"]) == (NONE, "3", "0.05")

@@ -364,7 +364,7 @@ def _model(config: Model) -> str:
     """A network's kind and the numbers that set its size: ``resnet 4-4-3 / 64-128-256``."""
     sizes = [value for value in config.model_dump().values() if isinstance(value, tuple)]
     dash = "\N{NON-BREAKING HYPHEN}"
-    return f"{config.kind} " + " / ".join(dash.join(map(str, size)) for size in sizes)
+    return config.kind.replace("_", " ") + " " + " / ".join(dash.join(map(str, size)) for size in sizes)
 
 
 def _moment(text: str) -> str:
