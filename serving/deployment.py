@@ -71,6 +71,7 @@ class Deployment:
             settings.threads,
             runs=RUNS,
             max_batch_size=settings.max_batch_size,
+            choices=Path(os.environ[KEPT_MODEL]).parent if KEPT_MODEL in os.environ else None,
         )
         model = self.model
         logger.info("%s on %s: %s", self, model.provider, model.provider_reason)

@@ -1,5 +1,8 @@
 """The engine: a model file in inference sessions, on the provider asked for by name or the fastest."""
 
+import contextlib
+import fcntl
+import json
 import logging
 import threading
 import time
@@ -41,7 +44,9 @@ class Engine:
         enough: batch size from which on a run is no faster per image; None if larger is always faster.
     """
 
-    def __init__(self, path: Path, provider: Provider, threads: int, runs: int = 1) -> None:
+    def __init__(
+        self, path: Path, provider: Provider, threads: int, runs: int = 1, choice: Path | None = None
+    ) -> None:
         """Open a session, and on a CPU another one for simultaneous runs.
 
         Args:
@@ -50,13 +55,16 @@ class Engine:
                 than the CPU provider in a few runs of this model, `runs` at a time.
             threads: how many threads a provider on the CPU uses.
             runs: how many calls of `run` the caller will make at a time.
+            choice: a file in which processes that run the same model agree on what "auto" means; the
+                first of them makes it. None: this process decides for itself.
 
         Raises:
             ProviderError: a provider that was asked for by name cannot be used here.
         """
         runs = min(runs, threads)
         if provider == "auto":
-            name, self._beside, self.reason = _best(path, threads, runs)
+            best = _best(path, threads, runs) if choice is None else _agreed(choice, path, threads, runs)
+            name, self._beside, self.reason = best
         else:
             name, self._beside = provider, _named(path, provider, threads, runs)
             self.reason = "asked for by name"
@@ -121,6 +129,35 @@ def _named(path: Path, provider: ProviderName, threads: int, runs: int) -> Sessi
         return open_session(path, provider, threads, runs)
     except ProviderError as error:
         raise ProviderError(f"{error} Or set SERVING_PROVIDER=cpu.") from error
+
+
+def _agreed(choice: Path, path: Path, threads: int, runs: int) -> tuple[ProviderName, Session, str]:
+    """Return what `_best` found in the first of the processes that share the file `choice`.
+
+    In figures that are close, each might find another, and answer differently. One at a time, as they
+    would slow each other's trial. If what was found first does not work here, another is found for the
+    later ones; if the file cannot be used, this process decides for itself.
+    """
+    try:
+        file = choice.open("a+b", buffering=0)
+    except OSError:
+        return _best(path, threads, runs)
+    with file:
+        with contextlib.suppress(OSError):  # on a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        try:
+            name, reason = json.loads(file.read())
+            return name, open_session(path, name, threads, runs), reason
+        except ProviderError as error:
+            logger.warning("%s Going on without it.", error)
+        except ValueError:  # this process is the first, or an earlier one was killed while it wrote
+            pass
+        best = name, _, reason = _best(path, threads, runs)
+        with contextlib.suppress(OSError):  # on a full disk
+            file.truncate(0)
+            file.write(json.dumps([name, reason]).encode())
+        return best
 
 
 def _best(path: Path, threads: int, runs: int) -> tuple[ProviderName, Session, str]:

@@ -49,6 +49,7 @@ class Model:
         *,
         runs: int = 1,
         max_batch_size: int = 1,
+        choices: Path | None = None,
     ) -> None:
         """Load and check the file, then run it.
 
@@ -56,6 +57,7 @@ class Model:
             path: the file.
             provider: as for `serving.engine.Engine`, like `threads` and `runs`.
             max_batch_size: most images that will be in the engine at a time.
+            choices: a folder in which processes that share it agree on what the provider "auto" means.
 
         Raises:
             ModelError: the file is missing, is not ONNX, does not keep the contract or is damaged.
@@ -72,7 +74,8 @@ class Model:
             _check_signature(path, opened, len(self.classes))
             _check_version(path, content, self.version)
             _check_runs(path, opened, len(self.classes))
-            self._engine = Engine(path, provider, threads, min(runs, max_batch_size))
+            choice = choices / f"provider-{self.version}" if choices else None
+            self._engine = Engine(path, provider, threads, min(runs, max_batch_size), choice)
             self.provider, self.provider_reason = self._engine.provider, self._engine.reason
             self.runs = self._engine.runs
             self.chunk_size = max_batch_size // self.runs

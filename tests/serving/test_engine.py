@@ -77,6 +77,37 @@ def test_auto_measures_and_takes_openvino_if_it_is_clearly_faster(
     assert engine.provider == taken
 
 
+@needs_openvino
+@without_gpu
+def test_processes_that_share_a_choice_take_the_same_provider(
+    model_file: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, choice = model_file(), tmp_path / "choice"
+    found = []
+    for gain in (0.0, 1e9):
+        monkeypatch.setattr("serving.engine.OPENVINO_GAIN", gain)
+        engine = Engine(path, "auto", 2, runs=2, choice=choice)
+        found.append((engine.provider, engine.reason))
+    assert found[0][0] == OPENVINO
+    assert found[1] == found[0]
+    assert Engine(path, "auto", 2, runs=2).provider == CPU, "which decides for itself"
+
+
+@without_gpu
+def test_a_choice_that_cannot_be_used_is_made_anew(
+    model_file: ModelFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, choice = model_file(), tmp_path / "choice"
+    for former in ('["tensorrt", "it was the fastest"]', '["cpu", "its writer was kil'):
+        choice.write_text(former)
+        with caplog.at_level(logging.WARNING, "serving"):
+            engine = Engine(path, "auto", 1, choice=choice)
+        assert engine.provider in (CPU, OPENVINO)
+        assert Engine(path, "auto", 1, choice=choice).reason == engine.reason
+    assert caplog.text.count("Going on without it.") == 1
+    assert Engine(path, "auto", 1, choice=tmp_path / "gone" / "choice").provider in (CPU, OPENVINO)
+
+
 @without_gpu
 def test_without_openvino(model_file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
     # How Python marks a module that cannot be imported.

@@ -1,6 +1,7 @@
 """A service that is stopped, or loses a worker, under load."""
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -166,7 +167,7 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
 ) -> None:
     picture = {"image": ("a.png", encoded(images[0]))}
     with (
-        running(tmp_path, SERVING_PROVIDER="cpu", SERVING_WORKERS="2", SERVING_THREADS="1") as server,
+        running(tmp_path, SERVING_PROVIDER="auto", SERVING_WORKERS="2", SERVING_THREADS="1") as server,
         ThreadPoolExecutor(4) as pool,
         connected(server.url) as slow,
         httpx.Client(base_url=server.url, timeout=60) as client,
@@ -205,6 +206,10 @@ def test_a_killed_worker_is_replaced_and_the_other_loses_nothing(
         for own in [*lost, *spared, *(own for some in found.values() for own in some)]:
             own.close()
     assert "cifar10_model_info{" in metrics
+    # The figures in the reason tell that only the first worker has measured.
+    chosen = re.findall(r"accurate [0-9a-f]{12} on (.+)", server.log.read_text())
+    assert len(chosen) == 3
+    assert len(set(chosen)) == 1, chosen
 
 
 def test_a_hangup_starts_the_workers_anew(tmp_path: Path) -> None:
