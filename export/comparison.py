@@ -1,15 +1,18 @@
 """Compare the logits that PyTorch and this machine's providers compute for the same test images."""
 
+import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime
+import torch
 from numpy.typing import NDArray
 
 from export.ensemble import ROUNDED, Ensemble, rounded
 from export.parity import Parity, ParityError
 from export.provider import BATCH, CPU, others
+from serving.providers import OPENVINO
 from training import data, evaluate
 from training.data import Images, Source
 
@@ -76,7 +79,7 @@ class TestImages:
             # From counts: rounding could put the difference of two fractions beyond a limit it is at.
             accuracy_loss=(self._right(expected) - self._right(actual)) / len(self.images),
             provider=provider,
-            onnxruntime=onnxruntime.__version__,
+            software=_software(provider),
         )
 
     def compare_rounded(
@@ -99,3 +102,12 @@ class TestImages:
 
     def _right(self, logits: NDArray[np.float32]) -> int:
         return int((logits.argmax(1) == self.labels).sum())
+
+
+def _software(provider: str) -> str:
+    """What computes on a provider, with its version."""
+    if provider == OPENVINO:
+        return f"openvino {importlib.metadata.version('openvino')}"
+    if provider == ROUNDED:
+        return f"torch {torch.__version__}"
+    return f"onnxruntime {onnxruntime.__version__}"

@@ -60,8 +60,8 @@ class Parity:
         top1_agreement: the fraction of images with the same most probable class.
         accuracy: the model file's on these images, as a fraction.
         accuracy_loss: the reference's accuracy minus ``accuracy``.
-        provider: ONNX Runtime's execution provider, or ``PyTorch, rounded``; ``onnxruntime`` is ONNX
-            Runtime's version.
+        provider: the name of the one that runs it, or ``PyTorch, rounded``; ``software`` is what that is
+            a part of, with its version.
     """
 
     reference: str
@@ -72,7 +72,7 @@ class Parity:
     accuracy: float
     accuracy_loss: float
     provider: str
-    onnxruntime: str
+    software: str
 
     def findings(self, limits: Limits) -> list[Finding]:
         """The figures beside their limits; NaN is outside any limit."""

@@ -1,4 +1,6 @@
 import json
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ from numpy.typing import NDArray
 
 from export import comparison
 from export.__main__ import main
+from export.ensemble import ROUNDED
 from export.provider import CPU
+from serving.providers import OPENVINO
 from tests.export.conftest import Train, described
 from training import checkpoint, data
 from training.data import Images
@@ -35,6 +39,17 @@ def test_logits_that_are_all_zero_are_equal() -> None:
         zeros, zeros, "PyTorch", "CPU"
     )
     assert (found.max_scaled_difference, found.top1_agreement) == (0, 1)
+
+
+@pytest.mark.parametrize(("provider", "package"), [(OPENVINO, "openvino"), (ROUNDED, "torch")])
+def test_a_comparison_names_what_has_computed(provider: str, package: str) -> None:
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    zeros: NDArray[np.float32] = np.zeros((20, 10), np.float32)
+    images = comparison.TestImages(data.load_sample().test.first(20), "sample")
+    name, number = images.compare(zeros, zeros, CPU.name, provider).software.split()
+    assert name == package
+    assert number.startswith(version(package))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from onnx import ModelProto, numpy_helper
@@ -52,6 +53,7 @@ def test_metadata_says_what_the_file_is(exported: Path, train: Train) -> None:
     assert (report["images"], report["source"], report["reference"]) == (TEST, "sample", "PyTorch")
     assert (report["top1_agreement"], report["accuracy_loss"]) == (1.0, 0.0)
     assert report["max_scaled_difference"] <= 1e-4
+    assert report["software"] == f"onnxruntime {onnxruntime.__version__}"
     assert float(values["sample_accuracy"]) == report["accuracy"]
     assert json.loads(values["calibration"])["origin"].startswith("not calibrated: all training images")
 
