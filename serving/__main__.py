@@ -41,9 +41,11 @@ def _failed(message: str) -> int:
 
 
 def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
-    """Label the images of a competition pickle; the CSV has the same bytes as /submission's answer.
+    """Label the images of a competition pickle.
 
-    The CSV is written under another name in the same folder and then renamed, so it is never incomplete.
+    The CSV has the same bytes as /submission's answer if the same provider runs the model; "auto" may
+    mean one here and another in a service, which makes two runs at a time. It is written under another
+    name in the same folder and then renamed, so it is never incomplete.
 
     Raises:
         StartError: a setting, the model file or the provider cannot be used, or the model fails.
@@ -72,7 +74,8 @@ def submit(pickle: Path, csv: Path, model_file: Path | None) -> None:
     with replacing(csv) as written:
         written.write(submission.csv(labels))
     try:
-        print(f"{len(submission)} labels in {csv}", flush=True)
+        by = f"{model.name} {model.version} on {model.provider}"
+        print(f"{len(submission)} labels in {csv}, by {by}", flush=True)
     except BrokenPipeError:  # nobody reads the message; the CSV is there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's flush at exit fails
 
@@ -121,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         "submit",
         help="label the images of a pickle and write the competition's CSV",
         description="Label the images of a competition pickle and write the CSV with the header "
-        "ID,Labels: the same bytes as POST /submission answers.",
+        "ID,Labels: what POST /submission answers, too, if the same provider runs the model.",
         epilog="example: python -m serving submit cifar_test_nolabel.pkl submission.csv",
     )
     command.add_argument(
