@@ -54,7 +54,10 @@ BUSY = 32  # connections at which the service is compared with the best peers
 SERVICE = "the service"
 DOCUMENTED, OUR_ENGINE = "as documented", "with our engine"
 INSTALL = "pip install -c constraints.txt -e '.[peers]'"
-PACKAGES = ("bentoml", "fastapi", "litserve", "ray", "uvicorn", "onnxruntime-gpu", "onnxruntime")
+PACKAGES = (
+    *("bentoml", "fastapi", "litserve", "ray", "uvicorn"),
+    *("onnxruntime-gpu", "onnxruntime", "openvino"),
+)
 WARM_UP = 0.3  # fraction of a load's seconds
 CONSOLE = Console(stderr=True)
 

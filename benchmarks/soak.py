@@ -45,7 +45,10 @@ from training import data
 from training.tables import markdown_table
 
 CORPUS = ROOT / "tests" / "serving" / "corpus"
-PACKAGES = ("bentoml", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "starlette", "uvicorn")
+PACKAGES = (
+    *("bentoml", "numpy", "pillow", "starlette", "uvicorn"),
+    *("onnxruntime", "onnxruntime-gpu", "openvino"),
+)
 # Fraction of the time before the memory's slope is taken: each thread takes memory once for each batch
 # size that it meets for the first time, which goes on for minutes.
 WARM_UP = 0.5
