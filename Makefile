@@ -42,7 +42,7 @@ train: .venv/.train  ## train a recipe (RECIPE=accurate), which adds its row to 
 
 export: .venv/.export  ## turn a run into a model file (RUN=runs/accurate-seed0 OUT=models/default.onnx PRECISION=int8 TTA= TRIAL=)
 	.venv/bin/python -m export write "$(RUN)/checkpoint.pt" "$(OUT)" --precision $(PRECISION) \
-		$(if $(TTA),--tta $(TTA)) $(if $(TRIAL),--temperature-from "$(TRIAL)/checkpoint.pt")
+		$(if $(TTA),--tta $(TTA)) $(if $(TRIAL),--calibration-from "$(TRIAL)/checkpoint.pt")
 
 bench: .venv/.peers  ## measure the pace of training, inference and serving (FIGURES=runs/figures; those in the README: benchmarks)
 	mkdir -p $(FIGURES)

@@ -81,13 +81,13 @@ def _parser() -> argparse.ArgumentParser:
         "shifted by a pixel to two corners too (default: as the recipe's views say)",
     )
     write.add_argument(
-        "--temperature-from",
+        "--calibration-from",
         type=Path,
         nargs="+",
         default=[],
         metavar="CHECKPOINT",
         help="for runs that held no images out: trials of the same recipes with data.validation above "
-        "0, on whose held-out images the temperature is fitted",
+        "0, on whose held-out images the calibration is fitted",
     )
     write.add_argument(
         "--plot",
@@ -119,19 +119,19 @@ def _write(options: argparse.Namespace, console: Console) -> None:
         make_place(options.plot)
     with console.status("writing, and running the test images"):
         files = _files(options.out, options.precision)
-        written = write(options.checkpoints, files, options.tta, options.temperature_from)
+        written = write(options.checkpoints, files, options.tta, options.calibration_from)
     for file in written:
         console.print(_report(file))
         console.print(f"wrote {file.path} ({file.path.stat().st_size:,} bytes)")
         if file.full_precision:
             console.print("it asks for full precision: in a shorter type it is beyond the limits")
-    fitted = written[0].temperature
-    console.print(f"temperature {fitted.value:g}: {fitted.origin}")
+    fitted = written[0].calibration
+    console.print(_calibration(fitted.temperature, fitted.exponent, fitted.origin))
     if options.plot is not None:
         before, after = written[0].reliability
         curves = {"test images": after}
         if fitted.val_images:
-            curves = {"temperature 1": before, f"temperature {fitted.value:g}": after}
+            curves = {"without calibration": before, "with calibration": after}
         reliability.plot(curves, f"{written[0].path.name} on the test images", options.plot)
         console.print(f"wrote {options.plot}")
 
@@ -153,8 +153,8 @@ def _report(file: Written) -> Table:
         _add_parity(table, report, report.findings(limits[file.precision]))
     before, after = file.reliability
     table.add_row("expected calibration error", percent(after.error), "")
-    if file.temperature.val_images:
-        table.add_row("without the temperature", percent(before.error), "")
+    if file.calibration.val_images:
+        table.add_row("without calibration", percent(before.error), "")
     return table
 
 
@@ -182,7 +182,7 @@ def _description(path: Path, values: Description) -> Table:
         table.add_row("commit", member.commit)
         table.add_row("checkpoint_sha256", member.checkpoint_sha256)
     calibration = values.calibration
-    table.add_row("temperature", f"{calibration.value:g}: {calibration.origin}")
+    table.add_row("calibration", _calibration(values.temperature, values.exponent, calibration.origin))
     if calibration.val_ece_before is not None and calibration.val_ece_after is not None:
         change = _change(calibration.val_ece_before, calibration.val_ece_after)
         table.add_row("calibration error on val", change)
@@ -192,6 +192,10 @@ def _description(path: Path, values: Description) -> Table:
     table.add_row("accuracy when made", f"{percent(made.accuracy)} of {made.images} test images")
     table.add_row("graph", f"opset {graph.OPSET}, IR {graph.IR_VERSION}, {path.stat().st_size:,} bytes")
     return table
+
+
+def _calibration(temperature: float, exponent: float, origin: str) -> str:
+    return f"temperature {temperature:g}, exponent {exponent:g}: {origin}"
 
 
 def _change(before: float, after: float) -> str:

@@ -1,4 +1,4 @@
-"""What a model file computes: trained networks with their views, averaged, with a temperature."""
+"""What a model file computes: trained networks with their views, averaged and calibrated."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ ROUNDED = "PyTorch, rounded"
 
 
 class Ensemble(nn.Module):
-    """One classifier, or several whose probabilities are averaged, and a temperature.
+    """One classifier, or several whose probabilities are averaged, and a calibration.
 
     Probabilities are averaged (Lakshminarayanan et al., 2017, arXiv:1612.01474) rather than logits, so
     that every member counts the same whatever the scale of its logits; the logits of the ensemble are
@@ -22,13 +22,15 @@ class Ensemble(nn.Module):
 
     Args:
         members: the classifiers.
-        temperature: divides the logits (Guo et al., 2017, arXiv:1706.04599).
+        temperature, exponent: the calibration, as ``export.calibration`` describes it.
     """
 
-    def __init__(self, members: Sequence[Classifier], temperature: float = 1.0) -> None:
+    def __init__(
+        self, members: Sequence[Classifier], temperature: float = 1.0, exponent: float = 1.0
+    ) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
-        self.temperature = temperature
+        self.temperature, self.exponent = temperature, exponent
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 [N, 10], of RGB ``images``, uint8 [N, 32, 32, 3]."""
@@ -37,7 +39,10 @@ class Ensemble(nn.Module):
         if len(each) > 1:
             stacked = torch.stack([F.log_softmax(logits, 1) for logits in each])
             logits = stacked.logsumexp(0) - math.log(len(each))
-        return logits if self.temperature == 1 else logits / self.temperature
+        if self.temperature == self.exponent == 1:
+            return logits
+        distances = logits.amax(1, keepdim=True) - logits
+        return -((distances / self.temperature) ** self.exponent)
 
 
 class Half(nn.Module):
@@ -54,7 +59,7 @@ class Half(nn.Module):
 
 
 def half(ensemble: Ensemble) -> Ensemble:
-    """A copy whose networks compute in fp16; normalisation, averages and temperature stay float32."""
+    """A copy whose networks compute in fp16; normalisation, averages and calibration stay float32."""
     ensemble = copy.deepcopy(ensemble)
     for member in ensemble.members:
         assert isinstance(member, Classifier)

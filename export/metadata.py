@@ -12,17 +12,19 @@ from pydantic_core import ErrorDetails
 
 import serving.version
 from export import reliability
+from export.calibration import Calibration
 from export.graph import OPSET, GraphError
 from export.member import Member
 from export.parity import Parity, Precision
 from export.reliability import Bins
-from export.temperature import Temperature
 from serving.openvino import FULL_PRECISION
 from training.data import Source
 from training.model import CLASSES, parameter_count
 from training.recipe import Views
 
 CONTRACT = "1"
+
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Part(BaseModel):
@@ -41,10 +43,9 @@ class Origin(Part):
     checkpoint_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class Calibration(Part):
-    """A ``Temperature``, and calibration errors without and with it on ``test_images`` test images."""
+class Calibrated(Part):
+    """A ``Calibration``, and errors without and with it on ``test_images`` test images."""
 
-    value: float
     origin: str
     val_images: int
     val_ece_before: float | None
@@ -75,8 +76,9 @@ class Description(Part):
     classes: Json[list[str]]
     parameters: int
     members: Annotated[Json[list[Origin]], Field(min_length=1)]
-    temperature: float
-    calibration: Json[Calibration]
+    temperature: Positive
+    exponent: Positive = 1.0  # which files of earlier versions do not have
+    calibration: Json[Calibrated]
     parity: Json[Measured]
     sample_accuracy: float
 
@@ -86,7 +88,7 @@ def write(
     members: Sequence[Member],
     precision: Precision,
     full_precision: bool,
-    temperature: Temperature,
+    calibration: Calibration,
     with_pytorch: Parity,
     parity: Parity,
     others: Sequence[Parity],
@@ -101,12 +103,12 @@ def write(
             several become objects in the list ``members``.
         precision: fp32, fp16 or int8.
         full_precision: whether the file asks providers not to compute in a shorter type.
-        temperature: the temperature that is folded into the graph.
+        calibration: the calibration that is folded into the graph.
         with_pytorch: the comparison of the fp32 graph with PyTorch.
         parity: the same for fp32; for another precision, the comparison with the fp32 graph.
         others: the comparisons of this machine's other providers with the CPU.
         sample_accuracy: the accuracy on the test images of the bundled sample.
-        test_reliability: the reliability on the test images, without and with the temperature.
+        test_reliability: the reliability on the test images, without and with the calibration.
     """
     before, after = test_reliability
     values: dict[str, object] = {
@@ -123,8 +125,9 @@ def write(
         values |= members[0].facts()
     else:
         values["members"] = [member.facts() for member in members]
-    values["temperature"] = temperature.value
-    values["calibration"] = asdict(temperature) | {
+    found = asdict(calibration)
+    values |= {key: found.pop(key) for key in ("temperature", "exponent")}
+    values["calibration"] = found | {
         "bins": reliability.BINS,
         "test_images": parity.images,
         "test_ece_before": before.error,
@@ -141,7 +144,7 @@ def write(
 def version(model: ModelProto) -> str:
     """Twelve hex digits that change with the graph and its weights, but not with the metadata.
 
-    Another precision, temperature or choice of views therefore gives another version.
+    Another precision, calibration or choice of views therefore gives another version.
     """
     return serving.version.version(model.SerializeToString(deterministic=True))
 
@@ -167,12 +170,11 @@ def read(model: ModelProto) -> Description:
         raise GraphError(
             f"classes {texts['classes']} in the metadata; right would be {json.dumps(CLASSES)}"
         )
-    for what, value, other in (
-        ("calibration.value", found.calibration.value, found.temperature),
-        ("calibration.test_images", found.calibration.test_images, found.parity.images),
-    ):
-        if value != other:
-            raise GraphError(f"{what} {value:g} in the metadata, and elsewhere in them {other:g}")
+    calibrated, compared = found.calibration.test_images, found.parity.images
+    if calibrated != compared:
+        raise GraphError(
+            f"calibration.test_images {calibrated} in the metadata, and parity.images {compared}"
+        )
     if (computed := _precision(model)) != found.precision:
         raise GraphError(
             f"precision {found.precision} in the metadata, but that of the graph is {computed}"

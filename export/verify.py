@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export import graph, member, metadata, reliability
+from export.calibration import uncalibrated
 from export.comparison import TestImages
 from export.ensemble import Ensemble
 from export.graph import GraphError
@@ -90,14 +91,14 @@ def verify(path: Path, checkpoints: Sequence[Path]) -> Verification:
             compared.append((report, report.findings(limits)))
     for report in test.compare_others(found, content):
         compared.append((report, report.findings(ELSEWHERE[values.precision])))
-    undivided, calibration = found * values.temperature, values.calibration
-    without = "the same without temperature"
+    without = uncalibrated(found, values.temperature, values.exponent)
+    errors = values.calibration
     measured = [
         _accuracy(values, test.accuracy(found), test.source),
+        _calibration_error(values, "expected calibration error", found, errors.test_ece_after, test),
         _calibration_error(
-            values, "expected calibration error", found, calibration.test_ece_after, test
+            values, "the same without calibration", without, errors.test_ece_before, test
         ),
-        _calibration_error(values, without, undivided, calibration.test_ece_before, test),
     ]
     return Verification(values, measured, compared)
 
@@ -154,4 +155,4 @@ def _ensemble(values: Description, checkpoints: Sequence[Path]) -> Ensemble:
             f"made from the checkpoints {', '.join(d[:12] for d in digests)}, not from these: "
             f"{', '.join(d[:12] for d in given)}"
         )
-    return Ensemble([part.classifier() for part in members], values.temperature)
+    return Ensemble([part.classifier() for part in members], values.temperature, values.exponent)

@@ -12,7 +12,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from export import graph, member, metadata, quantize, reliability, temperature
+from export import calibration, graph, member, metadata, quantize, reliability
+from export.calibration import Calibration, uncalibrated
 from export.comparison import TestImages
 from export.ensemble import Ensemble, half
 from export.graph import GraphError
@@ -20,7 +21,6 @@ from export.member import Member
 from export.parity import ELSEWHERE, LIMITS, PYTORCH, Parity, ParityError, Precision
 from export.provider import CPU
 from export.reliability import Bins
-from export.temperature import Temperature
 from serving.openvino import FULL_PRECISION
 from training import data
 from training.files import make_place, replacing
@@ -38,15 +38,15 @@ class Written:
         full_precision: whether it asks providers not to compute in a shorter type.
         parity: the comparison with PyTorch (fp32) or the fp32 graph on the CPU, then those of the other
             providers with the CPU.
-        temperature: the temperature that is folded into the graph.
-        reliability: on the test images, without and with the temperature.
+        calibration: the calibration that is folded into the graph.
+        reliability: on the test images, without and with the calibration.
     """
 
     path: Path
     precision: Precision
     full_precision: bool
     parity: list[Parity]
-    temperature: Temperature
+    calibration: Calibration
     reliability: tuple[Bins, Bins]
 
 
@@ -54,7 +54,7 @@ def write(
     checkpoints: Sequence[Path],
     files: Mapping[Precision, Path],
     views: Views | None,
-    temperature_from: Sequence[Path],
+    calibration_from: Sequence[Path],
 ) -> list[Written]:
     """Write the model files of a checkpoint, or of an ensemble of several.
 
@@ -62,13 +62,13 @@ def write(
         checkpoints: the checkpoints of finished runs.
         files: the file to write for each precision that is wanted.
         views: the views of every member, if not those of its recipe.
-        temperature_from: trials of the same recipes, on whose held-out images the temperature is
-            fitted; without any, on the runs' own, if they held images out.
+        calibration_from: trials of the same recipes, on whose held-out images the calibration
+            is fitted; without any, on the runs' own, if they held images out.
 
     Raises:
         CheckpointError, RecipeError: a checkpoint cannot be used, is given twice, or its run is not
             finished.
-        TemperatureError: the temperature cannot be fitted.
+        CalibrationError: the calibration cannot be fitted.
         DataError: a data set that is present, or that ``CIFAR10_ROOT`` names, cannot be read.
         GraphError: a file's name does not end in ``.onnx`` or is that of a checkpoint, or the graph does
             not keep the contract.
@@ -82,14 +82,14 @@ def write(
     members = [member.load(path, views) for path in checkpoints]
     for part in members:
         part.checkpoint.check_finished()
-    trials = [member.load(path, views) for path in temperature_from]
+    trials = [member.load(path, views) for path in calibration_from]
     member.check_different(members)
     member.check_different(trials)
     for path in files.values():
-        if path.exists() and any(map(path.samefile, [*checkpoints, *temperature_from])):
+        if path.exists() and any(map(path.samefile, [*checkpoints, *calibration_from])):
             raise GraphError(f"{path} is one of the checkpoints; right would be a file of another name")
         make_place(path)
-    fitted = temperature.of(members, trials)
+    fitted = calibration.of(members, trials)
     reference = _Reference.build(members, fitted)
     made = []
     for precision, path in files.items():
@@ -114,14 +114,14 @@ class _Reference:
     """The fp32 graph, with which the graphs of the other precisions are compared.
 
     Attributes:
-        members, temperature, ensemble: what it was made from.
+        members, calibration, ensemble: what it was made from.
         test: the images for all comparisons.
         model, logits: the graph, and its logits for these images on the CPU, float32 [N, 10].
         parity: the comparison with PyTorch.
     """
 
     members: Sequence[Member]
-    temperature: Temperature
+    calibration: Calibration
     ensemble: Ensemble
     test: TestImages
     model: ModelProto
@@ -129,15 +129,17 @@ class _Reference:
     parity: Parity
 
     @classmethod
-    def build(cls, members: Sequence[Member], temperature: Temperature) -> "_Reference":
+    def build(cls, members: Sequence[Member], calibration: Calibration) -> "_Reference":
         """Build the graph of the members' ensemble, and check that it computes what PyTorch does."""
-        ensemble = Ensemble([part.classifier() for part in members], temperature.value)
+        ensemble = Ensemble(
+            [part.classifier() for part in members], calibration.temperature, calibration.exponent
+        )
         test = TestImages.load()
         model = graph.build(ensemble)
         logits = CPU.logits(model.SerializeToString(), test.pixels)
         parity = test.compare(test.in_pytorch(ensemble), logits, PYTORCH, CPU.name)
         parity.check(LIMITS["fp32"])
-        return cls(members, temperature, ensemble, test, model, logits, parity)
+        return cls(members, calibration, ensemble, test, model, logits, parity)
 
     def in_precision(self, precision: Precision, path: Path) -> tuple[ModelProto, Written]:
         """Make the model for a file, check that it computes what it should, and set its metadata."""
@@ -150,11 +152,9 @@ class _Reference:
             here = test.compare(self.logits, logits, "fp32", CPU.name)
             here.check(LIMITS[precision])
         others, full_precision = self._on_others(model, logits, precision)
-        # Without and with the temperature, by which the graph has already divided these logits.
-        bins = (
-            reliability.measure(logits * self.temperature.value, test.labels),
-            reliability.measure(logits, test.labels),
-        )
+        fitted = self.calibration  # which is in these logits already
+        without = uncalibrated(logits, fitted.temperature, fitted.exponent)
+        bins = reliability.measure(without, test.labels), reliability.measure(logits, test.labels)
         on_sample = here.accuracy
         if test.source != "sample":
             sample = TestImages(data.load_sample().test, "sample")
@@ -164,7 +164,7 @@ class _Reference:
             self.members,
             precision,
             full_precision,
-            self.temperature,
+            fitted,
             self.parity,
             here,
             others,
@@ -172,7 +172,7 @@ class _Reference:
             bins,
         )
         parity = [here, *others]
-        return model, Written(path, precision, full_precision, parity, self.temperature, bins)
+        return model, Written(path, precision, full_precision, parity, fitted, bins)
 
     def _on_others(
         self, model: ModelProto, logits: NDArray[np.float32], precision: Precision

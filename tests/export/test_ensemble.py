@@ -10,6 +10,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from export import graph
+from export.calibration import calibrated
 from export.ensemble import Ensemble, half, rounded
 from export.member import load
 from export.provider import CPU
@@ -53,9 +54,11 @@ def test_probabilities_of_members_are_averaged(train: Train, pixels: NDArray[np.
     assert not np.allclose(np.exp(together), each[1].numpy(), atol=1e-2)
 
 
-def test_temperature_divides_the_logits(trained: Path, flipped: Run, pixels: NDArray[np.uint8]) -> None:
-    warm = exported(Ensemble([load(trained, None).classifier()], 2.5))(pixels)
-    np.testing.assert_allclose(warm * 2.5, flipped(pixels), rtol=1e-4, atol=1e-5)
+def test_the_calibration_is_that_of_numpy(
+    trained: Path, flipped: Run, pixels: NDArray[np.uint8]
+) -> None:
+    found = exported(Ensemble([load(trained, None).classifier()], 2.5, 1.6))(pixels)
+    np.testing.assert_allclose(found, calibrated(flipped(pixels), 2.5, 1.6), rtol=1e-4, atol=1e-5)
 
 
 def test_views_average_the_image_and_its_mirror_image(

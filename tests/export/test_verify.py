@@ -44,18 +44,20 @@ def test_classes_in_another_order(
     assert f"classes {classes.value} in the metadata; right would be {json.dumps(CLASSES)}" in error
 
 
-def test_another_temperature_than_when_it_was_written(
+def test_another_calibration_than_when_it_was_written(
     bundled: Bundled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = str(bundled(0.2)), tmp_path / "calibrated.onnx"
     assert main(["write", path, str(out)]) == 0
     assert main(["verify", str(out), "--checkpoint", path]) == 0
     model = onnx.load(out)
-    (divisor,) = [t for t in model.graph.initializer if t.name == model.graph.node[-1].input[1]]
-    temperature = numpy_helper.to_array(divisor)
-    assert temperature == pytest.approx(float(entry(model, "temperature").value))
-    divisor.CopyFrom(numpy_helper.from_array(3 * temperature, divisor.name))
-    assert main(["verify", saved(model, tmp_path / "hotter.onnx")]) == 1
+    assert [node.op_type for node in model.graph.node[-3:]] == ["Div", "Pow", "Neg"]
+    for node, key in zip(model.graph.node[-3:], ("temperature", "exponent"), strict=False):
+        (constant,) = [tensor for tensor in model.graph.initializer if tensor.name == node.input[1]]
+        value = numpy_helper.to_array(constant)
+        assert value == pytest.approx(float(entry(model, key).value))
+    constant.CopyFrom(numpy_helper.from_array(value / 3, constant.name))
+    assert main(["verify", saved(model, tmp_path / "surer.onnx")]) == 1
     error = capsys.readouterr().err
     assert f"version {entry(model, 'version').value} in the metadata, but that of the graph is" in error
 
@@ -214,11 +216,12 @@ def test_what_is_no_file_of_ours(
     ("key", "value", "message"),
     [
         ("parity", "{}", "parity.images: Field required"),
-        ("calibration", "{}", "calibration.value: Field required"),
+        ("calibration", "{}", "calibration.origin: Field required"),
         ("members", "[1]", "members.0: Input should be a valid dictionary"),
         ("name", "", "name: String should have at least 1 character"),
         ("sample_accuracy", "none", "sample_accuracy: Input should be a valid number"),
         ("temperature", "nan", "temperature: Input should be a finite number"),
+        ("exponent", "0", "exponent: Input should be greater than 0"),
         ("checkpoint_sha256", None, "members.0.checkpoint_sha256: Field required"),
         ("checkpoint_sha256", "f" * 63, "members.0.checkpoint_sha256: String should match pattern"),
         ("members", "[]", "members: Value should have at least 1 item"),
@@ -265,7 +268,7 @@ def test_a_calibration_error_that_is_not_the_files(
     worse = calibration | {"test_ece_before": calibration["test_ece_before"] * 2}
     entry(model, "calibration").value = json.dumps(worse)
     assert main(["verify", saved(model, Path(path))]) == 1
-    assert "the same without temperature" in capsys.readouterr().err
+    assert "the same without calibration" in capsys.readouterr().err
 
     # The error on other images cannot be compared.
     entry(model, "calibration").value = json.dumps(better)
@@ -274,16 +277,15 @@ def test_a_calibration_error_that_is_not_the_files(
     assert main(["verify", saved(model, Path(path))]) == 0
 
 
-@pytest.mark.parametrize("change", [{"value": 2.0}, {"test_images": 77}])
 def test_metadata_that_contradict_themselves(
-    change: dict[str, float], files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = onnx.load(files["fp32"])
     calibration = json.loads(entry(model, "calibration").value)
-    entry(model, "calibration").value = json.dumps(calibration | change)
+    entry(model, "calibration").value = json.dumps(calibration | {"test_images": 77})
     assert main(["verify", saved(model, tmp_path / "edited.onnx")]) == 1
-    ((key, value),) = change.items()
-    assert f"calibration.{key} {value:g} in the metadata, and elsewhere" in capsys.readouterr().err
+    told = f"calibration.test_images 77 in the metadata, and parity.images {TEST}"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

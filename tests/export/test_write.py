@@ -14,6 +14,7 @@ from onnx import ModelProto, numpy_helper
 
 from export import comparison, graph, metadata, parity, quantize
 from export.__main__ import main
+from export.calibration import calibrated, uncalibrated
 from export.ensemble import Ensemble, half
 from export.member import load
 from export.provider import CPU
@@ -104,9 +105,10 @@ def test_same_checkpoint_gives_the_same_bytes(
 
 def test_the_bundled_file_is_what_its_weights_give_still(files: dict[str, Path]) -> None:
     pixels = data.load_sample().test.pixels[:50].numpy()
-    temperature = float(described(BUNDLED)["temperature"])
+    values = {"exponent": "1"} | described(BUNDLED)
     expected, found = (CPU.logits(path.read_bytes(), pixels) for path in (BUNDLED, files["fp32"]))
-    np.testing.assert_allclose(found / temperature, expected, atol=1)
+    undone = uncalibrated(expected, float(values["temperature"]), float(values["exponent"]))
+    np.testing.assert_allclose(found - found.max(1, keepdims=True), undone, atol=1)
     assert (found.argmax(1) == expected.argmax(1)).mean() > 0.95
 
 
@@ -142,31 +144,32 @@ def test_several_checkpoints_are_one_file(train: Train, tmp_path: Path) -> None:
     assert int(values["parameters"]) == sum(sizes)
 
 
-def test_the_temperature_is_in_the_graph(
+def test_the_calibration_is_in_the_graph(
     trained: Path, bundled: Bundled, files: dict[str, Path], tmp_path: Path
 ) -> None:
     out, plot, trial = tmp_path / "calibrated.onnx", tmp_path / "plot.svg", bundled(0.2)
-    arguments = ["write", str(trained), str(out), "--temperature-from", str(trial), "--plot", str(plot)]
+    arguments = ["write", str(trained), str(out), "--calibration-from", str(trial), "--plot", str(plot)]
     assert main(arguments) == 0
     calibration = json.loads(described(out)["calibration"])
-    assert float(described(out)["temperature"]) == calibration["value"] != 1
+    temperature, exponent = (float(described(out)[key]) for key in ("temperature", "exponent"))
+    assert temperature != 1
     assert hashlib.sha256(trial.read_bytes()).hexdigest()[:12] in calibration["origin"]
     assert calibration["val_images"] == 100
     pixels = data.load_sample().test.pixels[:50].numpy()
     plain, scaled = (CPU.logits(path.read_bytes(), pixels) for path in (files["fp32"], out))
-    np.testing.assert_allclose(scaled * calibration["value"], plain, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scaled, calibrated(plain, temperature, exponent), rtol=1e-4, atol=1e-5)
     before = json.loads(described(files["fp32"])["calibration"])["test_ece_after"]
     assert calibration["test_ece_before"] == pytest.approx(before, abs=1e-4)
     assert calibration["test_ece_after"] < calibration["test_ece_before"]
     shown = plot.read_text()
     assert shown.startswith("<?xml")
-    for at, error in ((1, "test_ece_before"), (calibration["value"], "test_ece_after")):
-        assert f"<!-- temperature {at:g}: error {percent(calibration[error])} -->" in shown
+    for curve, error in (("without", "test_ece_before"), ("with", "test_ece_after")):
+        assert f"<!-- {curve} calibration: error {percent(calibration[error])} -->" in shown
 
 
 def test_views_are_those_of_the_trial_too(trained: Path, bundled: Bundled, tmp_path: Path) -> None:
     out, trial = tmp_path / "single.onnx", bundled(0.2)
-    arguments = ["write", str(trained), str(out), "--tta", "none", "--temperature-from", str(trial)]
+    arguments = ["write", str(trained), str(out), "--tta", "none", "--calibration-from", str(trial)]
     assert main(arguments) == 0
     values = described(out)
     assert values["views"] == "none"
@@ -344,7 +347,7 @@ def test_a_checkpoint_twice_is_refused(
     arguments = ["write", str(path), str(other)]
     assert main([*arguments, str(copy), str(tmp_path / "out.onnx")]) == 1
     assert f"{load(path, None)} is given twice" in capsys.readouterr().err
-    trials = ["--temperature-from", str(trial), str(trial)]
+    trials = ["--calibration-from", str(trial), str(trial)]
     assert main([*arguments, str(tmp_path / "out.onnx"), *trials]) == 1
     assert f"{load(trial, None)} is given twice" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [copy]
@@ -383,7 +386,7 @@ def test_a_checkpoint_whose_name_ends_as_a_model_file_s_is_left_alone(
         out.symlink_to(path)
     assert main(["write", str(path), str(out), "--precision", "all"]) == 1
     assert " is one of the checkpoints; right would be a file of another name" in capsys.readouterr().err
-    trial = ["--temperature-from", str(path), "--precision", "all"]
+    trial = ["--calibration-from", str(path), "--precision", "all"]
     assert main(["write", str(train("A1", seed=1)), str(out), *trial]) == 1
     assert " is one of the checkpoints; right would be a file of another name" in capsys.readouterr().err
     assert path.read_bytes() == train("A1").read_bytes()
