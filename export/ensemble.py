@@ -41,7 +41,9 @@ class Ensemble(nn.Module):
             logits = stacked.logsumexp(0) - math.log(len(each))
         if self.temperature == self.exponent == 1:
             return logits
-        distances = logits.amax(1, keepdim=True) - logits
+        # A provider may round the largest logit and not the others, and a negative number has no power.
+        # Unlike ReLU, this leaves NaN as it is.
+        distances = (logits.amax(1, keepdim=True) - logits).abs()
         return -((distances / self.temperature) ** self.exponent)
 
 

@@ -61,6 +61,16 @@ def test_the_calibration_is_that_of_numpy(
     np.testing.assert_allclose(found, calibrated(flipped(pixels), 2.5, 1.6), rtol=1e-4, atol=1e-5)
 
 
+def test_calibrated_logits_are_finite_only_if_the_networks_are(trained: Path) -> None:
+    """By these, the service knows a network that fails."""
+    for value, finite in ((0.0, True), (float("inf"), False), (float("nan"), False)):
+        classifier = load(trained, None).classifier()
+        list(classifier.parameters())[-1].data.fill_(value)
+        images: NDArray[np.uint8] = np.zeros((1, 32, 32, 3), np.uint8)
+        logits = exported(Ensemble([classifier], 2.5, 1.6))(images)
+        assert np.isfinite(logits).all() == finite
+
+
 def test_views_average_the_image_and_its_mirror_image(
     flipped: Run, single: Run, pixels: NDArray[np.uint8]
 ) -> None:
