@@ -2,8 +2,8 @@
 
 The plain loop is like the reports': a DataLoader with two workers, torchvision transforms image by
 image, the default memory format, and float32, or on a GPU the recipe's mixed precision. Both train the
-recipe's network with its batch size; the job's steps are compiled on a GPU, as in a run. A
-third measurement is the training job without augmentation. Recipes of ours have no plain loop, and are
+recipe's network with its batch size; the job's steps are compiled on a GPU, as in a run. A third
+measurement is the training job without augmentation. Recipes of ours have no plain loop, and are
 measured with the size of images that they begin with. Measurements take turns in rounds, so that a
 change in the machine's speed affects all of them, and each has a process of its own: otherwise the job's
 memory settings would serve the plain loop too.

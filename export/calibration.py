@@ -84,7 +84,10 @@ def of(members: Sequence[Member], trials: Sequence[Member]) -> Calibration:
 
 
 def calibrated(logits: NDArray[np.float32], temperature: float, exponent: float) -> NDArray[np.float32]:
-    """What ``export.ensemble`` makes of ``logits``, [N, 10]; float32 [N, 10], the largest is 0."""
+    """Logits, float32 [N, 10], with the probabilities that ``export.ensemble`` makes of ``logits``.
+
+    The largest is 0.
+    """
     return -((_distances(logits) / temperature) ** exponent)
 
 

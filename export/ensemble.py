@@ -39,8 +39,8 @@ class Ensemble(nn.Module):
         if len(each) > 1:
             stacked = torch.stack([F.log_softmax(logits, 1) for logits in each])
             logits = stacked.logsumexp(0) - math.log(len(each))
-        if self.temperature == self.exponent == 1:
-            return logits
+        if self.exponent == 1:
+            return logits if self.temperature == 1 else logits / self.temperature
         # A provider may round the largest logit and not the others, and a negative number has no power.
         # Unlike ReLU, this leaves NaN as it is.
         distances = (logits.amax(1, keepdim=True) - logits).abs()

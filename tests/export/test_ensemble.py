@@ -61,6 +61,14 @@ def test_the_calibration_is_that_of_numpy(
     np.testing.assert_allclose(found, calibrated(flipped(pixels), 2.5, 1.6), rtol=1e-4, atol=1e-5)
 
 
+def test_a_temperature_alone_divides_the_logits(
+    trained: Path, flipped: Run, pixels: NDArray[np.uint8]
+) -> None:
+    """As in files of earlier versions, which are compared with their checkpoints."""
+    warm = exported(Ensemble([load(trained, None).classifier()], 2.5))(pixels)
+    np.testing.assert_allclose(warm * 2.5, flipped(pixels), rtol=1e-4, atol=1e-5)
+
+
 def test_calibrated_logits_are_finite_only_if_the_networks_are(trained: Path) -> None:
     """By these, the service knows a network that fails."""
     for value, finite in ((0.0, True), (float("inf"), False), (float("nan"), False)):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import ModelProto, numpy_helper
 
-from export import comparison, graph, metadata, parity, quantize
+from export import calibration, comparison, graph, metadata, parity, quantize
 from export.__main__ import main
 from export.calibration import calibrated, uncalibrated
 from export.ensemble import Ensemble, half
@@ -145,26 +145,31 @@ def test_several_checkpoints_are_one_file(train: Train, tmp_path: Path) -> None:
 
 
 def test_the_calibration_is_in_the_graph(
-    trained: Path, bundled: Bundled, files: dict[str, Path], tmp_path: Path
+    trained: Path,
+    bundled: Bundled,
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(calibration, "SPREAD", 100.0)  # so that a few images may ask for an exponent
     out, plot, trial = tmp_path / "calibrated.onnx", tmp_path / "plot.svg", bundled(0.2)
     arguments = ["write", str(trained), str(out), "--calibration-from", str(trial), "--plot", str(plot)]
     assert main(arguments) == 0
-    calibration = json.loads(described(out)["calibration"])
+    found = json.loads(described(out)["calibration"])
     temperature, exponent = (float(described(out)[key]) for key in ("temperature", "exponent"))
-    assert temperature != 1
-    assert hashlib.sha256(trial.read_bytes()).hexdigest()[:12] in calibration["origin"]
-    assert calibration["val_images"] == 100
+    assert 1 not in (temperature, exponent)
+    assert hashlib.sha256(trial.read_bytes()).hexdigest()[:12] in found["origin"]
+    assert found["val_images"] == 100
     pixels = data.load_sample().test.pixels[:50].numpy()
     plain, scaled = (CPU.logits(path.read_bytes(), pixels) for path in (files["fp32"], out))
     np.testing.assert_allclose(scaled, calibrated(plain, temperature, exponent), rtol=1e-4, atol=1e-5)
     before = json.loads(described(files["fp32"])["calibration"])["test_ece_after"]
-    assert calibration["test_ece_before"] == pytest.approx(before, abs=1e-4)
-    assert calibration["test_ece_after"] < calibration["test_ece_before"]
+    assert found["test_ece_before"] == pytest.approx(before, abs=1e-4)
+    assert found["test_ece_after"] < found["test_ece_before"]
     shown = plot.read_text()
     assert shown.startswith("<?xml")
     for curve, error in (("without", "test_ece_before"), ("with", "test_ece_after")):
-        assert f"<!-- {curve} calibration: error {percent(calibration[error])} -->" in shown
+        assert f"<!-- {curve} calibration: error {percent(found[error])} -->" in shown
 
 
 def test_views_are_those_of_the_trial_too(trained: Path, bundled: Bundled, tmp_path: Path) -> None:
