@@ -19,7 +19,7 @@ from serving.engine import RUNS
 from serving.errors import ModelError, StartError
 from serving.files import replacing
 from serving.model import Model
-from serving.settings import KEPT_MODEL, Settings
+from serving.settings import KEPT_MODEL, Settings, server_folder
 
 logger = logging.getLogger("serving")
 
@@ -71,7 +71,7 @@ class Deployment:
             settings.threads,
             runs=RUNS,
             max_batch_size=settings.max_batch_size,
-            choices=Path(os.environ[KEPT_MODEL]).parent if KEPT_MODEL in os.environ else None,
+            choices=server_folder(),
         )
         model = self.model
         logger.info("%s on %s: %s", self, model.provider, model.provider_reason)

@@ -64,7 +64,7 @@ from serving.requests import (
     read_images,
 )
 from serving.responses import Answers, Classification, Csv, answer_response, error_body, error_response
-from serving.settings import METRICS_FOLDER, Settings
+from serving.settings import Settings, server_folder
 from serving.submission import read_submission
 from serving.tracing import prepare_tracing, send_last_spans, tracing_options
 from serving.uvicorn_server import (
@@ -85,10 +85,10 @@ try:
 except SettingsError as error:
     raise BentoMLConfigException(str(error)) from None
 
-if METRICS_FOLDER in os.environ:  # in a worker
+if folder := server_folder():
     # What it leaves goes with the server's folder. Not by TMPDIR: Python would try to write there first,
     # and no worker could start while the disk is full.
-    tempfile.tempdir = str(Path(os.environ[METRICS_FOLDER]).parent)
+    tempfile.tempdir = str(folder)
 
 # Large submissions in memory at a time: one that the engine works on, and one that is read meanwhile.
 LARGE_FILES = 2

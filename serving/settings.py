@@ -41,6 +41,12 @@ ProviderName = Literal["cpu", "openvino", "cuda", "tensorrt"]
 Provider = Literal["auto", ProviderName]
 
 
+def server_folder() -> Path | None:
+    """Return the folder of the server's own files, in its workers; None in any other process."""
+    figures = os.environ.get(METRICS_FOLDER)
+    return Path(figures).parent if figures else None
+
+
 class Settings(BaseModel):
     """One field per variable; the field `max_rows` is the variable `SERVING_MAX_ROWS`."""
 
