@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
         if options.command == "report":
             from training.report import pages  # matplotlib takes a second to import
 
+            device.prepare(device.choose())
             with console.status("writing pages"):
                 for page in pages.write(options.runs, options.out, console):
                     console.print(page)

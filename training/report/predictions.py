@@ -69,7 +69,6 @@ class Predictions:
 def predict(network: nn.Module, recipe: Recipe, images: Images) -> Predictions:
     """What ``network`` predicts with a recipe's views, on the training device, in float32."""
     place = device.choose()
-    device.prepare(place)
     network = network.to(place).to(memory_format=torch.channels_last)
     predicted = evaluate.predict(network, recipe, images.pixels.to(place))
     return Predictions(images, predicted.softmax(1).cpu())
