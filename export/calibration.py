@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import reliability
-from export.ensemble import Ensemble
+from export.ensemble import Ensemble, calibrate
 from export.member import Member
 from export.provider import BATCH
 from training import data
@@ -85,18 +85,13 @@ def of(members: Sequence[Member], trials: Sequence[Member]) -> Calibration:
     return _fit(members, images)
 
 
-def calibrated(logits: NDArray[np.float32], temperature: float, exponent: float) -> NDArray[np.float32]:
-    """Logits, float32 [N, 10], with the probabilities that ``export.ensemble`` makes of ``logits``.
-
-    The largest is 0.
-    """
-    return -((_distances(logits) / temperature) ** exponent)
-
-
 def uncalibrated(
     logits: NDArray[np.float32], temperature: float, exponent: float
 ) -> NDArray[np.float32]:
-    """Logits, float32 [N, 10], that ``calibrated`` turns into ``logits``; the largest is 0."""
+    """Logits, float32 [N, 10], to which ``calibrate`` gives the probabilities of ``logits``.
+
+    The largest is 0.
+    """
     return -temperature * _distances(logits) ** (1 / exponent)
 
 
@@ -142,20 +137,21 @@ def _distances(logits: NDArray[Float]) -> NDArray[Float]:
 
 def _fit(members: Sequence[Member], images: Images) -> Calibration:
     ensemble = Ensemble([member.classifier() for member in members])
-    values, labels = logits(ensemble, images.pixels, BATCH).numpy(), images.labels.numpy()
-    if not np.isfinite(values).all():
+    values, labels = logits(ensemble, images.pixels, BATCH), images.labels.numpy()
+    if not values.isfinite().all():
         raise CalibrationError(
             f"the logits of {', '.join(map(str, members))} are no finite numbers: a network that "
             "diverged"
         )
-    temperature, exponent = fit(values, labels)
+    temperature, exponent = fit(values.numpy(), labels)
+    after = calibrate(values, temperature, exponent)
     return Calibration(
         temperature,
         exponent,
         origin="held-out training images of " + ", ".join(map(str, members)),
         val_images=len(images),
-        val_ece_before=reliability.measure(values, labels).error,
-        val_ece_after=reliability.measure(calibrated(values, temperature, exponent), labels).error,
+        val_ece_before=reliability.measure(values.numpy(), labels).error,
+        val_ece_after=reliability.measure(after.numpy(), labels).error,
     )
 
 

@@ -39,12 +39,20 @@ class Ensemble(nn.Module):
         if len(each) > 1:
             stacked = torch.stack([F.log_softmax(logits, 1) for logits in each])
             logits = stacked.logsumexp(0) - math.log(len(each))
-        if self.exponent == 1:
-            return logits if self.temperature == 1 else logits / self.temperature
-        # A provider may round the largest logit and not the others, and a negative number has no power.
-        # Unlike ReLU, this leaves NaN as it is.
-        distances = (logits.amax(1, keepdim=True) - logits).abs()
-        return -((distances / self.temperature) ** self.exponent)
+        return calibrate(logits, self.temperature, self.exponent)
+
+
+def calibrate(logits: Tensor, temperature: float, exponent: float) -> Tensor:
+    """Calibrate ``logits``, float32 [N, 10], as ``export.calibration`` describes it.
+
+    An exponent of 1 needs no distances: files with a temperature alone only divide by it.
+    """
+    if exponent == 1:
+        return logits if temperature == 1 else logits / temperature
+    # A provider may round the largest logit and not the others, and a negative number has no power.
+    # Unlike ReLU, this leaves NaN as it is.
+    distances = (logits.amax(1, keepdim=True) - logits).abs()
+    return -((distances / temperature) ** exponent)
 
 
 class Half(nn.Module):

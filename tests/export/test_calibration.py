@@ -6,10 +6,10 @@ import pytest
 from numpy.typing import NDArray
 
 from export import calibration
-from export.calibration import CalibrationError, calibrated, uncalibrated
+from export.calibration import CalibrationError, uncalibrated
 from export.member import Member, load
 from serving.predictions import softmax
-from tests.export.conftest import Bundled
+from tests.export.conftest import Bundled, calibrated
 from training.recipe import Distillation
 
 

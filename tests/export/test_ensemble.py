@@ -10,11 +10,10 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from export import graph
-from export.calibration import calibrated
 from export.ensemble import Ensemble, half, rounded
 from export.member import load
 from export.provider import CPU
-from tests.export.conftest import Train
+from tests.export.conftest import Train, calibrated
 from training import data, recipe
 from training.evaluate import Classifier
 

@@ -281,6 +281,16 @@ def test_a_calibration_error_that_is_not_the_files(
     assert main(["verify", saved(model, Path(path))]) == 0
 
 
+@pytest.mark.parametrize("key", ["temperature", "exponent"])
+def test_metadata_with_another_calibration_than_the_graph(
+    key: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(files["fp32"])
+    entry(model, key).value = "2"
+    assert main(["verify", saved(model, tmp_path / "edited.onnx")]) == 1
+    assert "the same without calibration" in capsys.readouterr().err
+
+
 def test_metadata_that_contradict_themselves(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

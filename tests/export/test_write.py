@@ -14,11 +14,11 @@ from onnx import ModelProto, numpy_helper
 
 from export import calibration, comparison, graph, metadata, parity, quantize
 from export.__main__ import main
-from export.calibration import calibrated, uncalibrated
+from export.calibration import uncalibrated
 from export.ensemble import Ensemble, half
 from export.member import load
 from export.provider import CPU
-from tests.export.conftest import BUNDLED, TEST, WHOLE_SAMPLE, Bundled, Train, described
+from tests.export.conftest import BUNDLED, TEST, WHOLE_SAMPLE, Bundled, Train, calibrated, described
 from training import checkpoint, data, recipe
 from training.evaluate import Classifier
 from training.model import CLASSES, parameter_count
