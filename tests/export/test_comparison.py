@@ -1,6 +1,5 @@
 import json
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from export.ensemble import ROUNDED
 from export.provider import CPU
 from serving.providers import OPENVINO
 from tests.export.conftest import Train, described
+from tests.openvino import needs_openvino
 from training import checkpoint, data
 from training.data import Images
 
@@ -41,10 +41,11 @@ def test_logits_that_are_all_zero_are_equal() -> None:
     assert (found.max_scaled_difference, found.top1_agreement) == (0, 1)
 
 
-@pytest.mark.parametrize(("provider", "package"), [(OPENVINO, "openvino"), (ROUNDED, "torch")])
+@pytest.mark.parametrize(
+    ("provider", "package"),
+    [pytest.param(OPENVINO, "openvino", marks=needs_openvino), (ROUNDED, "torch")],
+)
 def test_a_comparison_names_what_has_computed(provider: str, package: str) -> None:
-    if find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
     zeros: NDArray[np.float32] = np.zeros((20, 10), np.float32)
     images = comparison.TestImages(data.load_sample().test.first(20), "sample")
     name, number = images.compare(zeros, zeros, CPU.name, provider).software.split()

@@ -1,6 +1,5 @@
 import logging
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -23,15 +22,12 @@ from serving.openvino import FULL_PRECISION, OpenVINOSession
 from serving.providers import CPU, CUDA, OPENVINO, TENSORRT, obstacle
 from serving.sessions import OnnxRuntimeSession
 from serving.settings import BUNDLED_MODEL, ProviderName
+from tests.openvino import needs_openvino
 from tests.serving.models import METADATA
 
 Images = npt.NDArray[np.uint8]
 ModelFile = Callable[..., Path]
 
-needs_openvino = pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"),
-    reason="OpenVINO is installed on x86-64 Linux only",
-)
 without_gpu = pytest.mark.skipif(obstacle("cuda") is None, reason="CUDA goes before the others")
 
 
